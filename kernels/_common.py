@@ -1,0 +1,99 @@
+"""Jitted helpers that ops share: activations and their derivatives, exact-times-float products, fixed-order sums."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch
+
+
+@triton.jit
+def gelu_parts(z):
+    """(Phi(z), exp(-z^2 / 2)) with one exp: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7 in erf."""
+    x = tl.abs(z) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * x)
+    e = tl.exp(-0.5 * z * z)
+    poly = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+    h = 0.5 * e * t * (0.254829592 + t * (-0.284496736 + t * poly))
+    return tl.where(z >= 0, 1.0 - h, h), e
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """act(z); a NaN stays a NaN."""
+    if ACT == "gelu":
+        cdf, e = gelu_parts(z)
+        return z * cdf
+    elif ACT == "silu":
+        return z * sigmoid(z)
+    elif ACT == "relu":
+        return tl.where(z < 0, 0.0, z)
+    else:
+        return z
+
+
+@triton.jit
+def activate_grad(z, ACT: tl.constexpr):
+    """d act(z) / dz."""
+    if ACT == "gelu":
+        cdf, e = gelu_parts(z)
+        return cdf + 0.3989422804014327 * z * e
+    elif ACT == "silu":
+        s = sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+    elif ACT == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    else:
+        return tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def split_fp16(x):
+    """x = scale * (hi + lo / 2048) to about 2^-22 of max |x|, with hi, lo float16 and one scale for the tile.
+
+    Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
+    """
+    scale = tl.max(tl.max(tl.abs(x), 1), 0)
+    scale = tl.where(scale > 0, scale, 1.0)
+    unit = x / scale
+    hi = unit.to(tl.float16)
+    lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+    return hi, lo, scale
+
+
+@triton.jit
+def _sum_partials_kernel(partial_ptr, out_ptr, n_partials, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p[:, None] < n_partials) & (d[None, :] < D)
+        acc += tl.load(partial_ptr + p[:, None] * D + d[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + d, tl.sum(acc, 0), mask=d < D)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """[P, D] float32 -> [D] float32, summed in a fixed order, so that a run repeats bit for bit."""
+    n, width = partials.shape
+    out = torch.empty(width, dtype=torch.float32, device=partials.device)
+    launch(
+        _sum_partials_kernel, (triton.cdiv(width, 32),), partials, out, n, D=width, BLOCK_P=32, BLOCK_D=32
+    )
+    return out
+
+
+def channels_last_like(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialized [B, channels, height, width] in channels_last memory, on x's device."""
+    shape = (x.shape[0], height, width, channels)
+    return torch.empty(shape, dtype=dtype, device=x.device).permute(0, 3, 1, 2)
+
+
+def block_of(size: int, most: int) -> int:
+    """The power of two that covers `size`, at most `most`."""
+    return min(triton.next_power_of_2(size), most)

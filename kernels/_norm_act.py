@@ -1,0 +1,298 @@
+"""The one BatchNorm of this package: act(batch_norm(x * gate)) + residual and its gradients, gate and residual optional.
+
+A kernel sees x as [segments, SEGMENT, C]: with a gate a segment is one image (SEGMENT = H * W), so that a gate value
+is read once per image and the gate's gradient is a sum inside one program; without one, any run of rows.
+Statistics: every lane keeps a running mean and squared deviation (Welford), lanes and programs are merged in a fixed
+order (Chan et al. 1979): no sum of squares that could cancel, no atomics, the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import activate, activate_grad, block_of, sum_partials
+from ._launch import launch
+
+# enough programs to fill any current GPU several times over, few enough that merging them stays negligible
+_PROGRAMS = 1024
+_TILE = 4096
+_UNGATED_SEGMENT = 128
+
+
+@triton.jit
+def _load(ptr, offsets, mask):
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _stats_kernel(
+    x_ptr, gate_ptr, mean_ptr, m2_ptr, count_ptr, n_rows, n_segments,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Per program and channel: count, mean and sum of squared deviations of v = x * gate."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    lane = tl.arange(0, BLOCK_ROWS)
+    mean = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    count = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    for segment in range(program, n_segments, programs):
+        base = tl.cast(segment, tl.int64) * SEGMENT
+        rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+        for start in range(0, SEGMENT, BLOCK_ROWS):
+            row = start + lane
+            inside = row < rows
+            mask = inside[:, None] & in_c[None, :]
+            v = _load(x_ptr + base * C, row[:, None] * C + c[None, :], mask)
+            if HAS_GATE:
+                v = v * gate[None, :]
+            count += inside.to(tl.float32)
+            delta = tl.where(mask, v - mean, 0.0)
+            mean += delta / tl.maximum(count, 1.0)[:, None]
+            m2 += delta * tl.where(mask, v - mean, 0.0)
+    total = tl.sum(count, 0)
+    # a program always owns a segment, so total > 0
+    merged = tl.sum(mean * count[:, None], 0) / total
+    away = mean - merged[None, :]
+    spread = tl.sum(m2 + count[:, None] * away * away, 0)
+    tl.store(mean_ptr + program * C + c, merged, mask=in_c)
+    tl.store(m2_ptr + program * C + c, spread, mask=in_c)
+    # every channel block of this program stores the same count
+    tl.store(count_ptr + program, total)
+
+
+@triton.jit
+def _merge_stats_kernel(
+    partial_mean_ptr, partial_m2_ptr, partial_count_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr,
+    n_partials, n_rows, momentum,
+    C: tl.constexpr, HAS_RUNNING: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Chan's merge of all programs: batch mean and biased variance; running statistics as PyTorch updates them."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    n = n_rows.to(tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p[:, None] < n_partials) & in_c[None, :]
+        count = tl.load(partial_count_ptr + p, mask=p < n_partials, other=0.0)
+        acc += count[:, None] * _load(partial_mean_ptr, p[:, None] * C + c[None, :], mask)
+    mean = tl.sum(acc, 0) / n
+    acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for start in range(0, n_partials, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p[:, None] < n_partials) & in_c[None, :]
+        count = tl.load(partial_count_ptr + p, mask=p < n_partials, other=0.0)
+        away = _load(partial_mean_ptr, p[:, None] * C + c[None, :], mask) - mean[None, :]
+        acc += _load(partial_m2_ptr, p[:, None] * C + c[None, :], mask) + count[:, None] * away * away
+    m2 = tl.sum(acc, 0)
+    tl.store(mean_ptr + c, mean, mask=in_c)
+    tl.store(var_ptr + c, m2 / n, mask=in_c)
+    if HAS_RUNNING:
+        old = tl.load(running_mean_ptr + c, mask=in_c, other=0.0)
+        tl.store(running_mean_ptr + c, old + momentum * (mean - old), mask=in_c)
+        old = tl.load(running_var_ptr + c, mask=in_c, other=0.0)
+        tl.store(running_var_ptr + c, old + momentum * (m2 / (n - 1.0) - old), mask=in_c)
+
+
+@triton.jit
+def _rstd(var_ptr, c, in_c, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.load(var_ptr + c, mask=in_c, other=1.0) + eps))
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, gate_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, y_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act((x * gate - mean) * rstd + bias) + residual."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
+    rstd = _rstd(var_ptr, c, in_c, eps)
+    bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    for segment in range(program, n_segments, programs):
+        base = tl.cast(segment, tl.int64) * SEGMENT
+        rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+        for start in range(0, SEGMENT, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            mask = (row < rows)[:, None] & in_c[None, :]
+            offsets = row[:, None] * C + c[None, :]
+            v = _load(x_ptr + base * C, offsets, mask)
+            if HAS_GATE:
+                v = v * gate[None, :]
+            y = activate((v - mean[None, :]) * rstd[None, :] + bias[None, :], ACT)
+            if HAS_RESIDUAL:
+                y += _load(residual_ptr + base * C, offsets, mask)
+            tl.store(y_ptr + base * C + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_reduce_kernel(
+    dy_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Per program and channel: sum of g = dy * act'(z) and of g * xhat, as sum_ptr [programs, 2, C]."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
+    rstd = _rstd(var_ptr, c, in_c, eps)
+    bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    sum_g = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    sum_gx = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    for segment in range(program, n_segments, programs):
+        base = tl.cast(segment, tl.int64) * SEGMENT
+        rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+        for start in range(0, SEGMENT, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            mask = (row < rows)[:, None] & in_c[None, :]
+            offsets = row[:, None] * C + c[None, :]
+            v = _load(x_ptr + base * C, offsets, mask)
+            if HAS_GATE:
+                v = v * gate[None, :]
+            xhat = (v - mean[None, :]) * rstd[None, :]
+            g = _load(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
+            # outside the mask dy is 0, but 0 * inf would not be
+            g = tl.where(mask, g, 0.0)
+            sum_g += g
+            sum_gx += tl.where(mask, g * xhat, 0.0)
+    tl.store(sum_ptr + program * 2 * C + c, tl.sum(sum_g, 0), mask=in_c)
+    tl.store(sum_ptr + program * 2 * C + C + c, tl.sum(sum_gx, 0), mask=in_c)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, dx_ptr, dgate_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, TRAINING: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dv = rstd * (g - sum g / N - xhat * sum(g xhat) / N); dx = dv * gate; dgate = sum over the image of dv * x."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
+    rstd = _rstd(var_ptr, c, in_c, eps)
+    bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    if TRAINING:
+        n = n_rows.to(tl.float32)
+        mean_g = tl.load(sum_ptr + c, mask=in_c, other=0.0) / n
+        mean_gx = tl.load(sum_ptr + C + c, mask=in_c, other=0.0) / n
+    for segment in range(program, n_segments, programs):
+        base = tl.cast(segment, tl.int64) * SEGMENT
+        rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
+        if HAS_GATE:
+            gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+            dgate = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+        for start in range(0, SEGMENT, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            mask = (row < rows)[:, None] & in_c[None, :]
+            offsets = row[:, None] * C + c[None, :]
+            x = _load(x_ptr + base * C, offsets, mask)
+            v = x
+            if HAS_GATE:
+                v = x * gate[None, :]
+            xhat = (v - mean[None, :]) * rstd[None, :]
+            dv = _load(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
+            if TRAINING:
+                dv = dv - mean_g[None, :] - xhat * mean_gx[None, :]
+            dv = dv * rstd[None, :]
+            dx = dv
+            if HAS_GATE:
+                dgate += tl.where(mask, dv * x, 0.0)
+                dx = dv * gate[None, :]
+            tl.store(dx_ptr + base * C + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_GATE:
+            tl.store(dgate_ptr + segment * C + c, tl.sum(dgate, 0), mask=in_c)
+
+
+class Tiling:
+    """How [B, C, H, W] in channels_last memory is cut into segments, tiles and programs."""
+
+    def __init__(self, x: Tensor, gated: bool):
+        batch, self.channels, height, width = x.shape
+        self.rows = batch * height * width
+        self.segment = height * width if gated else _UNGATED_SEGMENT
+        self.segments = triton.cdiv(self.rows, self.segment)
+        self.block_c = block_of(self.channels, 128)
+        self.block_rows = block_of(self.segment, max(1, _TILE // self.block_c))
+        channel_blocks = triton.cdiv(self.channels, self.block_c)
+        self.programs = min(self.segments, max(1, _PROGRAMS // channel_blocks))
+        self.grid = (self.programs, channel_blocks)
+        self.constexprs = dict(
+            C=self.channels, SEGMENT=self.segment, HAS_GATE=gated, BLOCK_ROWS=self.block_rows, BLOCK_C=self.block_c
+        )
+
+
+def batch_statistics(
+    x: Tensor, gate: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] float32 of x * gate; updates the running statistics in place."""
+    tiling = Tiling(x, gate is not None)
+    channels, device = tiling.channels, x.device
+    partial_mean = torch.empty(tiling.programs, channels, dtype=torch.float32, device=device)
+    partial_m2 = torch.empty_like(partial_mean)
+    count = torch.empty(tiling.programs, dtype=torch.float32, device=device)
+    launch(
+        _stats_kernel, tiling.grid, x, gate if gate is not None else x, partial_mean, partial_m2, count,
+        tiling.rows, tiling.segments, **tiling.constexprs,
+    )  # fmt: skip
+    mean = torch.empty(channels, dtype=torch.float32, device=device)
+    var = torch.empty_like(mean)
+    tracked = running_mean is not None
+    launch(
+        _merge_stats_kernel, (triton.cdiv(channels, 32),), partial_mean, partial_m2, count, mean, var,
+        running_mean if tracked else mean, running_var if tracked else var, tiling.programs, tiling.rows, momentum,
+        C=channels, HAS_RUNNING=tracked, BLOCK_P=64, BLOCK_C=32,
+    )  # fmt: skip
+    return mean, var
+
+
+def forward(
+    x: Tensor, gate: Tensor | None, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, eps: float,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """y like x from given statistics."""
+    tiling = Tiling(x, gate is not None)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    launch(
+        _fwd_kernel, tiling.grid, x, gate if gate is not None else x, bias, residual if residual is not None else x,
+        mean, var, y, tiling.rows, tiling.segments, eps,
+        HAS_RESIDUAL=residual is not None, ACT=activation, **tiling.constexprs,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, gate: Tensor | None, bias: Tensor, mean: Tensor, var: Tensor, training: bool, eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
+    tiling = Tiling(x, gate is not None)
+    channels = tiling.channels
+    partials = torch.empty(tiling.programs, 2 * channels, dtype=torch.float32, device=x.device)
+    gate_or_x = gate if gate is not None else x
+    launch(
+        _bwd_reduce_kernel, tiling.grid, dy, x, gate_or_x, bias, mean, var, partials, tiling.rows, tiling.segments,
+        eps, ACT=activation, **tiling.constexprs,
+    )  # fmt: skip
+    sums = sum_partials(partials)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
+    launch(
+        _bwd_kernel, tiling.grid, dy, x, gate_or_x, bias, mean, var, sums, dx, dgate, tiling.rows, tiling.segments,
+        eps, TRAINING=training, ACT=activation, **tiling.constexprs,
+    )  # fmt: skip
+    return dx, dgate, sums[:channels]

@@ -1,0 +1,149 @@
+"""The tail of a squeeze-and-excite residual block, fused: gate -> BatchNorm -> activation -> add.
+
+    v = x * gate                      z = (v - mean(v)) / sqrt(var(v) + eps) + bias          y = act(z) + residual
+
+Moves 2 reads and 1 write of x forward (training), 4 reads and 1 write backward, where eager PyTorch materializes v,
+its normalization, the activation and the sum. Without a gate and a residual it is BatchNorm + activation.
+Sources: squeeze-and-excite, Hu et al. 2018; its place before the last BatchNorm, hlb-CIFAR10; batch normalization,
+Ioffe and Szegedy 2015.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks, _norm_act
+from ._launch import opaque_op
+
+
+@opaque_op("excite_norm_act_add_fwd", mutates=("running_mean", "running_var"))
+def _fwd(
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, batch mean [C], batch variance [C]); in evaluation mode the statistics are the running ones, returned empty."""
+    if training:
+        mean, var = _norm_act.batch_statistics(x, gate, running_mean, running_var, momentum)
+        return _norm_act.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
+    y = _norm_act.forward(x, gate, bias, residual, running_mean, running_var, eps, activation)
+    return y, bias.new_empty(0), bias.new_empty(0)
+
+
+@_fwd.register_fake
+def _(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation):
+    statistics = (x.shape[1],) if training else (0,)
+    mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.channels_last), mean, torch.empty_like(mean)
+
+
+@opaque_op("excite_norm_act_add_bwd")
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_act.backward(dy, x, gate, bias, mean, var, training, eps, activation)
+
+
+@_bwd.register_fake
+def _(dy, x, gate, bias, mean, var, training, eps, activation):
+    dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.channels_last), dgate, torch.empty_like(mean)
+
+
+class ExciteNormActAdd(torch.autograd.Function):
+    """Saved for backward: x, gate, bias and the statistics used ([C] each); z is recomputed."""
+
+    @staticmethod
+    def forward(ctx, x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation):
+        y, mean, var = _fwd(
+            x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation
+        )
+        if not training:
+            mean, var = running_mean, running_var
+        ctx.save_for_backward(x, gate, bias, mean, var)
+        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate, bias, mean, var = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx, dgate, dbias = _bwd(dy, x, gate, bias, mean, var, ctx.training, ctx.eps, ctx.activation)
+        needs_x, needs_gate, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        return (
+            dx if needs_x else None,
+            dgate if needs_gate else None,
+            dbias.to(bias.dtype) if needs_bias else None,
+            dy if needs_residual else None,
+            *[None] * 6,
+        )
+
+
+def excite_norm_act_add(
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """act(batch_norm(x * gate) + bias) + residual, with a BatchNorm scale fixed at 1.
+
+    x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
+    gate: [B, C] float32 (from `se_gate`), or None for no gate.
+    bias: [C] floating.
+    residual: like x, or None.
+    running_mean, running_var: [C] float32, or both None. In training the batch's statistics are used and these move by
+        `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In evaluation they are
+        the statistics.
+    activation: "gelu" (erf), "silu", "relu" or None.
+    Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
+
+    With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (v - mean) * r and g = dy * act'(z), backward is
+        dv = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dv = r * g)
+        dx = dv * gate     dgate = sum over H, W of dv * x     dbias = sum(g)     dresidual = dy
+    Saved: x, gate, bias, mean, var. Deterministic. Differentiable once.
+
+    Raises ValueError for a wrong shape, layout or activation, an empty batch, or one value per channel in training;
+    TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    """
+    op = "excite_norm_act_add"
+    name = _checks.activation(op, activation)
+    _checks.images(op, "x", x, _checks.FLOATS)
+    batch, channels, height, width = x.shape
+    if gate is not None:
+        _checks.shape(op, "gate", gate, (batch, channels))
+        _checks.dtype(op, "gate", gate, (torch.float32,))
+        gate = gate.contiguous()
+    _checks.shape(op, "bias", bias, (channels,))
+    _checks.dtype(op, "bias", bias, _checks.FLOATS)
+    if residual is not None:
+        _checks.shape(op, "residual", residual, x.shape)
+        _checks.images(op, "residual", residual, (x.dtype,))
+    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    _checks.enough_values(op, batch * height * width, training)
+    _checks.device(op, x, gate, bias, residual, running_mean, running_var)
+    return ExciteNormActAdd.apply(
+        x, gate, bias, residual, running_mean, running_var, training, momentum, eps, name
+    )

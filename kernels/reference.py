@@ -1,0 +1,134 @@
+"""Every op of this package in plain PyTorch: same names, same signatures, no triton import.
+
+These are the definitions that the fused kernels are tested against (in float64), the backend that runs where there is
+no GPU, and what `--kernels reference` trains with. Tensors are [B, C, H, W]; channels_last memory is fastest but not
+required here. Sources: whitening stem and squeeze-and-excite placement, hlb-CIFAR10; squeeze-and-excite, Hu et al.
+2018; batch normalization, Ioffe and Szegedy 2015; GELU (erf form), Hendrycks and Gimpel 2016.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def _activation(name: str | None):
+    if name not in ACTIVATIONS:
+        known = ", ".join(str(key) for key in ACTIVATIONS)
+        raise ValueError(f"unknown activation {name!r}; expected one of {known}")
+    return ACTIVATIONS[name]
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """(images / 255 - mean) / std.
+
+    images [B, C, H, W] uint8; mean, std [C] in units of 0..1; the arithmetic runs in float32 (float64 when `dtype` is
+    float64) and the result is rounded once, to `dtype`.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (1, -1, 1, 1)
+    return ((images.to(work) / 255 - mean.to(work).view(shape)) / std.to(work).view(shape)).to(dtype)
+
+
+def whiten(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """act(conv2d(normalize(images), weight) + bias), unpadded: see `kernels.whiten`."""
+    dtype = dtype or (images.dtype if images.is_floating_point() else weight.dtype)
+    x = images.to(dtype) if images.is_floating_point() else normalize(images, mean, std, dtype)
+    y = F.conv2d(x, weight.detach().to(dtype), None if bias is None else bias.to(dtype))
+    return _activation(activation)(y)
+
+
+def whiten_project_norm_act(
+    images: Tensor,
+    whiten_weight: Tensor,
+    project_weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """act(batch_norm(project(whiten(images)))): see `kernels.whiten_project_norm_act`."""
+    dtype = dtype or project_weight.dtype
+    z = whiten(images, whiten_weight, mean=mean, std=std, dtype=dtype)
+    z = F.conv2d(z, project_weight.flatten(1)[:, :, None, None].to(dtype))
+    return norm_act(
+        z, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, activation=activation
+    )
+
+
+def norm_act(
+    x: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias."""
+    y = F.batch_norm(x, running_mean, running_var, None, bias, training, momentum, eps)
+    return _activation(activation)(y)
+
+
+def se_gate(
+    squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, activation: str = "gelu"
+) -> Tensor:
+    """sigmoid(act(squeeze W1^T + b1) W2^T + b2), in float32 (float64 for float64 input): see `kernels.se_gate`."""
+    with torch.autocast(squeeze.device.type, enabled=False):
+        squeeze = _at_least_fp32(squeeze)
+        w1, b1, w2, b2 = (p.to(squeeze.dtype) for p in (weight1.flatten(1), bias1, weight2.flatten(1), bias2))
+        return torch.sigmoid(F.linear(_activation(activation)(F.linear(squeeze, w1, b1)), w2, b2))
+
+
+def excite_norm_act_add(
+    x: Tensor,
+    gate: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """act(batch_norm(x * gate)) + residual: see `kernels.excite_norm_act_add`."""
+    if gate is not None:
+        x = x * gate[:, :, None, None].to(x.dtype)
+    y = norm_act(
+        x, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, activation=activation
+    )
+    return y if residual is None else y + residual
+
+
+def squeeze_excite(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, activation: str = "relu"
+) -> Tensor:
+    """x * se_gate(mean of x over H and W): see `kernels.squeeze_excite`."""
+    squeeze = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    gate = se_gate(squeeze, weight1, bias1, weight2, bias2, activation=activation)
+    return x * gate[:, :, None, None].to(x.dtype)

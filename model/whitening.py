@@ -1,0 +1,89 @@
+"""Whitening: the first convolution's weights from the eigenvectors of the training images' patch covariance.
+
+The sums are taken over uint8 pixels as integers, so the statistics are exact and do not depend on order or device;
+they are carried to the normalized images by an affine map in float64. Source: hlb-CIFAR10 (centred covariance),
+airbench (uncentred second moment).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# u - 128 fits int8 and keeps every per-image sum of products below 2**24, exact in float32, up to 1024 positions
+PIXEL_SHIFT = 128
+_EXACT_FLOAT32_POSITIONS = 1024
+_CHUNK_PIXELS = 1 << 21
+
+
+@dataclass(frozen=True)
+class PatchMoments:
+    """Integer moments of all k x k patches q = pixel - 128, in (channel, row, column) order, D = C * k * k.
+
+    count: number of patches; first [D] and second [D, D] int64 sums of q and of q q^T.
+    """
+
+    count: int
+    first: Tensor
+    second: Tensor
+
+    def normalized(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [D] and covariance [D, D], float64, of the patches of (pixel / 255 - mean) / std; mean, std [C]."""
+        taps = self.first.numel() // mean.numel()
+        mean = mean.double().repeat_interleave(taps)
+        std = std.double().repeat_interleave(taps)
+        first = self.first.double() / self.count
+        covariance = self.second.double() / self.count - first[:, None] * first[None, :]
+        patch_mean = (first / 255 + (PIXEL_SHIFT / 255 - mean)) / std
+        return patch_mean, covariance / (255 * std[:, None]) / (255 * std[None, :])
+
+
+def patch_moments(images: Tensor, kernel_size: int) -> PatchMoments:
+    """Exact integer moments of the unpadded patches of `images` [N, H, W, C] uint8.
+
+    Raises ValueError when an image is smaller than the kernel or there is no image.
+    """
+    n, height, width, channels = images.shape
+    if n == 0 or min(height, width) < kernel_size:
+        raise ValueError(f"{n} images of {height}x{width} hold no {kernel_size}x{kernel_size} patch")
+    positions = (height - kernel_size + 1) * (width - kernel_size + 1)
+    dtype = torch.float32 if positions <= _EXACT_FLOAT32_POSITIONS else torch.float64
+    dim = channels * kernel_size**2
+    first = torch.zeros(dim, dtype=torch.int64, device=images.device)
+    second = torch.zeros(dim, dim, dtype=torch.int64, device=images.device)
+    for chunk in images.split(max(1, _CHUNK_PIXELS // (height * width))):
+        q = chunk.permute(0, 3, 1, 2).to(dtype) - PIXEL_SHIFT
+        patches = F.unfold(q, kernel_size)
+        first += patches.sum(2).long().sum(0)
+        second += torch.bmm(patches, patches.mT).long().sum(0)
+    return PatchMoments(n * positions, first, second)
+
+
+def whitening_weight(moments: PatchMoments, mean: Tensor, std: Tensor, eps: float, centered: bool = True) -> Tensor:
+    """Whitening filters [D, C, k, k] float32: v_i / sqrt(lambda_i + eps), by descending eigenvalue.
+
+    v_i, lambda_i: eigenpairs of the covariance (or, not centred, of the second moment) of the normalized patches.
+    Patches filtered so have covariance diag(lambda / (lambda + eps)). An eigenvector's sign is arbitrary: it is fixed
+    so that the largest component is positive, which makes the filters reproducible.
+    """
+    patch_mean, matrix = moments.normalized(mean, std)
+    if not centered:
+        matrix = matrix + patch_mean[:, None] * patch_mean[None, :]
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    vectors = vectors.mT.flip(0)
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    filters = vectors * largest.sign() / (eigenvalues.flip(0).clamp_min(0) + eps).sqrt()[:, None]
+    taps = moments.first.numel() // mean.numel()
+    kernel_size = round(taps**0.5)
+    return filters.reshape(-1, mean.numel(), kernel_size, kernel_size).float()
+
+
+@torch.no_grad()
+def initialize_stem(stem, images: Tensor, mean: Tensor, std: Tensor, eps: float, centered: bool = True) -> None:
+    """Set a WhitenStem's frozen filters and pixel statistics from training images [N, H, W, C] uint8."""
+    mean, std = mean.to(images.device), std.to(images.device)
+    moments = patch_moments(images, stem.whiten.kernel_size[0])
+    stem.whiten.weight.copy_(whitening_weight(moments, mean, std, eps, centered))
+    stem.mean.copy_(mean)
+    stem.std.copy_(std)

@@ -1,0 +1,259 @@
+"""Train a CIFAR-10 classifier from random weights: `python train.py`. See `python train.py --help`."""
+
+import time
+
+_STARTED = time.perf_counter()
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+# cuBLAS needs this before it starts to be repeatable under --deterministic, and it costs nothing measurable
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model import backend as backends
+from training import data, environment, precision
+from training.errors import UserError
+from training.loop import Listener, plan_budget, train
+from training.recipes import RECIPES, Recipe
+from training.report import Report, save_weights, write_json
+
+# a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
+CPU_VALIDATION_IMAGES = 2000
+STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(stderr=False)
+    if options.list_recipes:
+        for recipe in RECIPES.values():
+            console.print(f"{recipe.name}: {recipe.summary}", highlight=False)
+        return 0
+    try:
+        return run(options, console)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    recipe = customize(RECIPES[options.recipe], options)
+    for path in filter(None, (options.json and options.json.parent, options.out)):
+        make_folder(path)
+    device = choose_device(options.device)
+    backend = choose_backend(options.kernels, device)
+    interpreted = backend.name == "fused" and device.type != "cuda"
+    compute = precision.choose(options.dtype, device, interpreted)
+    if interpreted and compute.name == "bf16":
+        raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
+    set_determinism(options.deterministic)
+
+    notes: list[str] = []
+    dataset = load_data(options.data, console, notes).limited(options.limit).to(device)
+    budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, options.epochs, options.steps)
+    if not recipe.network.fused_stem:
+        notes.append("the padded stem runs the plain convolution, whatever the kernels")
+    validate = options.validate
+    if validate is None and device.type == "cpu" and len(dataset.test_images) > CPU_VALIDATION_IMAGES:
+        validate = CPU_VALIDATION_IMAGES
+        notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
+
+    facts = {
+        "command": ["train.py", *sys.argv[1:]],
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "generated": dataset.generated,
+            "train": len(dataset.train_images),
+            "test": len(dataset.test_images),
+            "image_shape": dataset.image_shape,
+            "classes": len(dataset.classes),
+        },
+        "recipe": asdict(recipe),
+        "kernels": {"name": backend.name, "interpreted": interpreted, "stem": describe_stem(recipe, backend.name)},
+        "dtype": compute.name,
+        "deterministic": options.deterministic,
+        "budget": asdict(budget),
+        "steps_given": options.steps is not None,
+        "environment": environment.describe(device),
+        "startup_seconds": time.perf_counter() - _STARTED,
+        "compile_seconds": None,
+    }
+    report = Report(console, facts)
+    report.header(recipe, dataset, budget, notes)
+    listener = Listener(report.on_step, report.on_epoch)
+
+    def train_once(seed: int, on=dataset, listener=listener):
+        return train(recipe, on, budget, backend, compute, seed, listener, validate)
+
+    exit_code = 0
+    try:
+        if device.type == "cuda":
+            began = time.perf_counter()
+            train_once(options.seed, random_labels(dataset), Listener())
+            torch.cuda.synchronize()
+            facts["compile_seconds"] = time.perf_counter() - began
+        for number in range(options.runs):
+            seed = options.seed + number
+            report.start_run(number + 1, options.runs, seed, budget)
+            result = None
+            try:
+                result = train_once(seed)
+            finally:
+                report.end_run(result)
+            if options.out is not None:
+                name = f"{recipe.name}-seed{seed}.safetensors"
+                save_weights(options.out / name, result.state, {"recipe": recipe.name, "data": dataset.name})
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        exit_code = 130
+    finally:
+        # finished runs are never lost, whatever ended the last one
+        if report.runs or exit_code:
+            report.summary()
+        if report.runs:
+            if options.json is not None:
+                write_json(options.json, report.as_dict())
+            if options.out is not None:
+                write_json(options.out / "summary.json", report.as_dict())
+    return exit_code
+
+
+def customize(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with what the command line changes in its network."""
+    network = recipe.network
+    if options.stem is not None:
+        kernel, padding = STEMS[options.stem]
+        network = replace(network, whiten_kernel=kernel, whiten_padding=padding)
+    if options.se is not None:
+        network = replace(network, se_reduction=None if options.se == "off" else options.se)
+    return replace(recipe, network=network)
+
+
+def describe_stem(recipe: Recipe, backend: str) -> str:
+    network = recipe.network
+    size = f"{network.whiten_kernel}x{network.whiten_kernel}"
+    if not network.fused_stem:
+        stem = f"{size} 'same' stem as plain convolution"
+    else:
+        stem = f"{size} unpadded stem {'fused' if backend == 'fused' else 'in PyTorch'}"
+    return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
+
+
+def choose_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; expected cpu or cuda")
+    return device
+
+
+def choose_backend(kernels: str, device: torch.device) -> backends.Backend:
+    try:
+        return backends.select(kernels, device)
+    except ValueError as error:
+        raise UserError(f"--kernels {kernels}: {error}") from error
+
+
+def set_determinism(deterministic: bool) -> None:
+    """cudnn picks its fastest algorithm by trying, unless runs must be bitwise repeatable."""
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def load_data(source: str | None, console: Console, notes: list[str]):
+    columns = (TextColumn("decoding images"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("decoding", total=None, visible=False)
+        return data.load(
+            source, lambda done, total: bar.update(task, completed=done, total=total, visible=True), notes.append
+        )
+
+
+def random_labels(dataset):
+    """The same images under labels that teach nothing, for the warm-up."""
+    generator = torch.Generator(dataset.device).manual_seed(0)
+    labels = torch.randint(
+        len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device
+    )
+    return replace(dataset, train_labels=labels)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"could not make the folder {path} ({error.strerror}); name another") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake on the command line gets one line and exit code 2."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="train.py", description="Train a CIFAR-10 classifier from random weights.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, default="hlb", help="what to train (default: %(default)s)")
+    add("--list-recipes", action="store_true", help="print the recipes and stop")
+    add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic")
+    add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
+    add("--stem", choices=STEMS, help="whitening convolution: kernel and padding (default: the recipe's)")
+    add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
+    add("--runs", type=positive(int), default=1, metavar="N", help="train N times, with seeds from --seed on")
+    add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")
+    add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
+    add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
+    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
+    add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
+    add("--seed", type=natural, default=0, metavar="S")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
+    add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
+    add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
+    add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
+    options = parser.parse_args(arguments)
+    if options.steps is not None and options.epochs is not None:
+        parser.error("--steps and --epochs both set the budget; give one of them")
+    return options
+
+
+def positive(kind: type):
+    def parse_positive(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+        return value
+
+    return parse_positive
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., not {text!r}")
+    return int(text)
+
+
+def se_reduction(text: str) -> int | str:
+    return text if text == "off" else positive(int)(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

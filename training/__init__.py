@@ -1,0 +1,1 @@
+"""What train.py drives: data, batches, optimizer and schedule, the training loop, evaluation, the report."""

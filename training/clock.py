@@ -1,0 +1,35 @@
+"""The run's clock: CUDA events on a GPU, perf_counter elsewhere, summed over the segments that count."""
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """Sums the time between start() and stop(); on a GPU nothing waits until `seconds` is read."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._segments: list[tuple] = []
+        self._begin = None
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        self._segments.append((self._begin, self._now()))
+        self._begin = None
+
+    @property
+    def seconds(self) -> float:
+        if not self._cuda:
+            return sum(end - begin for begin, end in self._segments)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self._segments) / 1000

@@ -1,0 +1,94 @@
+"""Data sets: what `--data` names is found, read by the reader that fits, cached, and held in one fixed order."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from training.data import cache, cifar, image_tree
+from training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
+from training.errors import UserError
+
+DEFAULT_ROOT = Path("data")
+Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
+
+
+def load(source: str | None, progress: Progress, note: Note) -> Dataset:
+    """The data set that `source` names: a path, `cifar10`, `cifar100`, `synthetic`, or None for the default.
+
+    The default is a local CIFAR-10, else a download, else the generated set. progress(done, total) is called while
+    images are decoded; note(line) when something worth a line happens. Raises UserError for anything unusable.
+    """
+    if source == "synthetic":
+        return generated()
+    if source in cifar.LAYOUTS:
+        return _published(cifar.LAYOUTS[source], progress, note)
+    if source is not None:
+        return read(Path(source), progress, note)
+    try:
+        return _published(cifar.LAYOUTS["cifar10"], progress, note)
+    except _NoDownload as error:
+        note(str(error))
+        return generated()
+
+
+class _NoDownload(UserError):
+    pass
+
+
+def _published(layout: cifar.Layout, progress: Progress, note: Note) -> Dataset:
+    for name in (layout.folder, layout.binary_folder):
+        if (DEFAULT_ROOT / name).is_dir():
+            return read(DEFAULT_ROOT / name, progress, note)
+    note(f"downloading {layout.name} ...")
+    try:
+        folder = cifar.download(DEFAULT_ROOT, layout)
+    except UserError as error:
+        raise _NoDownload(str(error)) from error
+    return read(folder, progress, note)
+
+
+def generated() -> Dataset:
+    """The embedded generated set: not CIFAR-10, and it says so."""
+    from training.data import synthetic
+
+    arrays = synthetic.generate()
+    return assemble("generated shapes (not CIFAR-10)", synthetic.CLASSES, *arrays, generated=True)
+
+
+def read(path: Path, progress: Progress, note: Note) -> Dataset:
+    """Read the data set at `path`, from the cache if it was decoded before."""
+    if not path.exists():
+        raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
+    root, name, reader, statistics = _recognize(path, progress)
+    key = cache.source_key(root)
+    dataset = cache.load(key)
+    if dataset is None:
+        dataset = assemble(name, *reader(), statistics=statistics)
+        warning = cache.store(key, dataset)
+        if warning:
+            note(warning)
+    return dataset
+
+
+def _recognize(path: Path, progress: Progress):
+    """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds."""
+    for layout in cifar.LAYOUTS.values():
+        statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
+        kinds = (
+            (layout.folder, layout.train_files[0][0], layout.meta_file[0], cifar.read_python_batches),
+            (layout.binary_folder, layout.binary_train[0], layout.binary_classes, cifar.read_binary_batches),
+        )
+        for folder, first, meta, reader in kinds:
+            for root in (path, path / folder):
+                if (root / first).is_file() or (root / meta).is_file():
+                    return root, layout.name, lambda r=root, f=reader, lay=layout: f(r, lay), statistics
+    if (path / "train").is_dir() or (path / "test").is_dir():
+        name = path.resolve().name
+        return path, name, lambda: image_tree.read_image_tree(path, progress), None
+    found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
+    listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
+    raise UserError(
+        f"{path} holds neither train/<class>/* and test/<class>/* nor CIFAR batches; it holds {listed}"
+    )

@@ -1,0 +1,85 @@
+"""Decoded data sets on disk, so that a second start loads in under a second.
+
+A cache file is named by a key taken over the source's file names, sizes and modification times: a changed source has
+another key and is decoded anew. Writes are atomic: another process never sees half a file.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.data.dataset import Dataset
+from training.errors import UserError
+
+_FORMAT = "1"
+_TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
+
+
+def folder() -> Path:
+    """$BLINK_CACHE, else blink under the user's cache folder."""
+    if "BLINK_CACHE" in os.environ:
+        return Path(os.environ["BLINK_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
+
+
+def source_key(root: Path) -> str:
+    """A digest of every file under `root`: relative name, size, modification time."""
+    digest = hashlib.sha256(_FORMAT.encode())
+    for relative, stat in sorted(_walk(root, "")):
+        digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _walk(root: Path, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.stat()
+
+
+def load(key: str) -> Dataset | None:
+    """The cached data set, or None if there is none.
+
+    Raises UserError when the file is damaged or does not belong to the source its name says.
+    """
+    path = folder() / f"{key}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if meta.get("key") != key or set(tensors) != set(_TENSORS):
+            raise ValueError(f"it was made for the source {meta.get('key')}, expected {key}")
+        if len(tensors["train_images"]) != len(tensors["train_labels"]):
+            raise ValueError("its images and labels differ in number")
+        return Dataset(meta["name"], meta["fingerprint"], tuple(json.loads(meta["classes"])), **tensors)
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the cache {path} does not match its data set ({reason}); delete it and run again") from error
+
+
+def store(key: str, dataset: Dataset) -> str | None:
+    """Write the data set under its key. Returns None, or one line that says why it was not cached."""
+    path = folder() / f"{key}.safetensors"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    meta = dict(
+        key=key, name=dataset.name, fingerprint=dataset.fingerprint, classes=json.dumps(list(dataset.classes))
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata=meta)
+        os.replace(temporary, path)
+        return None
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        return f"the decoded images were not cached in {path.parent} ({error}); the next start decodes them again"

@@ -1,0 +1,115 @@
+"""Image folders: train/<class>/* and test/<class>/*, any class count, any one image size."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.datasets.folder import has_file_allowed_extension
+from torchvision.io import ImageReadMode, decode_image
+
+from training.data.cifar import Arrays
+from training.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_CHUNK = 500
+
+
+def list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int], list[Path], list[int]]:
+    """Class names (sorted), then the files and labels of train and of test, sorted by class and name.
+
+    Raises UserError for a folder without classes or images, and for a class that one half lacks.
+    """
+    classes = _classes(root / "train")
+    test_classes = _classes(root / "test")
+    missing = [name for name in classes if name not in test_classes]
+    extra = [name for name in test_classes if name not in classes]
+    if missing:
+        raise UserError(f"{root / 'test'} lacks the class {_quoted(missing)} that train has; every class needs both")
+    if extra:
+        raise UserError(f"{root / 'train'} lacks the class {_quoted(extra)} that test has; every class needs both")
+    halves = []
+    for half in ("train", "test"):
+        files, labels = [], []
+        for label, name in enumerate(classes):
+            found = sorted(p for p in (root / half / name).iterdir() if _is_image(p))
+            if not found:
+                raise UserError(
+                    f"{root / half / name} holds no image; expected files ending in {', '.join(EXTENSIONS)}"
+                )
+            files += found
+            labels += [label] * len(found)
+        halves += [files, labels]
+    return classes, *halves
+
+
+def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
+    """Decode every image under `root`, calling progress(done, total) as it goes.
+
+    Raises UserError naming the first image that cannot be decoded or whose size differs from the first one's.
+    """
+    classes, train_files, train_labels, test_files, test_labels = list_images(root)
+    files = train_files + test_files
+    height, width, _ = _decode(files[0]).shape
+    images = np.empty((len(files), height, width, 3), dtype=np.uint8)
+
+    def decode_chunk(start: int) -> int:
+        for i in range(start, min(start + _CHUNK, len(files))):
+            image = _decode(files[i])
+            if image.shape != images.shape[1:]:
+                raise UserError(
+                    f"{files[i]} is {image.shape[0]}x{image.shape[1]}, but {files[0]} is {height}x{width}; "
+                    "all images must have one size: resize them first"
+                )
+            images[i] = image
+        return min(_CHUNK, len(files) - start)
+
+    done = 0
+    # decode_image releases the interpreter lock, so threads use every core
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        tasks = [pool.submit(decode_chunk, start) for start in range(0, len(files), _CHUNK)]
+        try:
+            for task in tasks:
+                done += task.result()
+                progress(done, len(files))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    cut = len(train_files)
+    return (
+        classes,
+        images[:cut],
+        np.array(train_labels, dtype=np.int64),
+        images[cut:],
+        np.array(test_labels, dtype=np.int64),
+    )
+
+
+def _decode(path: Path) -> np.ndarray:
+    try:
+        image = decode_image(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] or type(error).__name__
+        raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from error
+    if image.ndim != 3:
+        raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
+    return image.permute(1, 2, 0).numpy()
+
+
+def _classes(half: Path) -> tuple[str, ...]:
+    if not half.is_dir():
+        raise UserError(f"{half} is not a folder; an image data set holds train/<class>/* and test/<class>/*")
+    classes = tuple(sorted(p.name for p in half.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not classes:
+        raise UserError(f"{half} holds no class folder; expected {half.name}/<class>/<images>")
+    return classes
+
+
+def _is_image(path: Path) -> bool:
+    return has_file_allowed_extension(path.name, EXTENSIONS) and not path.name.startswith(".")
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

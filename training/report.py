@@ -1,0 +1,179 @@
+"""What a person sees of a run: header, progress bar, epoch rows, summary; and the same as JSON."""
+
+import json
+import math
+import os
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from training.data.dataset import Dataset
+from training.errors import UserError
+from training.loop import Budget, EpochRow, RunResult
+from training.recipes import Recipe
+
+GENERATED_WARNING = "NOT CIFAR-10: training on the embedded generated set; its accuracy means nothing elsewhere"
+_LOGGED_STEPS = 100
+
+
+def spread(values: list[float]) -> dict:
+    """mean, and from two values on: std (n - 1) and the half-width of the 95 % t interval of the mean."""
+    out = {"n": len(values), "mean": statistics.fmean(values), "std": None, "ci95": None}
+    if len(values) > 1:
+        from scipy.stats import t  # slow to import, and most calls train once
+
+        out["std"] = statistics.stdev(values)
+        out["ci95"] = float(t.ppf(0.975, len(values) - 1)) * out["std"] / math.sqrt(len(values))
+    return out
+
+
+class Report:
+    """Prints as the runs go, then `summary()`; `as_dict()` is the same as data."""
+
+    def __init__(self, console: Console, facts: dict):
+        """facts: everything known before the first run, ready for JSON (see train.py)."""
+        self.console = console
+        self.facts = facts
+        self.runs: list[RunResult] = []
+        self._progress: Progress | None = None
+
+    def header(self, recipe: Recipe, dataset: Dataset, budget: Budget, notes: list[str]) -> None:
+        say = self._say
+        if dataset.generated:
+            say(GENERATED_WARNING, style="bold red")
+        channels, height, width = dataset.image_shape
+        environment, kernels = self.facts["environment"], self.facts["kernels"]
+        say(f"Blink: {recipe.name} on {dataset.name}", style="bold")
+        say(
+            f"data     {len(dataset.train_images):,} training and {len(dataset.test_images):,} test images, "
+            f"{height}x{width}, {len(dataset.classes)} classes"
+        )
+        say(f"         fingerprint {dataset.fingerprint}")
+        say(f"device   {environment['device']}, {self.facts['dtype']}")
+        say(f"kernels  {kernels['name']}: {kernels['stem']}")
+        say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({budget.epochs} epochs)")
+        for note in notes:
+            say(f"note     {note}", style="yellow")
+
+    def start_run(self, number: int, of: int, seed: int, budget: Budget) -> None:
+        if of > 1:
+            self._say(f"run {number} of {of}, seed {seed}", style="bold")
+        self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'lr':>8} {'test acc':>9} {'EMA acc':>9} {'seconds':>9}")
+        # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
+        self._live_loss = "-"
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._progress.add_task("training", total=budget.total_steps, loss="-")
+        self._progress.start()
+
+    def on_step(self, done: int, losses: Tensor) -> None:
+        if self._progress.disable:
+            return
+        if losses.device.type == "cpu":
+            self._live_loss = f"{losses[done - 1].item():.3f}"
+        self._progress.update(self._task, completed=done, loss=self._live_loss)
+
+    def on_epoch(self, row: EpochRow) -> None:
+        self._live_loss = f"{row.train_loss:.3f}"
+        live, ema = (f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in (row.accuracy, row.ema_accuracy))
+        self._say(f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.lr:8.4f} {live} {ema} {row.seconds:9.1f}")
+
+    def end_run(self, result: RunResult | None) -> None:
+        """Stop the bar and, unless the run was cut off, count its result."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if result is not None:
+            self.runs.append(result)
+
+    def summary(self) -> None:
+        facts = self.facts
+        if not self.runs:
+            self._say("no run finished", style="bold")
+            return
+        accuracy, seconds = (spread([getattr(r, k) for r in self.runs]) for k in ("accuracy", "seconds"))
+        rate = spread([r.images_per_second for r in self.runs])
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left", title="summary")
+        data = facts["data"]
+        if data["generated"]:
+            table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
+        table.add_row("accuracy", f"{_with_spread(accuracy, 4)}  (EMA, mirror-averaged, {data['test']:,} images)")
+        table.add_row("seconds", f"{_with_spread(seconds, 2)}  (whitening, training, final evaluation)")
+        table.add_row("training", f"{rate['mean']:,.0f} images/s")
+        table.add_row("compile", facts_seconds(facts["compile_seconds"]))
+        table.add_row("start-up", f"{facts['startup_seconds']:.1f} s (imports, data)")
+        table.add_row("kernels", f"{facts['kernels']['name']}: {facts['kernels']['stem']}")
+        table.add_row("data", f"{data['name']}, fingerprint {data['fingerprint']}")
+        self.console.print(table)
+
+    def as_dict(self) -> dict:
+        every = 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
+        runs = []
+        for r in self.runs:
+            logged = list(range(0, len(r.losses), every))
+            runs.append(
+                {
+                    "seed": r.seed,
+                    "accuracy": r.accuracy,
+                    "seconds": r.seconds,
+                    "images_per_second": r.images_per_second,
+                    "logged_steps": logged,
+                    "losses": [r.losses[i] for i in logged],
+                    "epochs": [asdict(row) for row in r.epochs],
+                }
+            )
+        summary = None
+        if self.runs:
+            summary = {k: spread([getattr(r, k) for r in self.runs]) for k in ("accuracy", "seconds")}
+        return {**self.facts, "runs": runs, "summary": summary}
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=False)
+
+
+def facts_seconds(seconds: float | None) -> str:
+    return "none (no compilation on this path)" if seconds is None else f"{seconds:.1f} s (warm-up run, untimed)"
+
+
+def _with_spread(s: dict, digits: int) -> str:
+    text = f"{s['mean']:.{digits}f}"
+    if s["std"] is not None:
+        text += f" std {s['std']:.{digits}f}, 95 % interval +-{s['ci95']:.{digits}f}, n = {s['n']}"
+    return text
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
+
+
+def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Save a state_dict as safetensors, atomically. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({name: torch.Tensor.contiguous(value) for name, value in state.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}); free some space or name another folder") from error
