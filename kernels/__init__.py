@@ -1,2 +1,39 @@
-HAS_TRITON = False
-def interpreting(): return False
+"""Fused Triton ops for small-image classifiers, each with a plain PyTorch reference in `reference`.
+
+Installed as `blink_kernels`; `kernels` from a checkout. The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
+them in Triton's interpreter on a CPU); `reference` needs neither.
+"""
+
+from importlib.util import find_spec
+
+from . import reference
+
+HAS_TRITON = find_spec("triton") is not None
+
+__all__ = [
+    "HAS_TRITON",
+    "SqueezeExcite",
+    "Whiten",
+    "excite_norm_act_add",
+    "interpreting",
+    "reference",
+    "se_gate",
+    "squeeze_excite",
+    "whiten",
+    "whiten_project_norm_act",
+]
+
+if HAS_TRITON:
+    from ._launch import interpreting
+    from .excite_norm_act_add import excite_norm_act_add
+    from .layers import SqueezeExcite, Whiten
+    from .se_gate import se_gate
+    from .squeeze_excite import squeeze_excite
+    from .whiten import whiten
+    from .whiten_project_norm_act import whiten_project_norm_act
+else:
+
+    def __getattr__(name: str):
+        if name in __all__:
+            raise ImportError(f"{__name__}.{name} needs triton, which is not installed; {__name__}.reference does not")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def _walk(root: Path, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
             if entry.is_dir():
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/")
             else:
-                yield prefix + entry.name, entry.stat()
+                # a broken link is left for the reader to name
+                yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file())
 
 
 def load(key: str) -> Dataset | None:
@@ -52,7 +54,7 @@ def load(key: str) -> Dataset | None:
     Raises UserError when the file is damaged or does not belong to the source its name says.
     """
     path = folder() / f"{key}.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too where the folder cannot be entered
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,5 +83,6 @@ def store(key: str, dataset: Dataset) -> str | None:
         os.replace(temporary, path)
         return None
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written may not be listed either
+            temporary.unlink()
         return f"the decoded images were not cached in {path.parent} ({error}); the next start decodes them again"

@@ -9,6 +9,7 @@ import socket
 import tarfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -210,8 +211,9 @@ def download(root: Path, layout: Layout) -> Path:
             download_url(layout.url, str(root), layout.archive, layout.archive_md5)
         with tarfile.open(root / layout.archive) as archive:
             archive.extractall(root, filter="data")
-    except (URLError, OSError, RuntimeError, tarfile.TarError) as error:
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
+    except (URLError, HTTPException, OSError, EOFError, RuntimeError, tarfile.TarError) as error:
+        lines = str(getattr(error, "reason", error)).splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(
             f"could not download {layout.name} ({reason}); put it under {root}, or name other data with --data"
         ) from error

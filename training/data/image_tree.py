@@ -95,7 +95,9 @@ def _decode(path: Path) -> np.ndarray:
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from error
     if image.ndim != 3:
         raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
-    return image.permute(1, 2, 0).numpy()
+    pixels = image.permute(1, 2, 0).numpy()
+    # a 16-bit PNG comes out as uint16, which would wrap around in the uint8 array
+    return (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
 
 
 def _classes(half: Path) -> tuple[str, ...]:

@@ -1,0 +1,224 @@
+"""The whole squeeze-and-excite block, fused: x -> mean over H, W -> Linear -> activation -> Linear -> sigmoid -> x * gate.
+
+    s = mean of x over H, W      gate = sigmoid(act(s W1^T + b1) W2^T + b2)      y = x * gate
+
+One program owns an image: it reads it to squeeze it, forms the gate in registers, and reads it again, now from cache,
+to scale it. One launch forward; two backward (x, then the weights). Source: Hu et al. 2018.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks
+from ._common import activate, activate_grad, sigmoid
+from ._launch import launch, opaque_op
+from .se_gate import check_gate_weights, weight_gradients
+
+# elements of x, or of a weight matrix, that a program holds at a time
+_TILE = 8192
+
+
+@triton.jit
+def _fwd_kernel(
+    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw,
+    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per image."""
+    image = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)
+    in_c = c < C
+    base = image.to(tl.int64) * hw * C
+    acc = tl.zeros([BLOCK_HW, BLOCK_C], dtype=tl.float32)
+    for start in range(0, hw, BLOCK_HW):
+        p = start + tl.arange(0, BLOCK_HW)
+        mask = (p < hw)[:, None] & in_c[None, :]
+        acc += tl.load(x_ptr + base + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    s = tl.sum(acc, 0) / hw
+    tl.store(squeeze_ptr + image * C + c, s, mask=in_c)
+    logit = tl.load(b2_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        in_r = r < R
+        both = in_r[:, None] & in_c[None, :]
+        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
+        hidden = tl.sum(w1 * s[None, :], 1) + tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)
+        tl.store(hidden_ptr + image * R + r, hidden, mask=in_r)
+        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
+        logit += tl.sum(w2 * activate(hidden, ACT)[:, None], 0)
+    gate = sigmoid(logit)
+    tl.store(gate_ptr + image * C + c, gate, mask=in_c)
+    for start in range(0, hw, BLOCK_HW):
+        p = start + tl.arange(0, BLOCK_HW)
+        mask = (p < hw)[:, None] & in_c[None, :]
+        at = base + p[:, None] * C + c[None, :]
+        y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * gate[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, w1_ptr, w2_ptr, gate_ptr, hidden_ptr, dx_ptr, dgate_ptr, dhidden_ptr, hw,
+    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program per image: dgate = sum dy x, then the gate backwards to ds, then dx = dy gate + ds / (H W)."""
+    image = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)
+    in_c = c < C
+    base = image.to(tl.int64) * hw * C
+    acc = tl.zeros([BLOCK_HW, BLOCK_C], dtype=tl.float32)
+    for start in range(0, hw, BLOCK_HW):
+        p = start + tl.arange(0, BLOCK_HW)
+        mask = (p < hw)[:, None] & in_c[None, :]
+        at = base + p[:, None] * C + c[None, :]
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        acc += dy * tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dgate = tl.sum(acc, 0)
+    tl.store(dgate_ptr + image * C + c, dgate, mask=in_c)
+    gate = tl.load(gate_ptr + image * C + c, mask=in_c, other=0.0)
+    dlogit = dgate * gate * (1.0 - gate)
+    ds = tl.zeros([BLOCK_C], dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        in_r = r < R
+        both = in_r[:, None] & in_c[None, :]
+        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
+        hidden = tl.load(hidden_ptr + image * R + r, mask=in_r, other=0.0)
+        dhidden = tl.sum(w2 * dlogit[None, :], 1) * activate_grad(hidden, ACT)
+        tl.store(dhidden_ptr + image * R + r, dhidden, mask=in_r)
+        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
+        ds += tl.sum(w1 * dhidden[:, None], 0)
+    ds = ds / hw
+    for start in range(0, hw, BLOCK_HW):
+        p = start + tl.arange(0, BLOCK_HW)
+        mask = (p < hw)[:, None] & in_c[None, :]
+        at = base + p[:, None] * C + c[None, :]
+        dx = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32) * gate[None, :] + ds[None, :]
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _sizes(x: Tensor, hidden: int) -> dict:
+    channels, hw = x.shape[1], x.shape[2] * x.shape[3]
+    block_c = triton.next_power_of_2(channels)
+    rows = max(1, _TILE // block_c)
+    return dict(
+        C=channels,
+        R=hidden,
+        BLOCK_HW=min(rows, triton.next_power_of_2(hw)),
+        BLOCK_C=block_c,
+        BLOCK_R=min(rows, triton.next_power_of_2(hidden), 16),
+        num_warps=8 if block_c >= 256 else 4,
+    )
+
+
+@opaque_op("squeeze_excite_fwd")
+def _fwd(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, squeeze [B, C], gate [B, C], hidden pre-activation [B, R]); the latter three float32."""
+    batch, channels, height, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    squeeze = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
+    gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, weight1.shape[0])
+    launch(
+        _fwd_kernel, (batch,), x, weight1, bias1, weight2, bias2, y, squeeze, gate, hidden, height * width,
+        ACT=activation, **_sizes(x, weight1.shape[0]),
+    )  # fmt: skip
+    return y, squeeze, gate, hidden
+
+
+@_fwd.register_fake
+def _(x, weight1, bias1, weight2, bias2, activation):
+    squeeze = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    hidden = squeeze.new_empty(x.shape[0], weight1.shape[0])
+    return torch.empty_like(x, memory_format=torch.channels_last), squeeze, torch.empty_like(squeeze), hidden
+
+
+@opaque_op("squeeze_excite_bwd")
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    squeeze: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx like x, dW1, db1, dW2, db2 float32)"""
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dgate, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
+    launch(
+        _bwd_kernel, (x.shape[0],), dy, x, weight1, weight2, gate, hidden, dx, dgate, dhidden,
+        x.shape[2] * x.shape[3], ACT=activation, **_sizes(x, weight1.shape[0]),
+    )  # fmt: skip
+    return dx, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
+
+
+@_bwd.register_fake
+def _(dy, x, weight1, weight2, squeeze, gate, hidden, activation):
+    channels, width = gate.shape[1], hidden.shape[1]
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        gate.new_empty(width, channels),
+        gate.new_empty(width),
+        gate.new_empty(channels, width),
+        gate.new_empty(channels),
+    )
+
+
+class SqueezeExciteFunction(torch.autograd.Function):
+    """Saved for backward: x, both weights, and squeeze, gate, hidden pre-activation (float32, [B, C] and [B, R])."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, activation):
+        y, squeeze, gate, hidden = _fwd(x, weight1, bias1, weight2, bias2, activation)
+        ctx.save_for_backward(x, weight1, weight2, squeeze, gate, hidden)
+        ctx.activation, ctx.bias_dtypes = activation, (bias1.dtype, bias2.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight1, weight2, *tables = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        grads = _bwd(dy, x, weight1, weight2, *tables, ctx.activation)
+        dtypes = (x.dtype, weight1.dtype, ctx.bias_dtypes[0], weight2.dtype, ctx.bias_dtypes[1])
+        return (
+            *(g.to(d) if needed else None for g, d, needed in zip(grads, dtypes, ctx.needs_input_grad)),
+            None,
+        )
+
+
+def squeeze_excite(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    activation: str | None = "relu",
+) -> Tensor:
+    """x * sigmoid(act(mean(x) W1^T + b1) W2^T + b2), the mean over H and W.
+
+    x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
+    weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating.
+    activation: "relu" (as torchvision.ops.SqueezeExcitation), "gelu" (erf), "silu" or None.
+    Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
+
+    Backward: dgate = sum over H, W of dy x; through the gate as in `se_gate` to ds; dx = dy gate + ds / (H W).
+    Saved: x, weights, squeeze, gate, hidden. Deterministic. Differentiable once.
+
+    Raises ValueError for a wrong shape, layout or activation or an empty batch; TypeError for a wrong dtype;
+    RuntimeError where the kernels cannot run.
+    """
+    op = "squeeze_excite"
+    name = _checks.activation(op, activation)
+    _checks.images(op, "x", x, _checks.FLOATS)
+    weight1, weight2 = check_gate_weights(op, x.shape[1], weight1, bias1, weight2, bias2)
+    _checks.device(op, x, weight1, bias1, weight2, bias2)
+    return SqueezeExciteFunction.apply(x, weight1, bias1, weight2, bias2, name)

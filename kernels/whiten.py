@@ -1,0 +1,224 @@
+"""Whitening convolution, fused: uint8 pixels -> normalization -> frozen unpadded k x k convolution -> bias -> activation.
+
+    z = sum_f w_f * (u_f / 255 - mean) / std + bias = A (u - 128) + c          y = act(z)
+
+A = w / (255 std) and c = bias + sum_f w_f (128 / 255 - mean) / std are folded inside the kernel: the image is read once
+as bytes and y is written once; no normalized image exists. The fold holds only without padding. Source of the layer:
+hlb-CIFAR10 (2x2, unpadded, frozen).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _checks
+from ._common import activate, activate_grad, channels_last_like, sum_partials
+from ._launch import launch, opaque_op
+from ._patches import PatchShape, check_kernel, load_patches, needs_float32, output_dtype, project_patches, weight_offset
+
+_BLOCK_P = 128
+_BWD_PROGRAMS = 512
+
+
+@triton.jit
+def _folded(
+    weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O: tl.constexpr, HAS_BIAS: tl.constexpr, UINT8: tl.constexpr,
+    C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
+):  # fmt: skip
+    """A^T [F_PAD, BLOCK_O] and c [BLOCK_O], float32."""
+    features: tl.constexpr = K * K * C_IN
+    f = tl.arange(0, F_PAD)
+    in_f = f < features
+    mask = in_f[:, None] & (o < O)[None, :]
+    w = tl.load(weight_ptr + o[None, :] * features + weight_offset(f, C_IN, K)[:, None], mask=mask, other=0.0)
+    w = w.to(tl.float32)
+    c = tl.zeros(o.shape, dtype=tl.float32)
+    if UINT8:
+        mean = tl.load(mean_ptr + f % C_IN, mask=in_f, other=0.0)
+        std = tl.load(std_ptr + f % C_IN, mask=in_f, other=1.0)
+        w = w / std[:, None]
+        c = tl.sum(w * (128.0 / 255.0 - mean)[:, None], 0)
+        w = w / 255.0
+    if HAS_BIAS:
+        c += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
+    return w, c
+
+
+@triton.jit
+def _fwd_kernel(
+    images_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, y_ptr, n_positions,
+    O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """y [positions, O] = act(q A^T + c)."""
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    matrix, c = _folded(weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O, HAS_BIAS, UINT8, C_IN, K, F_PAD)
+    start = tl.program_id(0) * BLOCK_P
+    lane = tl.arange(0, BLOCK_P)
+    q = load_patches(images_ptr, start + lane, n_positions, UINT8, H, W, C_IN, K, F_PAD)
+    y = activate(project_patches(q, matrix, EXACT) + c[None, :], ACT)
+    mask = (start + lane < n_positions)[:, None] & (o < O)[None, :]
+    out = y_ptr + tl.cast(start, tl.int64) * O
+    tl.store(out + lane[:, None] * O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy_ptr, images_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, partial_ptr, n_positions,
+    O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Per program and filter: sum of dy * act'(z), z recomputed from the pixels (not read when act is the identity)."""
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    if ACT != "identity":
+        matrix, c = _folded(weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O, HAS_BIAS, UINT8, C_IN, K, F_PAD)
+    lane = tl.arange(0, BLOCK_P)
+    acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
+        position = start + lane
+        mask = (position < n_positions)[:, None] & (o < O)[None, :]
+        dy = dy_ptr + tl.cast(start, tl.int64) * O
+        g = tl.load(dy + lane[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ACT != "identity":
+            q = load_patches(images_ptr, position, n_positions, UINT8, H, W, C_IN, K, F_PAD)
+            g *= activate_grad(project_patches(q, matrix, EXACT) + c[None, :], ACT)
+        acc += tl.where(mask, g, 0.0)
+    tl.store(partial_ptr + tl.program_id(0) * O + o, tl.sum(acc, 0), mask=o < O)
+
+
+def _setup(images: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype):
+    filters = weight.shape[0]
+    shape = PatchShape(images, weight.shape[2])
+    block_o = min(64, max(16, triton.next_power_of_2(filters)))
+    constexprs = dict(
+        O=filters,
+        HAS_BIAS=bias is not None,
+        EXACT=needs_float32(images, out_dtype),
+        BLOCK_P=_BLOCK_P,
+        BLOCK_O=block_o,
+        **shape.constexprs,
+    )
+    return shape, triton.cdiv(filters, block_o), constexprs
+
+
+@opaque_op("whiten_fwd")
+def _fwd(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    shape, blocks, constexprs = _setup(images, weight, bias, dtype)
+    y = channels_last_like(images, weight.shape[0], shape.height, shape.width, dtype)
+    launch(
+        _fwd_kernel, (triton.cdiv(shape.positions, _BLOCK_P), blocks), images, weight,
+        bias if bias is not None else weight, mean if mean is not None else weight, std if std is not None else weight,
+        y, shape.positions, ACT=activation, **constexprs,
+    )  # fmt: skip
+    return y
+
+
+@_fwd.register_fake
+def _(images, weight, bias, mean, std, activation, dtype):
+    lost = weight.shape[2] - 1
+    return channels_last_like(images, weight.shape[0], images.shape[2] - lost, images.shape[3] - lost, dtype)
+
+
+@opaque_op("whiten_bwd")
+def _bwd(
+    dy: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    activation: str,
+) -> Tensor:
+    shape, blocks, constexprs = _setup(images, weight, bias, dy.dtype)
+    programs = min(triton.cdiv(shape.positions, _BLOCK_P), _BWD_PROGRAMS)
+    partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
+    launch(
+        _bwd_kernel, (programs, blocks), dy, images, weight, bias, mean if mean is not None else weight,
+        std if std is not None else weight, partials, shape.positions, ACT=activation, **constexprs,
+    )  # fmt: skip
+    return sum_partials(partials)
+
+
+@_bwd.register_fake
+def _(dy, images, weight, bias, mean, std, activation):
+    return torch.empty(weight.shape[0], dtype=torch.float32, device=dy.device)
+
+
+class Whiten(torch.autograd.Function):
+    """Saved for backward: the images as they are (uint8), the frozen weight, bias, mean and std; z is recomputed."""
+
+    @staticmethod
+    def forward(ctx, images, weight, bias, mean, std, activation, dtype):
+        ctx.save_for_backward(images, weight, bias, mean, std)
+        ctx.activation = activation
+        return _fwd(images, weight, bias, mean, std, activation, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        images, weight, bias, mean, std = ctx.saved_tensors
+        dbias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            dy = dy.contiguous(memory_format=torch.channels_last)
+            dbias = _bwd(dy, images, weight, bias, mean, std, ctx.activation).to(bias.dtype)
+        return None, None, dbias, None, None, None, None
+
+
+def whiten(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """act(conv2d((images / 255 - mean) / std, weight) + bias), unpadded, stride 1, with a frozen weight.
+
+    images: [B, C, H, W] uint8, or float32, float16, bfloat16 already normalized; channels_last.
+    weight: [O, C, k, k] floating, contiguous; treated as a constant.
+    bias: [O] floating, trainable, or None.
+    mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise.
+    activation: "gelu" (erf), "silu", "relu" or None.
+    dtype: of the result; by default the images' if floating, else autocast's, else the weight's.
+    Returns [B, O, H - k + 1, W - k + 1], channels_last. Exact to float32 rounding: pixels are integers in float16,
+    and the folded weight is float32 or, for 16-bit results, two float16 halves.
+
+    Backward: dbias = sum over positions of dy * act'(z), one pass over dy and the pixels. Images and weight get none.
+    Deterministic. Differentiable once.
+
+    Raises ValueError for a wrong shape, layout or activation, an empty batch, a missing or superfluous mean or std, or
+    images or a weight that require a gradient; TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    """
+    op = "whiten"
+    name = _checks.activation(op, activation)
+    _checks.images(op, "images", images, (torch.uint8, *_checks.FLOATS))
+    check_kernel(op, images, weight)
+    _checks.dtype(op, "weight", weight, _checks.FLOATS)
+    dtype = output_dtype(op, images, weight, dtype)
+    if images.requires_grad or weight.requires_grad:
+        raise ValueError(f"{op}: images and weight get no gradient (the weight is frozen); detach them")
+    if bias is not None:
+        _checks.shape(op, "bias", bias, (weight.shape[0],))
+        _checks.dtype(op, "bias", bias, _checks.FLOATS)
+    if (images.dtype == torch.uint8) != (mean is not None) or (mean is None) != (std is None):
+        raise ValueError(f"{op}: mean and std are for uint8 images, which need both; found images of {images.dtype}")
+    for label, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            _checks.shape(op, label, value, (images.shape[1],))
+            _checks.dtype(op, label, value, (torch.float32,))
+    _checks.device(op, images, weight, bias, mean, std)
+    return Whiten.apply(images, weight.contiguous(), bias, mean, std, name, dtype)
