@@ -41,12 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted before a run began", file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
     recipe = customize(RECIPES[options.recipe], options)
     for path in filter(None, (options.json and options.json.parent, options.out)):
         make_folder(path)
+    if options.json is not None and options.json.is_dir():
+        raise UserError(f"--json {options.json} is a folder; name a file")
     device = choose_device(options.device)
     backend = choose_backend(options.kernels, device)
     interpreted = backend.name == "fused" and device.type != "cuda"
@@ -184,9 +189,7 @@ def load_data(source: str | None, console: Console, notes: list[str]):
 def random_labels(dataset):
     """The same images under labels that teach nothing, for the warm-up."""
     generator = torch.Generator(dataset.device).manual_seed(0)
-    labels = torch.randint(
-        len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device
-    )
+    labels = torch.randint(len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device)
     return replace(dataset, train_labels=labels)
 
 

@@ -43,8 +43,7 @@ def images(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> No
     dtype(op, name, x, dtypes)
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"{op}: {name} must be in channels_last memory; call "
-            f"{name}.contiguous(memory_format=torch.channels_last)"
+            f"{op}: {name} must be in channels_last memory; call {name}.contiguous(memory_format=torch.channels_last)"
         )
 
 

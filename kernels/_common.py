@@ -10,12 +10,18 @@ from ._launch import launch
 
 @triton.jit
 def gelu_parts(z):
-    """(Phi(z), exp(-z^2 / 2)) with one exp: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7 in erf."""
+    """(Phi(z), exp(-z^2 / 2)) with one exp.
+
+    erfc(x) = exp(-x^2) P(t), t = 1 / (1 + 0.55 x): the form of Abramowitz and Stegun 7.1.26 with a minimax fit of one
+    more term, whose error of 1.7e-8 is below float32's rounding (7.1.26's own 1.5e-7 is not).
+    """
     x = tl.abs(z) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * x)
+    t = 1.0 / (1.0 + 0.55 * x)
     e = tl.exp(-0.5 * z * z)
-    poly = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
-    h = 0.5 * e * t * (0.254829592 + t * (-0.284496736 + t * poly))
+    p = -0.5180399994692597 + t * 0.10732492792407114
+    p = -0.04142813932576145 + t * (0.759717067850476 + t * p)
+    p = t * (0.30158333193811787 + t * (0.3908428280208458 + t * p))
+    h = 0.5 * e * p
     return tl.where(z >= 0, 1.0 - h, h), e
 
 
@@ -28,7 +34,7 @@ def sigmoid(z):
 def activate(z, ACT: tl.constexpr):
     """act(z); a NaN stays a NaN."""
     if ACT == "gelu":
-        cdf, e = gelu_parts(z)
+        cdf, _ = gelu_parts(z)
         return z * cdf
     elif ACT == "silu":
         return z * sigmoid(z)
@@ -68,7 +74,9 @@ def split_fp16(x):
 
 
 @triton.jit
-def _sum_partials_kernel(partial_ptr, out_ptr, n_partials, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_partials_kernel(
+    partial_ptr, out_ptr, n_partials, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
+):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
     for start in range(0, n_partials, BLOCK_P):
@@ -82,9 +90,7 @@ def sum_partials(partials: Tensor) -> Tensor:
     """[P, D] float32 -> [D] float32, summed in a fixed order, so that a run repeats bit for bit."""
     n, width = partials.shape
     out = torch.empty(width, dtype=torch.float32, device=partials.device)
-    launch(
-        _sum_partials_kernel, (triton.cdiv(width, 32),), partials, out, n, D=width, BLOCK_P=32, BLOCK_D=32
-    )
+    launch(_sum_partials_kernel, (triton.cdiv(width, 32),), partials, out, n, D=width, BLOCK_P=32, BLOCK_D=32)
     return out
 
 

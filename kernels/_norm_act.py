@@ -1,4 +1,4 @@
-"""The one BatchNorm of this package: act(batch_norm(x * gate)) + residual and its gradients, gate and residual optional.
+"""The one BatchNorm of this package: act(batch_norm(x * gate)) + residual and its gradients; gate, residual optional.
 
 A kernel sees x as [segments, SEGMENT, C]: with a gate a segment is one image (SEGMENT = H * W), so that a gate value
 is read once per image and the gate's gradient is a sum inside one program; without one, any run of rows.
@@ -17,6 +17,8 @@ from ._launch import launch
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
 _PROGRAMS = 1024
 _TILE = 4096
+# the last backward pass holds two inputs, an output and the gate's gradient: a full tile would spill registers
+_BWD_TILE = 2048
 _UNGATED_SEGMENT = 128
 
 
@@ -69,7 +71,7 @@ def _stats_kernel(
 @triton.jit
 def _merge_stats_kernel(
     partial_mean_ptr, partial_m2_ptr, partial_count_ptr, mean_ptr, var_ptr, running_mean_ptr, running_var_ptr,
-    n_partials, n_rows, momentum,
+    n_partials, n_rows, momentum, keep,
     C: tl.constexpr, HAS_RUNNING: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Chan's merge of all programs: batch mean and biased variance; running statistics as PyTorch updates them."""
@@ -95,9 +97,9 @@ def _merge_stats_kernel(
     tl.store(var_ptr + c, m2 / n, mask=in_c)
     if HAS_RUNNING:
         old = tl.load(running_mean_ptr + c, mask=in_c, other=0.0)
-        tl.store(running_mean_ptr + c, old + momentum * (mean - old), mask=in_c)
+        tl.store(running_mean_ptr + c, keep * old + momentum * mean, mask=in_c)
         old = tl.load(running_var_ptr + c, mask=in_c, other=0.0)
-        tl.store(running_var_ptr + c, old + momentum * (m2 / (n - 1.0) - old), mask=in_c)
+        tl.store(running_var_ptr + c, keep * old + momentum * (m2 / (n - 1.0)), mask=in_c)
 
 
 @triton.jit
@@ -221,13 +223,13 @@ def _bwd_kernel(
 class Tiling:
     """How [B, C, H, W] in channels_last memory is cut into segments, tiles and programs."""
 
-    def __init__(self, x: Tensor, gated: bool):
+    def __init__(self, x: Tensor, gated: bool, tile: int = _TILE):
         batch, self.channels, height, width = x.shape
         self.rows = batch * height * width
         self.segment = height * width if gated else _UNGATED_SEGMENT
         self.segments = triton.cdiv(self.rows, self.segment)
         self.block_c = block_of(self.channels, 128)
-        self.block_rows = block_of(self.segment, max(1, _TILE // self.block_c))
+        self.block_rows = block_of(self.segment, max(1, tile // self.block_c))
         channel_blocks = triton.cdiv(self.channels, self.block_c)
         self.programs = min(self.segments, max(1, _PROGRAMS // channel_blocks))
         self.grid = (self.programs, channel_blocks)
@@ -254,7 +256,8 @@ def batch_statistics(
     tracked = running_mean is not None
     launch(
         _merge_stats_kernel, (triton.cdiv(channels, 32),), partial_mean, partial_m2, count, mean, var,
-        running_mean if tracked else mean, running_var if tracked else var, tiling.programs, tiling.rows, momentum,
+        running_mean if tracked else mean, running_var if tracked else var, tiling.programs, tiling.rows,
+        momentum, 1 - momentum,
         C=channels, HAS_RUNNING=tracked, BLOCK_P=64, BLOCK_C=32,
     )  # fmt: skip
     return mean, var
@@ -289,6 +292,7 @@ def backward(
         eps, ACT=activation, **tiling.constexprs,
     )  # fmt: skip
     sums = sum_partials(partials)
+    tiling = Tiling(x, gate is not None, _BWD_TILE)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     launch(

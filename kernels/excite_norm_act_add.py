@@ -29,7 +29,7 @@ def _fwd(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, batch mean [C], batch variance [C]); in evaluation mode the statistics are the running ones, returned empty."""
+    """(y, batch mean [C], batch variance [C]); both empty in evaluation mode, whose statistics are the running ones."""
     if training:
         mean, var = _norm_act.batch_statistics(x, gate, running_mean, running_var, momentum)
         return _norm_act.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
@@ -70,9 +70,7 @@ class ExciteNormActAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation):
-        y, mean, var = _fwd(
-            x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation
-        )
+        y, mean, var = _fwd(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation)
         if not training:
             mean, var = running_mean, running_var
         ctx.save_for_backward(x, gate, bias, mean, var)
@@ -144,6 +142,4 @@ def excite_norm_act_add(
     _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, gate, bias, residual, running_mean, running_var)
-    return ExciteNormActAdd.apply(
-        x, gate, bias, residual, running_mean, running_var, training, momentum, eps, name
-    )
+    return ExciteNormActAdd.apply(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, name)

@@ -32,9 +32,7 @@ class Whiten(nn.Module):
     images [B, C, H, W] uint8 -> [B, O, H - k + 1, W - k + 1]; converted to channels_last if they are not.
     """
 
-    def __init__(
-        self, weight: Tensor, mean: Tensor, std: Tensor, bias: bool = True, activation: str | None = "gelu"
-    ):
+    def __init__(self, weight: Tensor, mean: Tensor, std: Tensor, bias: bool = True, activation: str | None = "gelu"):
         super().__init__()
         self.register_buffer("weight", weight.detach().clone())
         self.register_buffer("mean", mean.detach().float().clone())

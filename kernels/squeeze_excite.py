@@ -1,4 +1,4 @@
-"""The whole squeeze-and-excite block, fused: x -> mean over H, W -> Linear -> activation -> Linear -> sigmoid -> x * gate.
+"""The whole squeeze-and-excite block, fused: squeeze -> Linear -> activation -> Linear -> sigmoid -> excite.
 
     s = mean of x over H, W      gate = sigmoid(act(s W1^T + b1) W2^T + b2)      y = x * gate
 

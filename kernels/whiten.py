@@ -1,4 +1,4 @@
-"""Whitening convolution, fused: uint8 pixels -> normalization -> frozen unpadded k x k convolution -> bias -> activation.
+"""Whitening convolution, fused: uint8 pixels -> normalization -> frozen unpadded k x k filters -> bias -> activation.
 
     z = sum_f w_f * (u_f / 255 - mean) / std + bias = A (u - 128) + c          y = act(z)
 
@@ -16,7 +16,15 @@ from torch.autograd.function import once_differentiable
 from . import _checks
 from ._common import activate, activate_grad, channels_last_like, sum_partials
 from ._launch import launch, opaque_op
-from ._patches import PatchShape, check_kernel, load_patches, needs_float32, output_dtype, project_patches, weight_offset
+from ._patches import (
+    PatchShape,
+    check_kernel,
+    load_patches,
+    needs_float32,
+    output_dtype,
+    project_patches,
+    weight_offset,
+)
 
 _BLOCK_P = 128
 _BWD_PROGRAMS = 512

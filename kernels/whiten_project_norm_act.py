@@ -1,4 +1,4 @@
-"""The whole stem, fused: uint8 pixels -> normalization -> frozen whitening -> 1x1 projection -> BatchNorm -> activation.
+"""The whole stem, fused: uint8 pixels -> normalization -> whitening -> 1x1 projection -> BatchNorm -> activation.
 
 With patches p of the normalized image, W = W2 W1 (projection times whitening, [C, F]) and their batch mean m and
 covariance Cov, the projected output W p has the exact batch statistics
@@ -108,7 +108,7 @@ def _patch_moments(moments_ptr, n, FEATURES: tl.constexpr, F_PAD: tl.constexpr):
 @triton.jit
 def _finish_kernel(
     moments_ptr, project_ptr, whiten_ptr, bias_ptr, mean_ptr, std_ptr, running_mean_ptr, running_var_ptr,
-    matrix_ptr, shift_ptr, rstd_ptr, n_positions, momentum, eps,
+    matrix_ptr, shift_ptr, rstd_ptr, n_positions, momentum, keep, eps,
     FILTERS: tl.constexpr, TRAINING: tl.constexpr, HAS_RUNNING: tl.constexpr,
     C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -129,15 +129,21 @@ def _finish_kernel(
         mean_q = tl.sum(v * first, 0)
         if HAS_RUNNING:
             old = tl.load(running_mean_ptr + row)
-            tl.store(running_mean_ptr + row, old + momentum * ((mean_q + constant).to(tl.float32) - old))
+            tl.store(running_mean_ptr + row, keep * old + momentum * (mean_q + constant).to(tl.float32))
             old = tl.load(running_var_ptr + row)
-            tl.store(running_var_ptr + row, old + momentum * ((var * (n / (n - 1.0))).to(tl.float32) - old))
+            tl.store(running_var_ptr + row, keep * old + momentum * (var * (n / (n - 1.0))).to(tl.float32))
     else:
         mean_q = tl.load(running_mean_ptr + row).to(tl.float64) - constant
         var = tl.load(running_var_ptr + row).to(tl.float64)
     rstd = 1.0 / tl.sqrt(var + eps)
-    tl.store(matrix_ptr + row * F_PAD + f, (rstd * v).to(tl.float32))
-    tl.store(shift_ptr + row, (bias - rstd * mean_q).to(tl.float32))
+    matrix = (rstd * v).to(tl.float32)
+    if TRAINING:
+        # the mean of the matrix as rounded, so that the rounding does not shift z
+        shift = bias - tl.sum(matrix.to(tl.float64) * first, 0)
+    else:
+        shift = bias - rstd * mean_q
+    tl.store(matrix_ptr + row * F_PAD + f, matrix)
+    tl.store(shift_ptr + row, shift.to(tl.float32))
     tl.store(rstd_ptr + row, rstd.to(tl.float32))
 
 
@@ -286,7 +292,7 @@ def _fwd(
     launch(
         _finish_kernel, (channels,), moments, project_weight, whiten_weight, bias, mean, std,
         running_mean if tracked else rstd, running_var if tracked else rstd, matrix, shift, rstd,
-        shape.positions, momentum, eps, TRAINING=training, HAS_RUNNING=tracked, num_warps=1,
+        shape.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked, num_warps=1,
         **_finish_sizes(project_weight, shape),
     )  # fmt: skip
     y = channels_last_like(images, channels, shape.height, shape.width, dtype)

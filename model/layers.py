@@ -25,7 +25,7 @@ class NormAct(nn.Module):
 
     def settings(self) -> dict:
         """The keyword arguments that every normalizing op takes."""
-        return dict(training=self.training, momentum=self.momentum, eps=self.eps, activation=self.activation)
+        return {"training": self.training, "momentum": self.momentum, "eps": self.eps, "activation": self.activation}
 
     def forward(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         return self.op(x, gate, self.bias, residual, self.running_mean, self.running_var, **self.settings())
@@ -82,7 +82,9 @@ class WhitenStem(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         if not self.fusable:
             x = normalize(images, self.mean, self.std, dtype)
-            x = F.conv2d(x, self.whiten.weight.to(dtype), padding=self.whiten.padding)
+            k = self.whiten.kernel_size[0]
+            # as 'same' pads, an even kernel's extra row and column at the end; said here, PyTorch does not warn of it
+            x = F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
             return self.norm(self.project(x))
         norm = self.norm
         return self.op(
@@ -100,7 +102,9 @@ class WhitenStem(nn.Module):
 
 
 class ConvGroup(nn.Module):
-    """conv1 -> max-pool 2x2 -> norm -> act = r; unless short: conv2 -> norm -> act -> conv3 -> gate -> norm -> act, + r."""
+    """conv1 -> max-pool 2x2 -> norm -> act = r;
+    unless short, conv2 -> norm -> act -> conv3 -> x gate -> norm -> act, + r.
+    """
 
     def __init__(self, in_channels: int, channels: int, short: bool, se: SEGate | None, make_norm):
         super().__init__()

@@ -110,6 +110,7 @@ def train(
     the loss stops being finite.
     """
     device = dataset.device
+    check_batch(recipe, dataset, budget)
     network = build_network(recipe, dataset, backend, precision, seed)
     optimizer = make_optimizer(network, recipe, budget.batch_size)
     average = WeightAverage(network, recipe.ema_decay**recipe.ema_every)
@@ -197,6 +198,18 @@ def _validate(
             return live, None
         with average.applied():
             return live, accuracy(logits_of(network, images, mirror=False), labels)
+
+
+def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
+    """Batch normalization needs two values per channel after the last pooling."""
+    poolings = 2 ** len(recipe.network.groups)
+    _, height, width = dataset.image_shape
+    lost = recipe.network.minimum_image_size - poolings
+    if budget.batch_size == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
+        raise UserError(
+            f"batches of 1 image of {height}x{width} leave 1 value per channel, which has no variance to normalize "
+            "with; expected at least 2: use --batch-size 2 and at least 2 training images, or larger images"
+        )
 
 
 def check_finite(losses: Tensor, first_step: int, budget: Budget) -> None:

@@ -1,6 +1,6 @@
 """Recipes: everything that defines a training besides the data, as frozen data. A new one states what differs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model.network import NetworkConfig
 
@@ -15,7 +15,7 @@ class Recipe:
 
     name: str
     summary: str
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     epochs: float = 10
     batch_size: int = 512
     momentum: float = 0.85

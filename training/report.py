@@ -47,7 +47,7 @@ class Report:
         say = self._say
         if dataset.generated:
             say(GENERATED_WARNING, style="bold red")
-        channels, height, width = dataset.image_shape
+        _, height, width = dataset.image_shape
         environment, kernels = self.facts["environment"], self.facts["kernels"]
         say(f"Blink: {recipe.name} on {dataset.name}", style="bold")
         say(

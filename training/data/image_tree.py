@@ -6,14 +6,13 @@ from os import cpu_count
 from pathlib import Path
 
 import numpy as np
-import torch
-from torchvision.datasets.folder import has_file_allowed_extension
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from training.data.cifar import Arrays
 from training.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _CHUNK = 500
 
 
@@ -67,7 +66,7 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
         return min(_CHUNK, len(files) - start)
 
     done = 0
-    # decode_image releases the interpreter lock, so threads use every core
+    # Pillow decodes outside the interpreter lock, so threads use every core
     with ThreadPoolExecutor(cpu_count()) as pool:
         tasks = [pool.submit(decode_chunk, start) for start in range(0, len(files), _CHUNK)]
         try:
@@ -89,15 +88,17 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
 
 def _decode(path: Path) -> np.ndarray:
     try:
-        image = decode_image(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8), ImageReadMode.RGB)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] or type(error).__name__
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
+            if image.mode.startswith("I"):
+                # 16-bit grey: Pillow's conversion would clip at 255 where 255 * 257 is white
+                pixels = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(pixels[:, :, None], 3, axis=2)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from error
-    if image.ndim != 3:
-        raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
-    pixels = image.permute(1, 2, 0).numpy()
-    # a 16-bit PNG comes out as uint16, which would wrap around in the uint8 array
-    return (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
 
 
 def _classes(half: Path) -> tuple[str, ...]:

@@ -1,0 +1,112 @@
+"""How an op is judged: forward, every gradient and every updated buffer against the float64 reference.
+
+The largest error must be within the stated tolerance, and the root mean square error within twice that of PyTorch's
+own ops in the same dtype (or half a unit in the last place, whichever is larger; root mean squares, because the ratio
+of two largest errors is mostly luck). Errors are relative to the largest magnitude of the true result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+from kernels._cases import Case
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# the interpreter computes bfloat16 wrongly, so bfloat16 is judged on a GPU only
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error relative to the result's scale, of the forward pass and buffers and of the gradients."""
+
+    forward: float
+    backward: float
+
+    def loosened(self, factor: float) -> "Tolerance":
+        """For drawn shapes: with few values the result can be smaller than what it was summed from."""
+        return Tolerance(self.forward * factor, self.backward * factor)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(case: Case, ops, tensors: dict, dtype: torch.dtype, upstream: Tensor) -> dict[str, Tensor]:
+    """y, the buffers, and d<name> for every differentiable argument, after one forward and backward."""
+    own = {}
+    for name, value in tensors.items():
+        if value is None:
+            own[name] = None
+            continue
+        copy = value.detach().clone()
+        own[name] = copy.requires_grad_() if name in case.differentiable else copy
+    y = case.call(ops, own, dtype)
+    y.backward(upstream.to(y.dtype))
+    results = {"y": y.detach()}
+    results |= {name: own[name] for name in case.buffers if own[name] is not None}
+    return results | {f"d{name}": own[name].grad for name in case.differentiable}
+
+
+def rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def in_float64(tensors: dict) -> dict:
+    return {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def judge(case: Case, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:
+    """Run fused, reference in the same dtype, and reference in float64 on the same random data; compare.
+
+    versus_pytorch=False leaves the comparison with PyTorch's error out: for drawn shapes, where either error may be
+    that of a few values and their ratio luck.
+    """
+    torch.manual_seed(0)
+    judge_on(case, case.make(DEVICE, dtype), dtype, tolerance, versus_pytorch)
+
+
+def judge_on(case: Case, tensors: dict, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:
+    exact = in_float64(tensors)
+    # a copy, because the call moves the running statistics
+    shape = case.call(reference, in_float64(tensors), torch.float64).shape
+    upstream = torch.randn(shape, device=DEVICE).to(dtype)
+    truth = run(case, reference, exact, torch.float64, upstream)
+    fused = run(case, kernels, tensors, dtype, upstream)
+    pytorch = run(case, reference, tensors, dtype, upstream) if versus_pytorch else {}
+    assert set(fused) == set(truth)
+    for name, want in truth.items():
+        got = fused[name]
+        assert got is not None, f"{case.op} {case.label}: {name} is missing"
+        assert got.shape == want.shape, f"{case.op} {case.label}: {name} is {got.shape}, expected {want.shape}"
+        scale = max(want.abs().max().item(), 1e-30)
+        error = (got.double() - want).abs().max().item() / scale
+        limit = tolerance.forward if name == "y" or name in case.buffers else tolerance.backward
+        what = f"{case.op} {case.label} {name_of(dtype)}: {name} is off by {error:.2e}"
+        # written so that a NaN fails
+        assert error <= limit, f"{what}, tolerance {limit:.2e}"
+        if versus_pytorch and want.numel() >= 8:
+            ours, theirs = (rms(value.double() - want) / scale for value in (got, pytorch[name]))
+            bar = max(2 * theirs, torch.finfo(got.dtype).eps / 2)
+            assert ours <= bar, f"{what}; its rms error is {ours:.2e}, PyTorch's {theirs:.2e}"
+
+
+def directional_derivative_matches(case: Case, step: float = 1e-2, tolerance: float = 5e-3) -> None:
+    """The float32 gradient along a random direction against a central difference of the fused forward itself."""
+    tensors = case.make(DEVICE, torch.float32)
+    directions = {name: torch.randn_like(tensors[name]) for name in case.differentiable}
+    shape = case.call(kernels, dict(tensors), torch.float32)
+    upstream = torch.randn_like(shape)
+    grads = run(case, kernels, tensors, torch.float32, upstream)
+    slope = sum((grads[f"d{name}"] * direction).double().sum() for name, direction in directions.items())
+
+    def value(sign: float) -> Tensor:
+        moved = {k: v + sign * step * directions[k] if k in directions else v for k, v in tensors.items()}
+        return (case.call(kernels, moved, torch.float32).double() * upstream.double()).sum()
+
+    difference = (value(1) - value(-1)) / (2 * step)
+    scale = sum((grads[f"d{n}"].double().abs() * d.double().abs()).sum() for n, d in directions.items())
+    assert abs((slope - difference).item()) <= tolerance * scale.item()

@@ -1,0 +1,178 @@
+"""Training batches against explicit padding, cropping and mirroring; evaluation's mirror and accuracy."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from training.batches import augment, reflect, training_batches
+from training.evaluation import accuracy, logits_of
+
+
+def random_images(count, height, width, seed=0):
+    random = np.random.RandomState(seed)
+    return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+@given(st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=40)
+def test_reflect_reads_what_reflect_padding_would(size, choice):
+    pad = choice.draw(st.integers(0, size - 1))
+    row = torch.arange(size).double()[None]
+    padded = F.pad(row, (pad, pad), mode="reflect")[0] if pad else row[0]
+    folded = reflect(torch.arange(-pad, size + pad), size)
+    assert folded.tolist() == padded.long().tolist()
+
+
+def pad_crop_flip(image, shift_y, shift_x, flip, pad):
+    """[H, W, C] -> [C, H, W] the long way."""
+    height, width, _ = image.shape
+    padded = F.pad(image.permute(2, 0, 1).double()[None], (pad,) * 4, mode="reflect")[0].to(torch.uint8)
+    top, left = pad + shift_y, pad + shift_x
+    crop = padded[:, top : top + height, left : left + width]
+    return crop.flip(2) if flip else crop
+
+
+@given(st.integers(4, 9), st.integers(4, 9), st.integers(0, 10_000))
+@settings(deadline=None, max_examples=30)
+def test_augment_equals_pad_crop_and_flip(height, width, seed):
+    images = random_images(6, height, width, seed)
+    random = np.random.RandomState(seed)
+    batch = 8
+    index = torch.from_numpy(random.randint(0, 6, batch))
+    shift_y, shift_x = (torch.from_numpy(random.randint(-3, 4, batch)) for _ in range(2))
+    flip = torch.from_numpy(random.randint(0, 2, batch).astype(bool))
+    out = augment(images, index, shift_y, shift_x, flip)
+    assert out.shape == (batch, 3, height, width) and out.dtype == torch.uint8
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for i in range(batch):
+        expected = pad_crop_flip(images[index[i]], int(shift_y[i]), int(shift_x[i]), bool(flip[i]), 3)
+        assert torch.equal(out[i], expected)
+
+
+def coded_images(count, size):
+    """Images whose pixels tell image, row and column: channel 0 is the image, 1 the row, 2 the column."""
+    images = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+    images[..., 0] = torch.arange(count)[:, None, None]
+    images[..., 1] = torch.arange(size)[:, None]
+    images[..., 2] = torch.arange(size)
+    return images
+
+
+def epoch(images, batch_size, shift=3, flip=True, seed=0):
+    labels = torch.arange(len(images)) * 7
+    generator = torch.Generator().manual_seed(seed)
+    return list(training_batches(images, labels, batch_size, shift, flip, generator))
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "steps"),
+    [(40, 8, 5), (43, 8, 5), (47, 8, 5), (5, 5, 1), (1, 1, 1), (7, 8, 0)],
+    ids=["even", "3 left", "7 left", "one batch", "one image", "no full batch"],
+)
+def test_each_image_at_most_once_and_the_partial_batch_dropped(count, batch, steps):
+    batches = epoch(coded_images(count, 16), batch)
+    assert len(batches) == steps
+    seen = []
+    for images, labels in batches:
+        assert images.shape == (batch, 3, 16, 16) and len(labels) == batch
+        # channel 0 holds the image's number whatever the shift: labels follow images
+        assert torch.equal(images[:, 0].long(), (labels // 7)[:, None, None].expand(-1, 16, 16))
+        seen += labels.tolist()
+    assert len(set(seen)) == len(seen) == steps * batch
+
+
+def offsets(batches, size):
+    """(shift_y, shift_x, mirrored) of every image, read from the coded rows and columns in the middle."""
+    found = []
+    half = size // 2
+    for images, _ in batches:
+        for image in images.long():
+            columns = image[2, half]
+            mirrored = bool(columns[half] > columns[half + 1])
+            column = columns[size - 1 - half] if mirrored else columns[half]
+            found.append((int(image[1, half, half]) - half, int(column) - half, mirrored))
+    return found
+
+
+def test_all_seven_offsets_occur_in_both_axes_mirrored_and_not():
+    found = offsets(epoch(coded_images(240, 16), 60), 16)
+    for mirrored in (False, True):
+        assert {y for y, _, m in found if m == mirrored} == set(range(-3, 4))
+        assert {x for _, x, m in found if m == mirrored} == set(range(-3, 4))
+    assert len({(y, x) for y, x, _ in found}) > 40, "rows and columns move independently"
+    assert 80 < sum(mirrored for *_, mirrored in found) < 160
+
+
+def test_flip_off_never_flips_and_shift_0_never_moves():
+    found = offsets(epoch(coded_images(240, 16), 60, flip=False), 16)
+    assert not any(mirrored for *_, mirrored in found)
+    still = offsets(epoch(coded_images(60, 16), 60, shift=0, flip=False), 16)
+    assert set(still) == {(0, 0, False)}
+
+
+def test_shift_is_limited_by_tiny_images():
+    batches = epoch(random_images(30, 2, 1), 10)
+    assert len(batches) == 3 and all(images.shape == (10, 3, 2, 1) for images, _ in batches)
+
+
+def test_the_generator_alone_decides():
+    images = random_images(24, 8, 8)
+    torch.manual_seed(1)
+    first = epoch(images, 8, seed=5)
+    torch.manual_seed(2)
+    again, other = epoch(images, 8, seed=5), epoch(images, 8, seed=6)
+    for (x, y), (x_again, y_again) in zip(first, again, strict=True):
+        assert torch.equal(x, x_again) and torch.equal(y, y_again)
+    assert not torch.equal(torch.cat([y for _, y in first]), torch.cat([y for _, y in other]))
+
+
+def test_epochs_from_one_generator_differ():
+    images = random_images(24, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    orders = []
+    for _ in range(2):
+        batches = training_batches(images, torch.arange(24), 8, 3, True, generator)
+        orders.append(torch.cat([labels for _, labels in batches]).tolist())
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(24))
+
+
+class Asymmetric(nn.Module):
+    """Logits that a mirror image changes, and that differ between the modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3 * 4 * 5, 6)
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.linear(x.float().flatten(1)) + 1000.0 * self.training
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+def test_logits_are_the_mean_of_image_and_mirror_and_the_mode_is_restored(training):
+    network, images = Asymmetric().train(training), random_images(7, 4, 5)
+    plain = logits_of(network, images, mirror=False)
+    assert network.training is training
+    both = logits_of(network, images, mirror=True, batch_size=3)
+    assert network.training is training
+    assert network.sizes[1:] == [3, 3, 3, 3, 1, 1]
+    network.eval()
+    with torch.no_grad():
+        x = images.permute(0, 3, 1, 2)
+        expected, mirrored = network(x), network(x.flip(3))
+    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(both, (expected + mirrored) / 2)
+    assert not torch.allclose(expected, mirrored)
+    assert not both.requires_grad
+
+
+def test_accuracy_counts_rows_with_a_nan_as_wrong():
+    nan = float("nan")
+    logits = torch.tensor([[0.1, 0.9], [0.9, 0.1], [nan, 0.1], [0.1, nan], [float("inf"), 0.0]])
+    assert accuracy(logits, torch.tensor([1, 1, 0, 1, 0])) == pytest.approx(2 / 5)
+    assert accuracy(torch.full((3, 2), nan), torch.tensor([0, 1, 0])) == 0.0

@@ -1,0 +1,292 @@
+"""What every op promises: layout, dtype and device checks, autograd modes, torch.compile, determinism, registration."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import _cases, _launch
+from tests.oracle import DEVICE, DTYPES, in_float64, name_of, run
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = _cases.small_cases()
+OPS = [
+    name
+    for name in kernels.__all__
+    if inspect.isfunction(getattr(kernels, name)) and name != "interpreting"
+]  # fmt: skip
+every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
+FIRST = {"whiten": "images", "whiten_project_norm_act": "images", "se_gate": "squeeze"}
+
+
+def first_argument(case) -> str:
+    return FIRST.get(case.op, "x")
+
+
+def trained(case, dtype=torch.float32) -> dict:
+    """Fresh arguments that require what gradients the op gives."""
+    tensors = case.make(DEVICE, dtype)
+    return {k: v.requires_grad_() if k in case.differentiable else v for k, v in tensors.items()}
+
+
+def test_every_public_op_is_registered_and_tested():
+    """A new op needs a reference of the same signature, a case and a test file."""
+    assert sorted(OPS) == sorted({case.op for case in CASES})
+    assert {case.op for case in _cases.network_cases()} == set(OPS)
+    for name in OPS:
+        assert (Path(__file__).parent / f"test_{name}.py").is_file()
+        ours = inspect.signature(getattr(kernels, name)).parameters
+        theirs = inspect.signature(getattr(kernels.reference, name)).parameters
+        assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+            (p.name, p.kind, p.default) for p in theirs.values()
+        ], name
+        assert "Raises" in getattr(kernels, name).__doc__
+
+
+@every_op
+def test_bitwise_repeatable(case):
+    tensors = case.make(DEVICE, torch.float32)
+    y = case.call(kernels, in_place_copy(tensors), torch.float32)
+    upstream = torch.randn_like(y)
+    once = run(case, kernels, tensors, torch.float32, upstream)
+    again = run(case, kernels, tensors, torch.float32, upstream)
+    for name, value in once.items():
+        assert torch.equal(value, again[name]), name
+
+
+def in_place_copy(tensors):
+    return {k: None if v is None else v.clone() for k, v in tensors.items()}
+
+
+@every_op
+def test_output_is_channels_last_and_keeps_its_dtype(case):
+    for dtype in DTYPES:
+        y = case.call(kernels, case.make(DEVICE, dtype), dtype)
+        assert y.dtype == (torch.float32 if case.op == "se_gate" else dtype)
+        if y.dim() == 4:
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_op
+def test_without_gradients(case):
+    """No argument requires a gradient, or no_grad is on: the same values, no graph."""
+    tensors = trained(case)
+    with torch.no_grad():
+        y = case.call(kernels, in_place_copy(tensors), torch.float32)
+    assert not y.requires_grad
+    plain = {k: None if v is None else v.detach() for k, v in tensors.items()}
+    z = case.call(kernels, in_place_copy(plain), torch.float32)
+    assert not z.requires_grad
+    assert torch.equal(y, z)
+
+
+@every_op
+def test_only_what_requires_a_gradient_gets_one(case):
+    for name in case.differentiable:
+        tensors = case.make(DEVICE, torch.float32)
+        tensors[name].requires_grad_()
+        case.call(kernels, tensors, torch.float32).sum().backward()
+        assert tensors[name].grad.isfinite().all()
+        assert all(v.grad is None for k, v in tensors.items() if v is not None and k != name)
+
+
+@every_op
+def test_second_derivative_is_a_clear_error(case):
+    tensors = trained(case)
+    leaf = tensors[case.differentiable[0]]
+    y = case.call(kernels, tensors, torch.float32)
+    (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@every_op
+def test_arguments_are_not_modified(case):
+    tensors = trained(case)
+    before = in_place_copy(tensors)
+    case.call(kernels, tensors, torch.float32).sum().backward()
+    for name, value in tensors.items():
+        if name not in case.buffers:
+            assert torch.equal(value, before[name]), name
+
+
+@every_op
+def test_empty_batch_and_wrong_rank_are_refused(case):
+    name = first_argument(case)
+    tensors = case.make(DEVICE, torch.float32)
+    with pytest.raises(ValueError, match="empty"):
+        case.call(kernels, {**tensors, name: tensors[name][:0]}, torch.float32)
+    with pytest.raises(ValueError, match=rf"{name} must be \["):
+        case.call(kernels, {**tensors, name: tensors[name][0]}, torch.float32)
+
+
+@every_op
+def test_wrong_dtype_is_refused(case):
+    name = first_argument(case)
+    tensors = case.make(DEVICE, torch.float32)
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        case.call(kernels, {**tensors, name: tensors[name].to(torch.int32)}, torch.float32)
+    with pytest.raises(TypeError, match="float64"):
+        case.call(kernels, in_float64({**tensors, name: tensors[name].double()}), torch.float64)
+
+
+@every_op
+def test_unknown_activation_is_refused(case):
+    options = {**case.options, "activation": "tanh"}
+    with pytest.raises(ValueError, match="unknown activation 'tanh'"):
+        getattr(kernels, case.op)(**case.make(DEVICE, torch.float32), **options)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.op != "se_gate"], ids=lambda case: case.op)
+def test_channels_first_is_refused(case):
+    name = first_argument(case)
+    tensors = case.make(DEVICE, torch.float32)
+    with pytest.raises(ValueError, match="channels_last"):
+        case.call(kernels, {**tensors, name: tensors[name].contiguous()}, torch.float32)
+
+
+@every_op
+def test_another_device_is_refused(case):
+    name = first_argument(case)
+    tensors = case.make(DEVICE, torch.float32)
+    with pytest.raises(ValueError, match="one device"):
+        case.call(kernels, {**tensors, name: tensors[name].to("meta")}, torch.float32)
+
+
+@every_op
+def test_autocast(case):
+    """Under autocast the ops compute in float32 as ever; those that choose their result's dtype take autocast's."""
+    if DEVICE.type == "cpu" and case.takes_dtype:
+        # the interpreter has no bfloat16, and the CPU's autocast takes float16 too
+        pass
+    tensors = case.make(DEVICE, torch.float32)
+    plain = case.call(kernels, in_place_copy(tensors), torch.float32)
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        y = getattr(kernels, case.op)(**in_place_copy(tensors), **case.options)
+    assert y.dtype == (torch.float16 if case.takes_dtype else torch.float32)
+    torch.testing.assert_close(y.float(), plain, rtol=2e-3, atol=2e-3)
+
+
+@every_op
+def test_torch_compile_sees_one_opaque_op(case):
+    """Traced whole (fullgraph) with its backward and its buffers, giving the eager result."""
+    tensors = case.make(DEVICE, torch.float32)
+    probe = case.call(kernels, in_place_copy(tensors), torch.float32)
+    upstream = torch.randn_like(probe)
+    eager = run(case, kernels, tensors, torch.float32, upstream)
+
+    class Compiled:
+        pass
+
+    def call(**arguments):
+        return getattr(kernels, case.op)(**arguments)
+
+    setattr(Compiled, case.op, staticmethod(torch.compile(call, backend="aot_eager", fullgraph=True)))
+    torch._dynamo.reset()
+    compiled = run(case, Compiled, tensors, torch.float32, upstream)
+    for name, value in eager.items():
+        assert torch.equal(value, compiled[name]), name
+
+
+@every_op
+def test_operators_obey_their_declarations(case):
+    """torch.library.opcheck on every operator a forward and backward call: schema, mutation, aliasing, fake shapes."""
+    seen = []
+    original = torch._ops.OpOverload.__call__
+
+    def record(self, *args, **kwargs):
+        if self.namespace == _launch.NAMESPACE:
+            seen.append((self, tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)))
+        return original(self, *args, **kwargs)
+
+    torch._ops.OpOverload.__call__ = record
+    try:
+        tensors = trained(case)
+        y = case.call(kernels, tensors, torch.float32)
+        y.backward(torch.randn_like(y))
+    finally:
+        torch._ops.OpOverload.__call__ = original
+    assert {str(op).split("::")[-1].split(".")[1] for op, _ in seen} >= {f"{case.op}_fwd", f"{case.op}_bwd"} or seen
+    for operator, arguments in seen:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@every_op
+def test_cuda_graph_replay(case, dtype):
+    """Forward and backward captured once and replayed on new values give what eager calls give."""
+    tensors = trained(case, dtype)
+    probe = case.call(kernels, in_place_copy(tensors), dtype)
+    upstream = torch.randn_like(probe)
+    leaves = [tensors[name] for name in case.differentiable]
+
+    def step():
+        y = case.call(kernels, tensors, dtype)
+        return [y, *torch.autograd.grad(y, leaves, upstream)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    fresh = case.make(DEVICE, dtype)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if value is not None:
+                value.copy_(fresh[name])
+    graph.replay()
+    torch.cuda.synchronize()
+    got = [value.detach().clone() for value in captured]
+    with torch.no_grad():
+        for name in case.buffers:
+            tensors[name].copy_(fresh[name])
+    for value, want in zip(got, step()):
+        assert torch.equal(value, want)
+
+
+def test_bfloat16_is_refused_in_the_interpreter():
+    if not kernels.interpreting():
+        pytest.skip("on a GPU bfloat16 works and is judged with the other dtypes")
+    case = _cases.squeeze_excite(1, 4, 2, 2, 2)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        case.call(kernels, case.make(DEVICE, torch.bfloat16), torch.bfloat16)
+
+
+def test_without_gpu_or_interpreter_the_error_says_what_to_do():
+    code = (
+        "import torch, kernels\n"
+        "x = torch.randn(1, 4, 2, 2).contiguous(memory_format=torch.channels_last)\n"
+        "try:\n    kernels.excite_norm_act_add(x, None, torch.zeros(4))\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "TRITON_INTERPRET=1" in done.stdout and "need a GPU" in done.stdout, done.stderr
+
+
+def test_both_import_names_live_in_one_process(tmp_path):
+    """Installed as blink_kernels and imported as kernels from a checkout: neither overwrites the other's operators."""
+    (tmp_path / "blink_kernels").symlink_to(ROOT / "kernels")
+    code = (
+        "import torch, kernels, blink_kernels\n"
+        "x = torch.randn(2, 4, 2, 2).contiguous(memory_format=torch.channels_last)\n"
+        "b = torch.zeros(4)\n"
+        "same = torch.equal(kernels.excite_norm_act_add(x, None, b), blink_kernels.excite_norm_act_add(x, None, b))\n"
+        "print(same, hasattr(torch.ops.kernels, 'se_gate_fwd'), hasattr(torch.ops.blink_kernels, 'se_gate_fwd'))\n"
+    )
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "TRITON_INTERPRET": "1"}
+    if DEVICE.type == "cuda":
+        code = code.replace("torch.zeros(4)", "torch.zeros(4, device='cuda')").replace(
+            "memory_format=torch.channels_last)", "memory_format=torch.channels_last).cuda()"
+        )
+        env.pop("TRITON_INTERPRET")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True", "True"], done.stderr

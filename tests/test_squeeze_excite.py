@@ -1,0 +1,79 @@
+"""squeeze_excite: fused against the float64 reference and against torchvision's layer."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.ops import SqueezeExcitation
+
+import kernels
+from kernels._cases import squeeze_excite
+from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
+
+# float32: sums of H * W values; 16 bits: one rounding of the result, the gate being float32 throughout
+TOLERANCES = {
+    torch.float32: Tolerance(1e-6, 3e-6),
+    torch.float16: Tolerance(2**-11 * 1.02, 2**-11 * 1.02),
+    torch.bfloat16: Tolerance(2**-8 * 1.02, 2**-8 * 1.02),
+}
+
+CASES = [
+    squeeze_excite(3, 128, 15, 15, 8, activation="gelu"),
+    squeeze_excite(2, 512, 3, 3, 32, activation="gelu"),
+    squeeze_excite(1, 17, 5, 7, 1),
+    squeeze_excite(2, 80, 9, 4, 20, activation="silu"),
+    squeeze_excite(3, 12, 1, 1, 3, activation=None),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_matches_float64(case, dtype):
+    judge(case, dtype, TOLERANCES[dtype])
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(2, 3), st.integers(4, 60), st.integers(1, 9), st.integers(1, 9), st.integers(2, 20),
+    st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(batch, channels, height, width, hidden, dtype):
+    judge(
+        squeeze_excite(batch, channels, height, width, hidden, activation="gelu"),
+        dtype,
+        TOLERANCES[dtype].loosened(10),
+        versus_pytorch=False,
+    )
+
+
+def test_directional_derivative():
+    directional_derivative_matches(squeeze_excite(2, 4, 3, 3, 2, activation="gelu"))
+
+
+def test_layer_is_a_drop_in_for_torchvision():
+    """Same state_dict, same function, same gradients; a channels-first input is taken too."""
+    theirs = SqueezeExcitation(12, 3).to(DEVICE)
+    ours = kernels.SqueezeExcite(12, 3).to(DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 12, 5, 4, device=DEVICE)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    for layer in (ours, theirs):
+        layer(x).square().sum().backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_whiten_layer():
+    """The layer holds weight, mean and std as buffers and trains its bias only."""
+    weight = torch.randn(12, 3, 2, 2)
+    layer = kernels.Whiten(weight, torch.full((3,), 0.4), torch.full((3,), 0.2)).to(DEVICE)
+    images = torch.randint(0, 256, (2, 3, 6, 6), dtype=torch.uint8, device=DEVICE)
+    layer(images).sum().backward()
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert set(layer.state_dict()) == {"weight", "mean", "std", "bias"}
+    want = kernels.reference.whiten(
+        images, layer.weight.double(), layer.bias.double(), mean=layer.mean, std=layer.std, activation="gelu"
+    )
+    torch.testing.assert_close(layer(images).double(), want, rtol=1e-5, atol=1e-5)
+    assert layer.bias.grad.isfinite().all()
