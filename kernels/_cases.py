@@ -195,6 +195,7 @@ def network_cases(batch: int = 512) -> list[Case]:
     """Every call of the hlb network in a training step on 32x32 images, and whiten as airbench's stem has it."""
     return [
         whiten(batch, 32, 32, 24),
+        whiten(batch, 32, 32, 12),
         whiten_project_norm_act(batch, 32, 32, 32),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3),
         excite_norm_act_add(batch, 128, 15, 15, gate=False, residual=False),

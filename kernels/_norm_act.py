@@ -16,9 +16,10 @@ from ._launch import launch
 
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
 _PROGRAMS = 1024
-_TILE = 4096
-# the last backward pass holds two inputs, an output and the gate's gradient: a full tile would spill registers
-_BWD_TILE = 2048
+# bytes of x that a program holds at a time: more would spill registers (see tests/test_ahead_of_time.py)
+_TILE_BYTES = 8192
+# the last backward pass also holds dy, dx and the gate's gradient
+_BWD_TILE_BYTES = 4096
 _UNGATED_SEGMENT = 128
 
 
@@ -223,13 +224,13 @@ def _bwd_kernel(
 class Tiling:
     """How [B, C, H, W] in channels_last memory is cut into segments, tiles and programs."""
 
-    def __init__(self, x: Tensor, gated: bool, tile: int = _TILE):
+    def __init__(self, x: Tensor, gated: bool, tile_bytes: int = _TILE_BYTES):
         batch, self.channels, height, width = x.shape
         self.rows = batch * height * width
         self.segment = height * width if gated else _UNGATED_SEGMENT
         self.segments = triton.cdiv(self.rows, self.segment)
         self.block_c = block_of(self.channels, 128)
-        self.block_rows = block_of(self.segment, max(1, tile // self.block_c))
+        self.block_rows = block_of(self.segment, max(1, tile_bytes // x.element_size() // self.block_c))
         channel_blocks = triton.cdiv(self.channels, self.block_c)
         self.programs = min(self.segments, max(1, _PROGRAMS // channel_blocks))
         self.grid = (self.programs, channel_blocks)
@@ -292,7 +293,7 @@ def backward(
         eps, ACT=activation, **tiling.constexprs,
     )  # fmt: skip
     sums = sum_partials(partials)
-    tiling = Tiling(x, gate is not None, _BWD_TILE)
+    tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     launch(

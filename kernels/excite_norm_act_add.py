@@ -34,7 +34,8 @@ def _fwd(
         mean, var = _norm_act.batch_statistics(x, gate, running_mean, running_var, momentum)
         return _norm_act.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
     y = _norm_act.forward(x, gate, bias, residual, running_mean, running_var, eps, activation)
-    return y, bias.new_empty(0), bias.new_empty(0)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    return y, nothing, torch.empty_like(nothing)
 
 
 @_fwd.register_fake

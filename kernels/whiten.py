@@ -27,6 +27,8 @@ from ._patches import (
 )
 
 _BLOCK_P = 128
+# a full block of accumulators, one a position and filter, would spill registers on sm_100
+_BWD_BLOCK_P = 64
 _BWD_PROGRAMS = 512
 
 
@@ -106,7 +108,6 @@ def _setup(images: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch
         O=filters,
         HAS_BIAS=bias is not None,
         EXACT=needs_float32(images, out_dtype),
-        BLOCK_P=_BLOCK_P,
         BLOCK_O=block_o,
         **shape.constexprs,
     )
@@ -128,7 +129,7 @@ def _fwd(
     launch(
         _fwd_kernel, (triton.cdiv(shape.positions, _BLOCK_P), blocks), images, weight,
         bias if bias is not None else weight, mean if mean is not None else weight, std if std is not None else weight,
-        y, shape.positions, ACT=activation, **constexprs,
+        y, shape.positions, ACT=activation, BLOCK_P=_BLOCK_P, **constexprs,
     )  # fmt: skip
     return y
 
@@ -150,11 +151,12 @@ def _bwd(
     activation: str,
 ) -> Tensor:
     shape, blocks, constexprs = _setup(images, weight, bias, dy.dtype)
-    programs = min(triton.cdiv(shape.positions, _BLOCK_P), _BWD_PROGRAMS)
+    programs = min(triton.cdiv(shape.positions, _BWD_BLOCK_P), _BWD_PROGRAMS)
     partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
     launch(
         _bwd_kernel, (programs, blocks), dy, images, weight, bias, mean if mean is not None else weight,
-        std if std is not None else weight, partials, shape.positions, ACT=activation, **constexprs,
+        std if std is not None else weight, partials, shape.positions, ACT=activation,
+        BLOCK_P=_BWD_BLOCK_P, **constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 

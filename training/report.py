@@ -109,8 +109,8 @@ class Report:
         data = facts["data"]
         if data["generated"]:
             table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
-        table.add_row("accuracy", f"{_with_spread(accuracy, 4)}  (EMA, mirror-averaged, {data['test']:,} images)")
-        table.add_row("seconds", f"{_with_spread(seconds, 2)}  (whitening, training, final evaluation)")
+        table.add_row("accuracy", f"{with_spread(accuracy, 4)}  (EMA, mirror-averaged, {data['test']:,} images)")
+        table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, final evaluation)")
         table.add_row("training", f"{rate['mean']:,.0f} images/s")
         table.add_row("compile", facts_seconds(facts["compile_seconds"]))
         table.add_row("start-up", f"{facts['startup_seconds']:.1f} s (imports, data)")
@@ -147,7 +147,8 @@ def facts_seconds(seconds: float | None) -> str:
     return "none (no compilation on this path)" if seconds is None else f"{seconds:.1f} s (warm-up run, untimed)"
 
 
-def _with_spread(s: dict, digits: int) -> str:
+def with_spread(s: dict, digits: int) -> str:
+    """A spread as text: the mean, and from two values on its std and 95 % interval."""
     text = f"{s['mean']:.{digits}f}"
     if s["std"] is not None:
         text += f" std {s['std']:.{digits}f}, 95 % interval +-{s['ci95']:.{digits}f}, n = {s['n']}"

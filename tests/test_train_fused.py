@@ -1,0 +1,58 @@
+"""train.py with the fused kernels and with plain PyTorch, same seed: the same training."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from model import backend
+from tests.oracle import DEVICE
+from training import data, precision
+from training.data import synthetic
+from training.loop import build_network
+from training.recipes import RECIPES
+
+
+@pytest.fixture
+def image_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLINK_CACHE", str(tmp_path / "cache"))
+    images, labels, test_images, test_labels = synthetic.generate(40, 20)
+    for half, pixels, numbers in (("train", images, labels), ("test", test_images, test_labels)):
+        for i, (image, label) in enumerate(zip(pixels, numbers)):
+            folder = tmp_path / "images" / half / synthetic.CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[8:20, 8:20]).save(folder / f"{i:04}.png")
+    return tmp_path / "images"
+
+
+def test_losses_agree_and_weights_move(image_folder, tmp_path):
+    """Per-image losses to 1e-4 relative at every step, with weights that moved by more than 1e-3 relative."""
+    losses, weights = {}, {}
+    for kernels in ("fused", "reference"):
+        out = tmp_path / kernels
+        code = train.main(
+            [
+                *("--data", str(image_folder), "--device", DEVICE.type, "--dtype", "fp32", "--kernels", kernels),
+                *("--steps", "4", "--batch-size", "8", "--seed", "3", "--validate", "0", "--out", str(out)),
+            ]
+        )
+        assert code == 0
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["kernels"]["name"] == kernels
+        losses[kernels] = summary["runs"][0]["losses"]
+        weights[kernels] = load_file(out / "hlb-seed3.safetensors")
+    assert len(losses["fused"]) == 4
+    for ours, theirs in zip(losses["fused"], losses["reference"]):
+        assert abs(ours - theirs) <= 1e-4 * abs(theirs)
+    dataset = data.load(str(image_folder), lambda done, total: None, lambda note: None)
+    start = build_network(RECIPES["hlb"], dataset, backend.reference(), precision.choose("fp32", DEVICE, False), 3)
+    for name, before in start.state_dict().items():
+        if name.endswith(("conv1.weight", "conv2.weight", "conv3.weight")):
+            moved = weights["fused"][name] - before
+            assert moved.norm() > 1e-3 * before.norm(), name
+            difference = weights["fused"][name] - weights["reference"][name]
+            assert difference.norm() < 0.05 * moved.norm(), name
+    assert all(torch.isfinite(value).all() for value in weights["fused"].values())
