@@ -53,7 +53,8 @@ for dtype, target, case in todo[share::shares]:
         wide_stores = len(re.findall(r"\\bSTG[.\\w]*\\.128|_store_dwordx4", r.assembly))
         print(json.dumps(dict(
             op=case.op, case=case.label, dtype=str(dtype), target=target, kernel=full_name(launch.kernel),
-            registers=r.registers, spills=r.spills, stack=r.stack, shared=r.shared, wide_loads=wide_loads, wide_stores=wide_stores,
+            registers=r.registers, spills=r.spills, stack=r.stack, shared=r.shared,
+            wide_loads=wide_loads, wide_stores=wide_stores,
             tensor_core=bool(re.search(r"HMMA|HGMMA|UTCHMMA|mfma", r.assembly)))), flush=True)
 """
 
