@@ -61,13 +61,13 @@ def activate_grad(z, ACT: tl.constexpr):
 
 @triton.jit
 def split_fp16(x):
-    """x = scale * (hi + lo / 2048) to about 2^-22 of max |x|, with hi, lo float16 and one scale for the tile.
+    """x = scale * (hi + lo / 2048) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
 
     Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
     """
-    scale = tl.max(tl.max(tl.abs(x), 1), 0)
+    scale = tl.max(tl.abs(x), 0)
     scale = tl.where(scale > 0, scale, 1.0)
-    unit = x / scale
+    unit = x / scale[None, :]
     hi = unit.to(tl.float16)
     lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
     return hi, lo, scale

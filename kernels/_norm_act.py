@@ -18,7 +18,7 @@ from ._launch import launch
 _PROGRAMS = 1024
 # bytes of x that a program holds at a time: more would spill registers (see tests/test_ahead_of_time.py)
 _TILE_BYTES = 8192
-# the last backward pass also holds dy, dx and the gate's gradient
+# the backward passes also hold dy
 _BWD_TILE_BYTES = 4096
 _UNGATED_SEGMENT = 128
 
@@ -284,7 +284,7 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
-    tiling = Tiling(x, gate is not None)
+    tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     channels = tiling.channels
     partials = torch.empty(tiling.programs, 2 * channels, dtype=torch.float32, device=x.device)
     gate_or_x = gate if gate is not None else x
@@ -293,7 +293,6 @@ def backward(
         eps, ACT=activation, **tiling.constexprs,
     )  # fmt: skip
     sums = sum_partials(partials)
-    tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     launch(

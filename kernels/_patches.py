@@ -63,7 +63,7 @@ def project_patches(q, matrix, EXACT: tl.constexpr):
         return tl.dot(q, matrix, input_precision="ieee")
     hi, lo, scale = split_fp16(matrix)
     q16 = q.to(tl.float16)
-    return (tl.dot(q16, hi) + tl.dot(q16, lo) * (1.0 / 2048.0)) * scale
+    return (tl.dot(q16, hi) + tl.dot(q16, lo) * (1.0 / 2048.0)) * scale[None, :]
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def correlate_patches(g, q, EXACT: tl.constexpr):
         return tl.dot(tl.trans(g), q, input_precision="ieee")
     hi, lo, scale = split_fp16(g)
     q16 = q.to(tl.float16)
-    return (tl.dot(tl.trans(hi), q16) + tl.dot(tl.trans(lo), q16) * (1.0 / 2048.0)) * scale
+    return (tl.dot(tl.trans(hi), q16) + tl.dot(tl.trans(lo), q16) * (1.0 / 2048.0)) * scale[:, None]
 
 
 class PatchShape:

@@ -17,8 +17,8 @@ from ._common import activate, activate_grad, sigmoid
 from ._launch import launch, opaque_op
 from .se_gate import check_gate_weights, weight_gradients
 
-# elements of x, or of a weight matrix, that a program holds at a time
-_TILE = 8192
+# bytes of x that a program holds at a time; of a weight matrix it holds as many elements
+_TILE_BYTES = 8192
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _bwd_kernel(
 def _sizes(x: Tensor, hidden: int) -> dict:
     channels, hw = x.shape[1], x.shape[2] * x.shape[3]
     block_c = triton.next_power_of_2(channels)
-    rows = max(1, _TILE // block_c)
+    rows = max(1, _TILE_BYTES // x.element_size() // block_c)
     return dict(
         C=channels,
         R=hidden,

@@ -256,7 +256,13 @@ def _tile(images: Tensor, channels: int, shape: PatchShape, out_dtype: torch.dty
 def _finish_sizes(project_weight: Tensor, shape: PatchShape) -> dict:
     filters = project_weight.shape[1]
     sizes = {key: shape.constexprs[key] for key in ("C_IN", "K", "F_PAD")}
-    return dict(FILTERS=filters, BLOCK_K=min(32, triton.next_power_of_2(filters)), **sizes)
+    # a warp for each 16 features keeps the float64 matrices in registers
+    return dict(
+        FILTERS=filters,
+        BLOCK_K=min(32, triton.next_power_of_2(filters)),
+        num_warps=min(8, max(1, shape.f_pad // 16) ** 2),
+        **sizes,
+    )
 
 
 @opaque_op("whiten_project_norm_act_fwd", mutates=("running_mean", "running_var"))
@@ -292,7 +298,7 @@ def _fwd(
     launch(
         _finish_kernel, (channels,), moments, project_weight, whiten_weight, bias, mean, std,
         running_mean if tracked else rstd, running_var if tracked else rstd, matrix, shift, rstd,
-        shape.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked, num_warps=1,
+        shape.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked,
         **_finish_sizes(project_weight, shape),
     )  # fmt: skip
     y = channels_last_like(images, channels, shape.height, shape.width, dtype)
@@ -345,7 +351,7 @@ def _bwd(
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     launch(
         _bwd_finish_kernel, (channels,), partials, moments, project_weight, whiten_weight, mean, std, rstd, dproject,
-        dbias, programs, shape.positions, C=channels, TRAINING=training, BLOCK_N=32, num_warps=1,
+        dbias, programs, shape.positions, C=channels, TRAINING=training, BLOCK_N=32,
         **_finish_sizes(project_weight, shape),
     )  # fmt: skip
     return dproject, dbias
