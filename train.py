@@ -157,8 +157,7 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); try --device cpu") from error
+        raise UserError(f"--device {name} cannot be used here; expected cpu, cuda or cuda:N of a GPU here") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; expected cpu or cuda")
     return device
@@ -178,12 +177,18 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def load_data(source: str | None, console: Console, notes: list[str]):
-    columns = (TextColumn("decoding images"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("decoding", total=None, visible=False)
-        return data.load(
-            source, lambda done, total: bar.update(task, completed=done, total=total, visible=True), notes.append
-        )
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, description="decoding images", completed=done, total=total, visible=True)
+
+        def note(line: str) -> None:
+            notes.append(line)
+            bar.update(task, description=line, visible=True)
+
+        return data.load(source, progress, note)
 
 
 def random_labels(dataset):

@@ -90,6 +90,18 @@ class PatchShape:
         )
 
 
+def tile_sizes(shape: PatchShape, filters: int, exact: bool, backward: bool) -> dict[str, int]:
+    """BLOCK_P positions by BLOCK_O filters a program: as large as stays in registers on every target.
+
+    What a program holds grows with the features, with float32 products, and with the backward pass's second product.
+    """
+    block_o = min(32, max(16, triton.next_power_of_2(filters)))
+    block_p = 128 // (shape.f_pad // 32 or 1)
+    if exact or backward:
+        block_p //= 2
+    return {"BLOCK_P": max(16, block_p), "BLOCK_O": block_o}
+
+
 def check_kernel(op: str, images: Tensor, weight: Tensor) -> None:
     """weight [O, C_in, k, k] contiguous, and the image at least k x k."""
     if weight.dim() != 4 or weight.shape[1] != images.shape[1] or weight.shape[2] != weight.shape[3]:

@@ -23,12 +23,10 @@ from ._patches import (
     needs_float32,
     output_dtype,
     project_patches,
+    tile_sizes,
     weight_offset,
 )
 
-_BLOCK_P = 128
-# a full block of accumulators, one a position and filter, would spill registers on sm_100
-_BWD_BLOCK_P = 64
 _BWD_PROGRAMS = 512
 
 
@@ -100,18 +98,20 @@ def _bwd_kernel(
     tl.store(partial_ptr + tl.program_id(0) * O + o, tl.sum(acc, 0), mask=o < O)
 
 
-def _setup(images: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype):
+def _setup(images: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backward: bool):
     filters = weight.shape[0]
     shape = PatchShape(images, weight.shape[2])
-    block_o = min(64, max(16, triton.next_power_of_2(filters)))
+    exact = needs_float32(images, out_dtype)
+    tile = tile_sizes(shape, filters, exact, backward)
     constexprs = dict(
         O=filters,
         HAS_BIAS=bias is not None,
-        EXACT=needs_float32(images, out_dtype),
-        BLOCK_O=block_o,
+        EXACT=exact,
+        **tile,
         **shape.constexprs,
     )
-    return shape, triton.cdiv(filters, block_o), constexprs
+    grid = (triton.cdiv(shape.positions, tile["BLOCK_P"]), triton.cdiv(filters, tile["BLOCK_O"]))
+    return shape, grid, constexprs
 
 
 @opaque_op("whiten_fwd")
@@ -124,12 +124,12 @@ def _fwd(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    shape, blocks, constexprs = _setup(images, weight, bias, dtype)
+    shape, grid, constexprs = _setup(images, weight, bias, dtype, backward=False)
     y = channels_last_like(images, weight.shape[0], shape.height, shape.width, dtype)
     launch(
-        _fwd_kernel, (triton.cdiv(shape.positions, _BLOCK_P), blocks), images, weight,
+        _fwd_kernel, grid, images, weight,
         bias if bias is not None else weight, mean if mean is not None else weight, std if std is not None else weight,
-        y, shape.positions, ACT=activation, BLOCK_P=_BLOCK_P, **constexprs,
+        y, shape.positions, ACT=activation, **constexprs,
     )  # fmt: skip
     return y
 
@@ -150,13 +150,12 @@ def _bwd(
     std: Tensor | None,
     activation: str,
 ) -> Tensor:
-    shape, blocks, constexprs = _setup(images, weight, bias, dy.dtype)
-    programs = min(triton.cdiv(shape.positions, _BWD_BLOCK_P), _BWD_PROGRAMS)
+    shape, (tiles, blocks), constexprs = _setup(images, weight, bias, dy.dtype, backward=True)
+    programs = min(tiles, _BWD_PROGRAMS)
     partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
     launch(
         _bwd_kernel, (programs, blocks), dy, images, weight, bias, mean if mean is not None else weight,
-        std if std is not None else weight, partials, shape.positions, ACT=activation,
-        BLOCK_P=_BWD_BLOCK_P, **constexprs,
+        std if std is not None else weight, partials, shape.positions, ACT=activation, **constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 

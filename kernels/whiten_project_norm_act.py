@@ -30,10 +30,10 @@ from ._patches import (
     needs_float32,
     output_dtype,
     project_patches,
+    tile_sizes,
     weight_offset,
 )
 
-_BLOCK_P = 128
 _MOMENT_BLOCK = 128
 # |q| <= 2**7, so a sum of 2**10 products stays within the 2**24 up to which float32 counts exactly
 _EXACT_POSITIONS = 1024
@@ -239,18 +239,9 @@ def _bwd_finish_kernel(
     tl.store(dbias_ptr + row, sum_g.to(tl.float32))
 
 
-def _block_o(channels: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(channels)))
-
-
-def _tile(images: Tensor, channels: int, shape: PatchShape, out_dtype: torch.dtype) -> dict:
-    return dict(
-        C=channels,
-        EXACT=needs_float32(images, out_dtype),
-        BLOCK_P=_BLOCK_P,
-        BLOCK_O=_block_o(channels),
-        **shape.constexprs,
-    )
+def _tile(images: Tensor, channels: int, shape: PatchShape, out_dtype: torch.dtype, backward: bool) -> dict:
+    exact = needs_float32(images, out_dtype)
+    return dict(C=channels, EXACT=exact, **tile_sizes(shape, channels, exact, backward), **shape.constexprs)
 
 
 def _finish_sizes(project_weight: Tensor, shape: PatchShape) -> dict:
@@ -302,8 +293,8 @@ def _fwd(
         **_finish_sizes(project_weight, shape),
     )  # fmt: skip
     y = channels_last_like(images, channels, shape.height, shape.width, dtype)
-    tile = _tile(images, channels, shape, dtype)
-    grid = (triton.cdiv(shape.positions, _BLOCK_P), triton.cdiv(channels, tile["BLOCK_O"]))
+    tile = _tile(images, channels, shape, dtype, backward=False)
+    grid = (triton.cdiv(shape.positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_O"]))
     launch(_fwd_kernel, grid, images, matrix, shift, y, shape.positions, ACT=activation, **tile)
     return y, moments, matrix, shift, rstd
 
@@ -341,9 +332,9 @@ def _bwd(
     channels, filters = project_weight.shape
     shape = PatchShape(images, whiten_weight.shape[2])
     fp32 = dict(dtype=torch.float32, device=images.device)
-    programs = min(triton.cdiv(shape.positions, _BLOCK_P), _PROGRAMS)
+    tile = _tile(images, channels, shape, dy.dtype, backward=True)
+    programs = min(triton.cdiv(shape.positions, tile["BLOCK_P"]), _PROGRAMS)
     partials = torch.empty(programs, channels, shape.f_pad, **fp32)
-    tile = _tile(images, channels, shape, dy.dtype)
     launch(
         _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, images, matrix, shift, partials,
         shape.positions, ACT=activation, **tile,

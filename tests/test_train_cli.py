@@ -116,7 +116,7 @@ def test_output_of_two_runs(two_runs):
         "budget 2 steps of 8 images (1 epochs)",
         "run 1 of 2, seed 5",
         "run 2 of 2, seed 6",
-        "95 % interval +-",
+        "95 % +-",
         "n = 2",
     ):
         assert part in done.words

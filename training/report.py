@@ -18,7 +18,7 @@ from training.errors import UserError
 from training.loop import Budget, EpochRow, RunResult
 from training.recipes import Recipe
 
-GENERATED_WARNING = "NOT CIFAR-10: training on the embedded generated set; its accuracy means nothing elsewhere"
+GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100
 
 
@@ -83,7 +83,10 @@ class Report:
             return
         if losses.device.type == "cpu":
             self._live_loss = f"{losses[done - 1].item():.3f}"
-        self._progress.update(self._task, completed=done, loss=self._live_loss)
+        last = done == losses.numel()
+        self._progress.update(
+            self._task, completed=done, loss=self._live_loss, description="evaluating" if last else "training"
+        )
 
     def on_epoch(self, row: EpochRow) -> None:
         self._live_loss = f"{row.train_loss:.3f}"
@@ -109,8 +112,8 @@ class Report:
         data = facts["data"]
         if data["generated"]:
             table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
-        table.add_row("accuracy", f"{with_spread(accuracy, 4)}  (EMA, mirror-averaged, {data['test']:,} images)")
-        table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, final evaluation)")
+        table.add_row("accuracy", f"{with_spread(accuracy, 4)}  (EMA, mirrored, {data['test']:,} images)")
+        table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, evaluation)")
         table.add_row("training", f"{rate['mean']:,.0f} images/s")
         table.add_row("compile", facts_seconds(facts["compile_seconds"]))
         table.add_row("start-up", f"{facts['startup_seconds']:.1f} s (imports, data)")
@@ -151,7 +154,7 @@ def with_spread(s: dict, digits: int) -> str:
     """A spread as text: the mean, and from two values on its std and 95 % interval."""
     text = f"{s['mean']:.{digits}f}"
     if s["std"] is not None:
-        text += f" std {s['std']:.{digits}f}, 95 % interval +-{s['ci95']:.{digits}f}, n = {s['n']}"
+        text += f" std {s['std']:.{digits}f}, 95 % +-{s['ci95']:.{digits}f}, n = {s['n']}"
     return text
 
 

@@ -4,8 +4,8 @@ Ten classes of 32 x 32 RGB images: shapes and textures at random places, angles,
 polarity), over gradients, blobs and noise, so that only the form tells the classes apart.
 
 Measured at the defaults (3,072 training and 2,000 test images, seed 0): softmax regression on normalized
-pixels reaches 12.4 % test accuracy (the best of 3 weight decays; chance is 10 %), and the trainer's own
-recipe (hlb network, 10 epochs of 24 steps at batch 128) 97.65, 97.05 and 97.65 % (n = 3 training seeds).
+pixels reaches 12.4 % test accuracy (the best of 3 weight decays; chance is 10 %), and the hlb recipe
+(`python train.py --data synthetic`, 10 epochs of 24 steps at batch 128, bf16 on a CPU) 97.3 % (n = 1).
 """
 
 from __future__ import annotations
