@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     package_dir={"blink_kernels": "kernels"},
-    packages=["blink_kernels"],
+    packages=["blink_kernels", "blink_kernels.bench"],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -20,5 +20,8 @@ setup(
         "safetensors>=0.5",
         "scipy>=1.13",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"]},
+    extras_require={
+        "bench": ["matplotlib>=3.9"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9"],
+    },
 )

@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kernels import environment
 from model import backend as backends
-from training import data, environment, precision
+from training import data, precision
 from training.errors import UserError
 from training.loop import Listener, plan_budget, train
 from training.recipes import RECIPES, Recipe

@@ -1,6 +1,8 @@
 """One list of calls for every op: the shapes that the hlb network really uses, and any other.
 
-The tests, the ahead-of-time compile check and the benchmarks all work from it, so a new op is registered once, here.
+The tests, the ahead-of-time compile report and the benchmarks all work from it, so a new op is registered once, here,
+with its arguments and what its mathematics costs. Bytes are what an ideal fused op must move to and from memory: each
+large tensor once for every pass that a dependency forces; vectors of a value per channel are left out.
 """
 
 from collections.abc import Callable
@@ -13,11 +15,20 @@ Tensors = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Bytes moved and floating-point operations (a multiply-add is two), of the matrix products only."""
+
+    bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
 class Case:
     """One call of one op.
 
     make(device, dtype): fresh random arguments by name, activations and weights in `dtype`.
     differentiable: the arguments that get a gradient; buffers: those that the op updates in place.
+    cost(itemsize): of the forward and of the backward pass, for activations of that many bytes.
     options: keyword arguments; takes_dtype: whether the op has a `dtype` option for its result.
     """
 
@@ -25,6 +36,7 @@ class Case:
     label: str
     make: Callable[[torch.device, torch.dtype], Tensors]
     differentiable: tuple[str, ...]
+    cost: Callable[[int], dict[str, Cost]]
     buffers: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     takes_dtype: bool = False
@@ -82,8 +94,20 @@ def whiten(
         }
 
     label = f"{batch}x{height}x{width}x{channels}-{filters}k{kernel}-{activation}{'' if bias else '-nobias'}"
+
+    def cost(itemsize):
+        pixels = batch * height * width * channels
+        positions = batch * (height - kernel + 1) * (width - kernel + 1)
+        y = positions * filters * itemsize
+        product = 2 * positions * filters * channels * kernel**2
+        return {
+            "fwd": Cost(pixels + y, product),  # read images, write y
+            # read dy, and the images only where the activation needs z again
+            "bwd": Cost(y + pixels, product) if activation else Cost(y),
+        }
+
     trained = ("bias",) if bias else ()
-    return Case("whiten", label, make, trained, options={"activation": activation}, takes_dtype=True)
+    return Case("whiten", label, make, trained, cost, options={"activation": activation}, takes_dtype=True)
 
 
 def whiten_project_norm_act(
@@ -109,12 +133,25 @@ def whiten_project_norm_act(
             **_pixel_statistics(device, channels),
         }
 
+    def cost(itemsize):
+        pixels = batch * height * width * channels
+        positions = batch * (height - kernel + 1) * (width - kernel + 1)
+        y = positions * out_channels * itemsize
+        product = 2 * positions * out_channels * filters
+        moments = 2 * positions * filters**2 if training else 0
+        return {
+            # training reads the images twice: y needs the batch moments; write y
+            "fwd": Cost(pixels * (2 if training else 1) + y, product + moments),
+            "bwd": Cost(pixels + y, 2 * product),  # read images and dy once; z again and G = g^T q
+        }
+
     label = f"{batch}x{height}x{width}x{channels}-{out_channels}k{kernel}-{activation}{'' if training else '-eval'}"
     return Case(
         "whiten_project_norm_act",
         label,
         make,
         ("project_weight", "bias"),
+        cost,
         ("running_mean", "running_var"),
         {"training": training, "momentum": 0.8, "eps": eps, "activation": activation},
         takes_dtype=True,
@@ -141,8 +178,21 @@ def se_gate(batch: int, channels: int, hidden: int, activation: str | None = "ge
         squeeze = torch.randn(batch, channels).to(device=device, dtype=dtype).float()
         return {"squeeze": squeeze, **_gate_weights(device, dtype, channels, hidden)}
 
+    def cost(itemsize):
+        table, narrow = 4 * batch * channels, 4 * batch * hidden  # float32 [B, C] and [B, R]
+        weights = 2 * channels * hidden
+        read_write = 3 * table + 2 * narrow
+        product = 2 * batch * channels * hidden
+        return {
+            # read squeeze and both weights, write gate and hidden
+            "fwd": Cost(2 * table + narrow + weights * itemsize, 2 * product),
+            # read dgate, gate, hidden, weights, write dsqueeze and dhidden; then, for the weights' gradients, read
+            # dgate, gate, squeeze, hidden, dhidden and write both gradients in float32
+            "bwd": Cost(read_write + weights * itemsize + read_write + 4 * weights, 4 * product),
+        }
+
     label = f"{batch}x{channels}-{hidden}-{activation}"
-    return Case("se_gate", label, make, ("squeeze", *_GATE_WEIGHTS), options={"activation": activation})
+    return Case("se_gate", label, make, ("squeeze", *_GATE_WEIGHTS), cost, options={"activation": activation})
 
 
 def excite_norm_act_add(
@@ -167,6 +217,15 @@ def excite_norm_act_add(
             **_running(device, channels),
         }
 
+    def cost(itemsize):
+        x = batch * channels * height * width * itemsize
+        return {
+            # training reads x twice: z needs the batch statistics; read the residual, write y
+            "fwd": Cost(x * ((2 if training else 1) + residual + 1)),
+            # twice over dy and x: dx needs the sums of g and of g * xhat; write dx (the residual's gradient is dy)
+            "bwd": Cost(x * (2 * 2 + 1)),
+        }
+
     label = "x".join(map(str, shape)) + f"-{activation}"
     label += "".join(f"-no{name}" for name, on in (("gate", gate), ("residual", residual)) if not on)
     present = [name for name, on in (("gate", gate), ("residual", residual)) if on]
@@ -175,6 +234,7 @@ def excite_norm_act_add(
         label + ("" if training else "-eval"),
         make,
         ("x", "bias", *present),
+        cost,
         ("running_mean", "running_var"),
         {"training": training, "momentum": 0.8, "eps": eps, "activation": activation},
     )
@@ -187,8 +247,17 @@ def squeeze_excite(
         x = activations(device, dtype, batch, channels, height, width)
         return {"x": x, **_gate_weights(device, dtype, channels, hidden)}
 
+    def cost(itemsize):
+        x = batch * channels * height * width * itemsize
+        product = 2 * batch * channels * hidden
+        return {
+            # read x, write y; the image is still cached when it is scaled
+            "fwd": Cost(2 * x, 2 * product),
+            "bwd": Cost(3 * x, 4 * product),  # read dy and x, write dx; dy again from cache
+        }
+
     label = f"{batch}x{channels}x{height}x{width}-{hidden}-{activation}"
-    return Case("squeeze_excite", label, make, ("x", *_GATE_WEIGHTS), options={"activation": activation})
+    return Case("squeeze_excite", label, make, ("x", *_GATE_WEIGHTS), cost, options={"activation": activation})
 
 
 def network_cases(batch: int = 512) -> list[Case]:
@@ -198,13 +267,13 @@ def network_cases(batch: int = 512) -> list[Case]:
         whiten(batch, 32, 32, 12),
         whiten_project_norm_act(batch, 32, 32, 32),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3),
-        excite_norm_act_add(batch, 128, 15, 15, gate=False, residual=False),
-        excite_norm_act_add(batch, 256, 7, 7, gate=False, residual=False),
-        excite_norm_act_add(batch, 512, 3, 3, gate=False, residual=False),
         se_gate(batch, 128, 8),
         se_gate(batch, 512, 32),
         excite_norm_act_add(batch, 128, 15, 15),
         excite_norm_act_add(batch, 512, 3, 3),
+        excite_norm_act_add(batch, 128, 15, 15, gate=False, residual=False),
+        excite_norm_act_add(batch, 256, 7, 7, gate=False, residual=False),
+        excite_norm_act_add(batch, 512, 3, 3, gate=False, residual=False),
         squeeze_excite(batch, 128, 15, 15, 8, activation="gelu"),
         squeeze_excite(batch, 512, 3, 3, 32, activation="gelu"),
     ]
@@ -219,3 +288,19 @@ def small_cases() -> list[Case]:
         excite_norm_act_add(2, 12, 3, 5),
         squeeze_excite(2, 12, 3, 5, 4),
     ]
+
+
+def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case:
+    """The case of `op` for [batch, channels, height, width]; for the whitening ops, images of height x width."""
+    hidden = max(1, channels // 16)
+    return {
+        "whiten": lambda: whiten(batch, height, width, channels),
+        "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
+        "se_gate": lambda: se_gate(batch, channels, hidden),
+        "excite_norm_act_add": lambda: excite_norm_act_add(batch, channels, height, width),
+        "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),
+    }[op]()
+
+
+# (batch, height, width, channels): the network's resolutions and widths at batches around its own
+SWEEP = [(b, s, s, c) for b in (128, 512, 2048) for s, c in ((32, 32), (15, 128), (7, 256), (3, 512))]

@@ -1,0 +1,224 @@
+"""The benchmark: counted bytes and FLOPs, the gate that refuses wrong results, its JSON, comparison and mistakes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import _cases, reference
+from kernels.bench import __main__ as bench
+from kernels.bench import measure, providers, report
+from tests.oracle import DEVICE
+
+SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", "--dtype", "float32", "--quick"]
+
+
+# hand counts at batch 2: [2, 4, 3, 5] activations hold 120 values, 4x5 images 3 x 4 patches of 2x2 each
+@pytest.mark.parametrize(
+    "case, which, moved, flops",
+    [
+        # images 2*4*5*3 = 120 bytes, 2*3*4 = 24 positions of 6 filters: 144 values; 24 * 6 * 12 multiply-adds
+        (_cases.whiten(2, 4, 5, 6), "fwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
+        (_cases.whiten(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
+        (_cases.whiten(2, 4, 5, 6, activation=None), "bwd", 144 * 2, 0),
+        # images twice; moments are 24 * 12 * 12 multiply-adds more
+        (_cases.whiten_project_norm_act(2, 4, 5, 6), "fwd", 240 + 144 * 2, 2 * (24 * 6 * 12 + 24 * 12 * 12)),
+        (_cases.whiten_project_norm_act(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 2 * 24 * 6 * 12),
+        # [2, 8] float32 is 64 bytes, [2, 3] is 24, both weights 48 values of 2 bytes
+        (_cases.se_gate(2, 8, 3), "fwd", 2 * 64 + 24 + 96, 2 * 2 * 2 * 8 * 3),
+        (_cases.se_gate(2, 8, 3), "bwd", 6 * 64 + 4 * 24 + 96 + 48 * 4, 4 * 2 * 2 * 8 * 3),
+        # 120 values of 2 bytes: x twice, residual, y
+        (_cases.excite_norm_act_add(2, 4, 3, 5), "fwd", 4 * 240, 0),
+        (_cases.excite_norm_act_add(2, 4, 3, 5, residual=False, training=False), "fwd", 2 * 240, 0),
+        # dy and x twice, dx
+        (_cases.excite_norm_act_add(2, 4, 3, 5), "bwd", 5 * 240, 0),
+        (_cases.squeeze_excite(2, 4, 3, 5, 2), "fwd", 2 * 240, 2 * 2 * 2 * 4 * 2),
+        (_cases.squeeze_excite(2, 4, 3, 5, 2), "bwd", 3 * 240, 4 * 2 * 2 * 4 * 2),
+    ],
+    ids=lambda value: value.op if isinstance(value, _cases.Case) else None,
+)
+def test_counts_match_hand_counts(case, which, moved, flops):
+    assert case.cost(2)[which] == _cases.Cost(moved, flops)
+
+
+@pytest.mark.parametrize("case", _cases.small_cases(), ids=lambda case: case.op)
+def test_every_op_has_both_costs(case):
+    for which in ("fwd", "bwd"):
+        assert case.cost(2)[which].bytes > 0
+        assert case.cost(4)[which].bytes > case.cost(2)[which].bytes
+
+
+def test_shapes_make_a_case_of_every_op():
+    for op in bench.OPS:
+        case = _cases.case_at(op, 2, 5, 5, 16)
+        assert case.op == op
+        case.call(reference, case.make(torch.device("cpu"), torch.float32), torch.float32)
+
+
+def broken(how):
+    """A provider whose squeeze_excite is wrong in one way."""
+
+    def squeeze_excite(x, activation, **weights):
+        y = reference.squeeze_excite(x, **weights, activation=activation)
+        if how == "forward":
+            return y * 1.01
+        if how == "nan":
+            return y.masked_fill(y == y.max(), float("nan"))
+        return y.detach() + (x * 1.05 - (x * 1.05).detach()) + sum((w - w.detach()).sum() for w in weights.values())
+
+    return SimpleNamespace(squeeze_excite=squeeze_excite)
+
+
+@pytest.mark.parametrize("how", ["forward", "nan", "gradient"])
+def test_a_wrong_provider_gets_no_time(how, monkeypatch, capsys, tmp_path):
+    load = providers.load
+    monkeypatch.setattr(providers, "load", lambda name, case: broken(how) if name == "eager" else load(name, case))
+    out = tmp_path / "out.json"
+    assert bench.main([*SMALL, "--json", str(out)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    for row in rows:
+        assert row["providers"]["eager"]["status"] == "wrong"
+        assert "time" not in row["providers"]["eager"]
+        assert row["ratio"] is None
+
+
+def test_json_of_a_run(capsys, tmp_path):
+    out = tmp_path / "out.json"
+    assert bench.main([*SMALL, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines()[1:]), printed
+    content = json.loads(out.read_text())
+    assert content["schema"] == 1
+    assert {"device", "torch", "triton", "commit"} <= set(content["environment"])
+    assert content["matmul_flop_s"]["float32"] > 0
+    assert [row["pass"] for row in content["rows"]] == ["fwd", "bwd"]
+    for row in content["rows"]:
+        assert {"op", "pass", "case", "dtype", "bytes", "flops", "copy", "providers", "ratio"} == set(row)
+        eager = row["providers"]["eager"]
+        assert eager["status"] == "timed"
+        assert 0 < eager["low"] <= eager["median"] <= eager["high"]
+        assert eager["gb_s"] == pytest.approx(row["bytes"] / eager["time"] / 1e3)
+        assert eager["roofline"] > 0 and eager["error"] <= eager["tolerance"]
+        assert row["providers"]["fused"]["status"] == ("timed" if DEVICE.type == "cuda" else "interpreted")
+    if DEVICE.type == "cpu":
+        assert "interpreted: not timed" in printed
+
+
+def test_a_provider_that_cannot_run_is_skipped_with_its_reason(monkeypatch, capsys):
+    def load(name, case):
+        raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
+
+    monkeypatch.setattr(providers, "load", load)
+    assert bench.main([*SMALL[:3], "--providers", "compile", "--dtype", "float32", "--quick"]) == 0
+    assert "skipped: torch.compile needs a C++ compiler" in capsys.readouterr().out
+
+
+def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
+    def explode(**arguments):
+        raise ValueError("no such kernel")
+
+    load = providers.load
+    failing = SimpleNamespace(squeeze_excite=explode)
+    for name, code in (("fused", 1), ("eager", 0)):
+        monkeypatch.setattr(providers, "load", lambda n, case, name=name: failing if n == name else load(n, case))
+        assert bench.main(SMALL) == code
+        assert "FAILED: ValueError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's compiler needs no C++ compiler")
+def test_missing_compiler_is_noticed(monkeypatch):
+    monkeypatch.setattr(providers.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
+        providers.load("compile", _cases.small_cases()[0])
+
+
+def entry(time, status="timed", spread=0.01):
+    low, high = time * (1 - spread), time * (1 + spread)
+    return {"status": status, "time": time, "median": time, "low": low, "high": high, "graph": None}
+
+
+def result(**times):
+    row = {"op": "whiten", "pass": "fwd", "case": "c", "dtype": "float16"}
+    return {"rows": [{**row, "providers": {name: entry(*v) for name, v in times.items()}}]}
+
+
+@pytest.mark.parametrize(
+    "after, regressions",
+    [
+        (result(fused=(100,), eager=(200,)), 0),
+        (result(fused=(104,), eager=(200,)), 0),  # inside the band
+        (result(fused=(120,), eager=(200,)), 1),
+        (result(fused=(120, "timed", 0.5), eager=(200,)), 0),  # quantiles overlap
+        (result(fused=(50,), eager=(200,)), 0),
+        (result(fused=(100, "wrong"), eager=(200,)), 1),
+        (result(fused=(100,)), 1),  # a provider vanished
+        ({"rows": []}, 2),
+    ],
+)
+def test_compare(after, regressions):
+    before = result(fused=(100,), eager=(200,))
+    lines, found = report.compare(before, after, band=0.05)
+    assert found == regressions
+    assert len(lines) == 2
+
+
+def test_compare_command(tmp_path, capsys):
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, time in zip(paths, (100, 130)):
+        path.write_text(json.dumps({"schema": 1, **result(fused=(time,))}))
+    assert bench.main(["--compare", str(paths[0]), str(paths[0])]) == 0
+    assert bench.main(["--compare", *map(str, paths)]) == 1
+    assert "+30.0% REGRESSION" in capsys.readouterr().out.replace("(+30.0%)", "+30.0%")
+    assert bench.main(["--compare", *map(str, paths), "--band", "40"]) == 0
+
+
+def test_ratio_and_closing_line():
+    assert report.ratio_of({"fused": {"time": 2.0}, "eager": {"time": 8.0}, "compile": {"time": 4.0}}) == 0.5
+    assert report.ratio_of({"fused": {"time": 2.0}, "eager": {}}) is None
+    rows = [{"ratio": r, "providers": {}} for r in (0.5, 2.0, None)]
+    assert report.closing_line(rows) == (
+        "3 rows, 0 wrong results; fused / best other: geometric mean 1.000, slower in 1 of 2 rows"
+    )
+
+
+def test_quantiles():
+    timing = measure.summarize([float(v) for v in range(1, 12)])
+    assert (timing.median, timing.low, timing.high, timing.samples) == (6, 3, 9, 11)
+    assert timing.best == 6
+    assert measure.summarize([3.0], graph=1.0).best == 1.0
+
+
+def test_plots_are_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert bench.main([*SMALL, "--plot", str(tmp_path / "plots")]) == 0
+    for name in ("roofline.png", "squeeze_excite.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_list_names_every_op(capsys):
+    assert bench.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in bench.OPS)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["conv"], "unknown op 'conv'"),
+        (["--shapes", "1x2x3"], "expected network, sweep or BxHxWxC"),
+        (["--shapes", "1x0x3x4"], "expected network, sweep or BxHxWxC"),
+        (["--shapes", "1x1x3x4"], "at least 2"),
+        (["--dtype", "float8"], "unknown 'float8'"),
+        (["--providers", "jax"], "unknown 'jax'"),
+        (["--json", "/nowhere/at/all.json"], "make it first"),
+        (["--compare", "missing.json", "missing.json"], "not a file that bench --json wrote"),
+        (["--pass", "sideways"], "invalid choice"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, capsys):
+    assert bench.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
