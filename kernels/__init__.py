@@ -16,6 +16,7 @@ __all__ = [
     "Whiten",
     "excite_norm_act_add",
     "interpreting",
+    "pool_norm_act",
     "reference",
     "se_gate",
     "squeeze_excite",
@@ -27,6 +28,7 @@ if HAS_TRITON:
     from ._launch import interpreting
     from .excite_norm_act_add import excite_norm_act_add
     from .layers import SqueezeExcite, Whiten
+    from .pool_norm_act import pool_norm_act
     from .se_gate import se_gate
     from .squeeze_excite import squeeze_excite
     from .whiten import whiten

@@ -7,8 +7,9 @@ kernels into plain functions.
 
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import _launch
-from ._launch import Launch
+from ._cases import Case, network_cases
+from ._launch import NAMESPACE, Launch, captured_launches
+from ._machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, occupancy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,16 +41,27 @@ _TYPES = {
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
+# a tensor smaller than this need not be moved in 16-byte pieces
+_LARGE_BYTES = 64 * 1024
+
+
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: registers and spilled registers a thread, stack and shared memory in bytes."""
+    """What one compiled kernel takes: registers and spilled registers a thread, stack and shared memory in bytes.
+
+    occupancy: the bound on resident warps as a fraction of the processor's; limited_by: what sets it.
+    """
 
     kernel: str
     target: str
+    num_warps: int
     registers: int
     spills: int
     stack: int
     shared: int
+    occupancy: float
+    limited_by: str
+    instructions: Instructions
     assembly: str
 
 
@@ -83,30 +97,97 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set; unset it in a new process")
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source_of(launch), target=TARGETS[target], options=options)
-    name = launch.kernel.__name__
     if target.startswith("sm_"):
         usage, assembly = _cubin_report(compiled.asm["cubin"])
+        instructions = count_sass(assembly)
+        registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
         # every load or store of local memory in the machine code is a spill: no kernel declares local arrays
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
-        return Resources(
-            name, target, usage["REG"], spills, usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, assembly
-        )
-    assembly = compiled.asm["amdgcn"]
-
-    def field(key: str) -> int:
-        found = re.search(rf"\.{key}:\s*(\d+)", assembly)
-        return int(found.group(1)) if found else 0
-
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+        spills = instructions.local_loads + instructions.local_stores
+    else:
+        assembly = compiled.asm["amdgcn"]
+        instructions = count_amdgcn(assembly)
+        fields = {key: int(value) for key, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
+        # this target's vgpr_count includes the accumulation registers
+        registers, stack = fields["vgpr_count"], fields["private_segment_fixed_size"]
+        spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    bound, limit = occupancy(PROCESSORS[target], registers, shared, launch.num_warps, tensor_memory)
     return Resources(
-        name,
-        target,
-        field("vgpr_count"),
-        spills,
-        field("private_segment_fixed_size"),
-        compiled.metadata.shared,
-        assembly,
-    )
+        launch.kernel.__name__, target, launch.num_warps, registers, spills, stack, shared, bound, limit,
+        instructions, assembly,
+    )  # fmt: skip
+
+
+def innermost_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the dimension that runs through memory (channels for channels_last); 0 where none is contiguous."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride == 1]
+    return sizes[0] * tensor.element_size() if sizes else 0
+
+
+def wide_argument(launch: Launch) -> str | None:
+    """The first tensor argument of 64 KiB or more whose innermost dimension is a multiple of 16 bytes, or None."""
+    for name, value in zip(launch.kernel.arg_names, launch.arguments):
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() >= _LARGE_BYTES:
+            innermost = innermost_bytes(value)
+            if innermost and innermost % 16 == 0:
+                return name
+    return None
+
+
+def kernel_name(launch: Launch) -> str:
+    """`module._name_kernel`, the module without the package's name."""
+    return f"{launch.kernel.fn.__module__.removeprefix(NAMESPACE + '.')}.{launch.kernel.__name__}"
+
+
+def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of one forward and backward call of a case, recorded on the CPU without running."""
+    tensors = case.make(torch.device("cpu"), dtype)
+    leaves = {name: t.requires_grad_() if name in case.differentiable else t for name, t in tensors.items()}
+    with captured_launches() as launches:
+        y = case.combined(sys.modules[NAMESPACE], leaves, dtype)
+        y.backward(torch.empty_like(y))
+    return launches
+
+
+# what this process has compiled, by target and source
+_compiled: dict[tuple, Resources] = {}
+
+
+def examine(job: tuple[int, str, str]) -> list[dict]:
+    """Compile every kernel of one network case: job is (index of the case, dtype's name, target).
+
+    One row of plain values a launch; a kernel that does not compile has the compiler's message as `error`.
+    """
+    index, dtype, target = job
+    case = network_cases()[index]
+    rows = []
+    for launch in capture(case, getattr(torch, dtype)):
+        key = (target, launch.num_warps, source_of(launch).hash())
+        # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
+        reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
+        name = launch.kernel.__name__
+        row = {
+            "op": case.op,
+            "case": case.label,
+            "dtype": dtype,
+            "target": target,
+            "kernel": kernel_name(launch),
+            "key": key,
+            "wide_argument": wide_argument(launch),
+            "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{target}"),
+            "error": None,
+        }
+        try:
+            if key not in _compiled:
+                _compiled[key] = compile_launch(launch, target)
+        except Exception as error:
+            # one kernel's failure must not hide what became of the others
+            rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"})
+            continue
+        numbers = asdict(_compiled[key])
+        instructions = numbers.pop("instructions")
+        rows.append({**numbers, **instructions, **row})
+    return rows
 
 
 def _cubin_report(cubin: bytes) -> tuple[dict[str, int], str]:
@@ -116,7 +197,8 @@ def _cubin_report(cubin: bytes) -> tuple[dict[str, int], str]:
         file.write(cubin)
         file.flush()
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _run(tools / "nvdisasm", "-c", file.name)
+        # without data flow analysis, which only resolves indirect branches and takes a third of the time
+        assembly = _run(tools / "nvdisasm", "-c", "-ndf", file.name)
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, assembly
 
 

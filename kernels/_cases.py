@@ -41,7 +41,15 @@ class Case:
     options: dict = field(default_factory=dict)
     takes_dtype: bool = False
 
-    def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+    def combined(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """One tensor that depends on every output: what is called and compared where one tensor is wanted."""
+        y = self.call(ops, tensors, dtype)
+        if not isinstance(y, tuple):
+            return y
+        main, squeeze = y
+        return main + squeeze[:, :, None, None].to(main.dtype)
+
+    def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
         """Call the op of the package or of its `reference`; dtype is the result's where the op lets one choose."""
         options = {**self.options, "dtype": dtype} if self.takes_dtype else self.options
         return getattr(ops, self.op)(**tensors, **options)
@@ -240,6 +248,40 @@ def excite_norm_act_add(
     )
 
 
+def pool_norm_act(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    training: bool = True,
+    activation: str | None = "gelu",
+    eps: float = 1e-12,
+) -> Case:
+    """x is [batch, channels, height, width] before pooling."""
+    shape = (batch, channels, height, width)
+
+    def make(device, dtype):
+        return {
+            "x": activations(device, dtype, *shape),
+            "bias": torch.randn(channels, device=device),
+            **_running(device, channels),
+        }
+
+    def cost(itemsize):
+        x = batch * channels * height * width * itemsize
+        windows = batch * channels * (height // 2) * (width // 2)
+        pooled, index = windows * itemsize, windows // 4
+        return {
+            "fwd": Cost(x + 3 * pooled + index),  # read x, write pooled and index; read pooled, write y
+            # dy and pooled for the sums; dy, pooled and index again, write all of dx
+            "bwd": Cost(4 * pooled + index + x),
+        }
+
+    label = "x".join(map(str, shape)) + f"-{activation}" + ("" if training else "-eval")
+    options = {"training": training, "momentum": 0.8, "eps": eps, "activation": activation}
+    return Case("pool_norm_act", label, make, ("x", "bias"), cost, ("running_mean", "running_var"), options)
+
+
 def squeeze_excite(
     batch: int, channels: int, height: int, width: int, hidden: int, activation: str | None = "relu"
 ) -> Case:
@@ -267,6 +309,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         whiten(batch, 32, 32, 12),
         whiten_project_norm_act(batch, 32, 32, 32),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3),
+        pool_norm_act(batch, 128, 31, 31),
+        pool_norm_act(batch, 256, 15, 15),
+        pool_norm_act(batch, 512, 7, 7),
         se_gate(batch, 128, 8),
         se_gate(batch, 512, 32),
         excite_norm_act_add(batch, 128, 15, 15),
@@ -284,6 +329,7 @@ def small_cases() -> list[Case]:
     return [
         whiten(2, 6, 7, 12),
         whiten_project_norm_act(2, 6, 7, 5),
+        pool_norm_act(2, 12, 5, 7),
         se_gate(3, 20, 5),
         excite_norm_act_add(2, 12, 3, 5),
         squeeze_excite(2, 12, 3, 5, 4),
@@ -298,6 +344,7 @@ def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case
         "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
         "se_gate": lambda: se_gate(batch, channels, hidden),
         "excite_norm_act_add": lambda: excite_norm_act_add(batch, channels, height, width),
+        "pool_norm_act": lambda: pool_norm_act(batch, channels, height, width),
         "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),
     }[op]()
 

@@ -24,7 +24,7 @@ _UNGATED_SEGMENT = 128
 
 
 @triton.jit
-def _load(ptr, offsets, mask):
+def load_fp32(ptr, offsets, mask):
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -51,7 +51,7 @@ def _stats_kernel(
             row = start + lane
             inside = row < rows
             mask = inside[:, None] & in_c[None, :]
-            v = _load(x_ptr + base * C, row[:, None] * C + c[None, :], mask)
+            v = load_fp32(x_ptr + base * C, row[:, None] * C + c[None, :], mask)
             if HAS_GATE:
                 v = v * gate[None, :]
             count += inside.to(tl.float32)
@@ -84,15 +84,15 @@ def _merge_stats_kernel(
         p = start + tl.arange(0, BLOCK_P)
         mask = (p[:, None] < n_partials) & in_c[None, :]
         count = tl.load(partial_count_ptr + p, mask=p < n_partials, other=0.0)
-        acc += count[:, None] * _load(partial_mean_ptr, p[:, None] * C + c[None, :], mask)
+        acc += count[:, None] * load_fp32(partial_mean_ptr, p[:, None] * C + c[None, :], mask)
     mean = tl.sum(acc, 0) / n
     acc = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for start in range(0, n_partials, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = (p[:, None] < n_partials) & in_c[None, :]
         count = tl.load(partial_count_ptr + p, mask=p < n_partials, other=0.0)
-        away = _load(partial_mean_ptr, p[:, None] * C + c[None, :], mask) - mean[None, :]
-        acc += _load(partial_m2_ptr, p[:, None] * C + c[None, :], mask) + count[:, None] * away * away
+        away = load_fp32(partial_mean_ptr, p[:, None] * C + c[None, :], mask) - mean[None, :]
+        acc += load_fp32(partial_m2_ptr, p[:, None] * C + c[None, :], mask) + count[:, None] * away * away
     m2 = tl.sum(acc, 0)
     tl.store(mean_ptr + c, mean, mask=in_c)
     tl.store(var_ptr + c, m2 / n, mask=in_c)
@@ -104,53 +104,62 @@ def _merge_stats_kernel(
 
 
 @triton.jit
-def _rstd(var_ptr, c, in_c, eps):
+def rstd_of(var_ptr, c, in_c, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(tl.load(var_ptr + c, mask=in_c, other=1.0) + eps))
 
 
 @triton.jit
 def _fwd_kernel(
-    x_ptr, gate_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, y_ptr, n_rows, n_segments, eps,
-    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, gate_ptr, bias_ptr, residual_ptr, mean_ptr, var_ptr, y_ptr, squeeze_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_SQUEEZE: tl.constexpr, ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = act((x * gate - mean) * rstd + bias) + residual."""
+    """y = act((x * gate - mean) * rstd + bias) + residual; squeeze = mean of y over a segment, which is an image."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-    rstd = _rstd(var_ptr, c, in_c, eps)
+    rstd = rstd_of(var_ptr, c, in_c, eps)
     bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
     for segment in range(program, n_segments, programs):
         base = tl.cast(segment, tl.int64) * SEGMENT
         rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
         if HAS_GATE:
             gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+        if HAS_SQUEEZE:
+            total = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
         for start in range(0, SEGMENT, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             mask = (row < rows)[:, None] & in_c[None, :]
             offsets = row[:, None] * C + c[None, :]
-            v = _load(x_ptr + base * C, offsets, mask)
+            v = load_fp32(x_ptr + base * C, offsets, mask)
             if HAS_GATE:
                 v = v * gate[None, :]
             y = activate((v - mean[None, :]) * rstd[None, :] + bias[None, :], ACT)
             if HAS_RESIDUAL:
-                y += _load(residual_ptr + base * C, offsets, mask)
+                y += load_fp32(residual_ptr + base * C, offsets, mask)
+            if HAS_SQUEEZE:
+                total += tl.where(mask, y, 0.0)
             tl.store(y_ptr + base * C + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if HAS_SQUEEZE:
+            tl.store(squeeze_ptr + segment * C + c, tl.sum(total, 0) / SEGMENT, mask=in_c)
 
 
 @triton.jit
 def _bwd_reduce_kernel(
-    dy_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, n_rows, n_segments, eps,
-    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, ACT: tl.constexpr,
+    dy_ptr, dsqueeze_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SQUEEZE: tl.constexpr, ACT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Per program and channel: sum of g = dy * act'(z) and of g * xhat, as sum_ptr [programs, 2, C]."""
+    """Per program and channel: sum of g = t * act'(z) and of g * xhat, as sum_ptr [programs, 2, C].
+
+    t = dy, plus dsqueeze / SEGMENT where there is a squeeze.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-    rstd = _rstd(var_ptr, c, in_c, eps)
+    rstd = rstd_of(var_ptr, c, in_c, eps)
     bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
     sum_g = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
     sum_gx = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
@@ -159,15 +168,20 @@ def _bwd_reduce_kernel(
         rows = tl.minimum(n_rows - base, SEGMENT).to(tl.int32)
         if HAS_GATE:
             gate = tl.load(gate_ptr + segment * C + c, mask=in_c, other=0.0)
+        if HAS_SQUEEZE:
+            shared = tl.load(dsqueeze_ptr + segment * C + c, mask=in_c, other=0.0) / SEGMENT
         for start in range(0, SEGMENT, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             mask = (row < rows)[:, None] & in_c[None, :]
             offsets = row[:, None] * C + c[None, :]
-            v = _load(x_ptr + base * C, offsets, mask)
+            v = load_fp32(x_ptr + base * C, offsets, mask)
             if HAS_GATE:
                 v = v * gate[None, :]
             xhat = (v - mean[None, :]) * rstd[None, :]
-            g = _load(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
+            t = load_fp32(dy_ptr + base * C, offsets, mask)
+            if HAS_SQUEEZE:
+                t += shared[None, :]
+            g = t * activate_grad(xhat + bias[None, :], ACT)
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
@@ -187,7 +201,7 @@ def _bwd_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-    rstd = _rstd(var_ptr, c, in_c, eps)
+    rstd = rstd_of(var_ptr, c, in_c, eps)
     bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
     if TRAINING:
         n = n_rows.to(tl.float32)
@@ -203,12 +217,12 @@ def _bwd_kernel(
             row = start + tl.arange(0, BLOCK_ROWS)
             mask = (row < rows)[:, None] & in_c[None, :]
             offsets = row[:, None] * C + c[None, :]
-            x = _load(x_ptr + base * C, offsets, mask)
+            x = load_fp32(x_ptr + base * C, offsets, mask)
             v = x
             if HAS_GATE:
                 v = x * gate[None, :]
             xhat = (v - mean[None, :]) * rstd[None, :]
-            dv = _load(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
+            dv = load_fp32(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
             if TRAINING:
                 dv = dv - mean_g[None, :] - xhat * mean_gx[None, :]
             dv = dv * rstd[None, :]
@@ -222,21 +236,45 @@ def _bwd_kernel(
 
 
 class Tiling:
-    """How [B, C, H, W] in channels_last memory is cut into segments, tiles and programs."""
+    """How [B, C, H, W] in channels_last memory is cut into segments (images, or runs of rows), tiles and programs."""
 
-    def __init__(self, x: Tensor, gated: bool, tile_bytes: int = _TILE_BYTES):
+    def __init__(self, x: Tensor, by_image: bool, tile_bytes: int = _TILE_BYTES):
         batch, self.channels, height, width = x.shape
         self.rows = batch * height * width
-        self.segment = height * width if gated else _UNGATED_SEGMENT
+        self.segment = height * width if by_image else _UNGATED_SEGMENT
         self.segments = triton.cdiv(self.rows, self.segment)
         self.block_c = block_of(self.channels, 128)
         self.block_rows = block_of(self.segment, max(1, tile_bytes // x.element_size() // self.block_c))
         channel_blocks = triton.cdiv(self.channels, self.block_c)
         self.programs = min(self.segments, max(1, _PROGRAMS // channel_blocks))
         self.grid = (self.programs, channel_blocks)
-        self.constexprs = dict(
-            C=self.channels, SEGMENT=self.segment, HAS_GATE=gated, BLOCK_ROWS=self.block_rows, BLOCK_C=self.block_c
-        )
+        self.constexprs = dict(C=self.channels, SEGMENT=self.segment, BLOCK_ROWS=self.block_rows, BLOCK_C=self.block_c)
+
+
+class Partials:
+    """Per-program count, mean and squared deviations, to be merged into batch statistics."""
+
+    def __init__(self, programs: int, channels: int, device: torch.device):
+        self.programs = programs
+        self.mean = torch.empty(programs, channels, dtype=torch.float32, device=device)
+        self.m2 = torch.empty_like(self.mean)
+        self.count = torch.empty(programs, dtype=torch.float32, device=device)
+
+    def merge(
+        self, rows: int, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C] float32 of `rows` values; updates the running statistics in place."""
+        channels = self.mean.shape[1]
+        mean = self.mean.new_empty(channels)
+        var = torch.empty_like(mean)
+        tracked = running_mean is not None
+        launch(
+            _merge_stats_kernel, (triton.cdiv(channels, 32),), self.mean, self.m2, self.count, mean, var,
+            running_mean if tracked else mean, running_var if tracked else var, self.programs, rows,
+            momentum, 1 - momentum,
+            C=channels, HAS_RUNNING=tracked, BLOCK_P=64, BLOCK_C=32,
+        )  # fmt: skip
+        return mean, var
 
 
 def batch_statistics(
@@ -244,39 +282,45 @@ def batch_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] float32 of x * gate; updates the running statistics in place."""
     tiling = Tiling(x, gate is not None)
-    channels, device = tiling.channels, x.device
-    partial_mean = torch.empty(tiling.programs, channels, dtype=torch.float32, device=device)
-    partial_m2 = torch.empty_like(partial_mean)
-    count = torch.empty(tiling.programs, dtype=torch.float32, device=device)
+    partials = Partials(tiling.programs, tiling.channels, x.device)
     launch(
-        _stats_kernel, tiling.grid, x, gate if gate is not None else x, partial_mean, partial_m2, count,
-        tiling.rows, tiling.segments, **tiling.constexprs,
+        _stats_kernel, tiling.grid, x, gate if gate is not None else x, partials.mean, partials.m2, partials.count,
+        tiling.rows, tiling.segments, HAS_GATE=gate is not None, **tiling.constexprs,
     )  # fmt: skip
-    mean = torch.empty(channels, dtype=torch.float32, device=device)
-    var = torch.empty_like(mean)
-    tracked = running_mean is not None
-    launch(
-        _merge_stats_kernel, (triton.cdiv(channels, 32),), partial_mean, partial_m2, count, mean, var,
-        running_mean if tracked else mean, running_var if tracked else var, tiling.programs, tiling.rows,
-        momentum, 1 - momentum,
-        C=channels, HAS_RUNNING=tracked, BLOCK_P=64, BLOCK_C=32,
-    )  # fmt: skip
-    return mean, var
+    return partials.merge(tiling.rows, running_mean, running_var, momentum)
 
 
 def forward(
     x: Tensor, gate: Tensor | None, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, eps: float,
-    activation: str,
+    activation: str, squeeze: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """y like x from given statistics."""
-    tiling = Tiling(x, gate is not None)
+    """y like x from given statistics; fills `squeeze` [B, C] float32, if given, with the mean of y over H and W."""
+    # the squeeze is one more accumulator
+    tile_bytes = _TILE_BYTES if squeeze is None else _BWD_TILE_BYTES
+    tiling = Tiling(x, gate is not None or squeeze is not None, tile_bytes)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     launch(
         _fwd_kernel, tiling.grid, x, gate if gate is not None else x, bias, residual if residual is not None else x,
-        mean, var, y, tiling.rows, tiling.segments, eps,
-        HAS_RESIDUAL=residual is not None, ACT=activation, **tiling.constexprs,
+        mean, var, y, squeeze if squeeze is not None else mean, tiling.rows, tiling.segments, eps,
+        HAS_GATE=gate is not None, HAS_RESIDUAL=residual is not None, HAS_SQUEEZE=squeeze is not None,
+        ACT=activation, **tiling.constexprs,
     )  # fmt: skip
     return y
+
+
+def reduce_gradients(
+    dy: Tensor, dsqueeze: Tensor | None, x: Tensor, gate: Tensor | None, bias: Tensor, mean: Tensor, var: Tensor,
+    eps: float, activation: str,
+) -> Tensor:  # fmt: skip
+    """[2 C] float32: per channel the sum of g, which is dbias, then the sum of g * xhat."""
+    tiling = Tiling(x, gate is not None or dsqueeze is not None, _BWD_TILE_BYTES)
+    partials = torch.empty(tiling.programs, 2 * tiling.channels, dtype=torch.float32, device=x.device)
+    launch(
+        _bwd_reduce_kernel, tiling.grid, dy, dsqueeze if dsqueeze is not None else mean, x,
+        gate if gate is not None else x, bias, mean, var, partials, tiling.rows, tiling.segments, eps,
+        HAS_GATE=gate is not None, HAS_SQUEEZE=dsqueeze is not None, ACT=activation, **tiling.constexprs,
+    )  # fmt: skip
+    return sum_partials(partials)
 
 
 def backward(
@@ -284,19 +328,13 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
+    sums = reduce_gradients(dy, None, x, gate, bias, mean, var, eps, activation)
     tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
-    channels = tiling.channels
-    partials = torch.empty(tiling.programs, 2 * channels, dtype=torch.float32, device=x.device)
-    gate_or_x = gate if gate is not None else x
-    launch(
-        _bwd_reduce_kernel, tiling.grid, dy, x, gate_or_x, bias, mean, var, partials, tiling.rows, tiling.segments,
-        eps, ACT=activation, **tiling.constexprs,
-    )  # fmt: skip
-    sums = sum_partials(partials)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     launch(
-        _bwd_kernel, tiling.grid, dy, x, gate_or_x, bias, mean, var, sums, dx, dgate, tiling.rows, tiling.segments,
-        eps, TRAINING=training, ACT=activation, **tiling.constexprs,
+        _bwd_kernel, tiling.grid, dy, x, gate if gate is not None else x, bias, mean, var, sums, dx, dgate,
+        tiling.rows, tiling.segments, eps, HAS_GATE=gate is not None, TRAINING=training, ACT=activation,
+        **tiling.constexprs,
     )  # fmt: skip
-    return dx, dgate, sums[:channels]
+    return dx, dgate, sums[: tiling.channels]

@@ -93,6 +93,25 @@ def norm_act(
     return _activation(activation)(y)
 
 
+def pool_norm_act(
+    x: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+) -> tuple[Tensor, Tensor]:
+    """(y, mean of y over H and W) with y = act(batch_norm(max_pool2d(x, 2))): see `kernels.pool_norm_act`."""
+    y = norm_act(
+        F.max_pool2d(x, 2), bias, running_mean, running_var,
+        training=training, momentum=momentum, eps=eps, activation=activation,
+    )  # fmt: skip
+    return y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+
+
 def se_gate(
     squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, activation: str = "gelu"
 ) -> Tensor:

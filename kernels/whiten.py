@@ -28,6 +28,8 @@ from ._patches import (
 )
 
 _BWD_PROGRAMS = 512
+# what kernels.inspect would otherwise report as stores that are narrower than the layout allows
+NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
 
 @triton.jit

@@ -14,12 +14,13 @@ class Backend:
 
     name: str
     whiten_project_norm_act: Callable
+    pool_norm_act: Callable
     se_gate: Callable
     excite_norm_act_add: Callable
 
 
 def _collect(name: str, ops) -> Backend:
-    return Backend(name, ops.whiten_project_norm_act, ops.se_gate, ops.excite_norm_act_add)
+    return Backend(name, ops.whiten_project_norm_act, ops.pool_norm_act, ops.se_gate, ops.excite_norm_act_add)
 
 
 def reference() -> Backend:

@@ -31,8 +31,22 @@ class NormAct(nn.Module):
         return self.op(x, gate, self.bias, residual, self.running_mean, self.running_var, **self.settings())
 
 
+class PoolNormAct(NormAct):
+    """act(batch_norm(max_pool2d(x, 2))) and its mean over H and W, which a squeeze-and-excite gate takes.
+
+    x [B, C, H, W] -> ([B, C, H // 2, W // 2], [B, C] float32)
+    """
+
+    def __init__(self, channels: int, momentum: float, eps: float, activation: str, backend: Backend):
+        super().__init__(channels, momentum, eps, activation, backend)
+        self.op = backend.pool_norm_act
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.op(x, self.bias, self.running_mean, self.running_var, **self.settings())
+
+
 class SEGate(nn.Module):
-    """The squeeze-and-excite gate: sigmoid(fc2(act(fc1(mean of x over H and W)))), [B, C] float32."""
+    """The squeeze-and-excite gate: sigmoid(fc2(act(fc1(squeeze)))), squeeze and gate [B, C] float32."""
 
     def __init__(self, channels: int, reduction: int, activation: str, backend: Backend):
         super().__init__()
@@ -42,8 +56,7 @@ class SEGate(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        squeeze = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    def forward(self, squeeze: Tensor) -> Tensor:
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.op(squeeze, *weights, activation=self.activation)
 
@@ -107,9 +120,10 @@ class ConvGroup(nn.Module):
     """
 
     def __init__(self, in_channels: int, channels: int, short: bool, se: SEGate | None, make_norm):
+        """make_norm(channels, kind) makes a NormAct or PoolNormAct."""
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels)
-        self.norm1 = make_norm(channels)
+        self.norm1 = make_norm(channels, PoolNormAct)
         self.short = short
         if short:
             return
@@ -120,10 +134,10 @@ class ConvGroup(nn.Module):
         self.norm3 = make_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        r = self.norm1(F.max_pool2d(self.conv1(x), 2))
+        r, squeeze = self.norm1(self.conv1(x))
         if self.short:
             return r
-        gate = None if self.se is None else self.se(r)
+        gate = None if self.se is None else self.se(squeeze)
         return self.norm3(self.conv3(self.norm2(self.conv2(r))), gate, residual=r)
 
 

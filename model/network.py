@@ -73,8 +73,8 @@ class Network(nn.Module):
         if classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, found {classes}")
 
-        def make_norm(channels: int) -> NormAct:
-            return NormAct(channels, config.norm_momentum, config.norm_eps, config.activation, backend)
+        def make_norm(channels: int, kind: type[NormAct] = NormAct) -> NormAct:
+            return kind(channels, config.norm_momentum, config.norm_eps, config.activation, backend)
 
         def make_gate(group: Group) -> SEGate | None:
             if config.se_reduction is None or not group.se or group.short:

@@ -44,7 +44,7 @@ def run(case: Case, ops, tensors: dict, dtype: torch.dtype, upstream: Tensor) ->
             continue
         copy = value.detach().clone()
         own[name] = copy.requires_grad_() if name in case.differentiable else copy
-    y = case.call(ops, own, dtype)
+    y = case.combined(ops, own, dtype)
     y.backward(upstream.to(y.dtype))
     results = {"y": y.detach()}
     results |= {name: own[name] for name in case.buffers if own[name] is not None}
@@ -72,7 +72,7 @@ def judge(case: Case, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: 
 def judge_on(case: Case, tensors: dict, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:
     exact = in_float64(tensors)
     # a copy, because the call moves the running statistics
-    shape = case.call(reference, in_float64(tensors), torch.float64).shape
+    shape = case.combined(reference, in_float64(tensors), torch.float64).shape
     upstream = torch.randn(shape, device=DEVICE).to(dtype)
     truth = run(case, reference, exact, torch.float64, upstream)
     fused = run(case, kernels, tensors, dtype, upstream)
@@ -98,14 +98,14 @@ def directional_derivative_matches(case: Case, step: float = 1e-2, tolerance: fl
     """The float32 gradient along a random direction against a central difference of the fused forward itself."""
     tensors = case.make(DEVICE, torch.float32)
     directions = {name: torch.randn_like(tensors[name]) for name in case.differentiable}
-    shape = case.call(kernels, dict(tensors), torch.float32)
+    shape = case.combined(kernels, dict(tensors), torch.float32)
     upstream = torch.randn_like(shape)
     grads = run(case, kernels, tensors, torch.float32, upstream)
     slope = sum((grads[f"d{name}"] * direction).double().sum() for name, direction in directions.items())
 
     def value(sign: float) -> Tensor:
         moved = {k: v + sign * step * directions[k] if k in directions else v for k, v in tensors.items()}
-        return (case.call(kernels, moved, torch.float32).double() * upstream.double()).sum()
+        return (case.combined(kernels, moved, torch.float32).double() * upstream.double()).sum()
 
     difference = (value(1) - value(-1)) / (2 * step)
     scale = sum((grads[f"d{n}"].double().abs() * d.double().abs()).sum() for n, d in directions.items())

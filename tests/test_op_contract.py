@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_every_public_op_is_registered_and_tested():
 @every_op
 def test_bitwise_repeatable(case):
     tensors = case.make(DEVICE, torch.float32)
-    y = case.call(kernels, in_place_copy(tensors), torch.float32)
+    y = case.combined(kernels, in_place_copy(tensors), torch.float32)
     upstream = torch.randn_like(y)
     once = run(case, kernels, tensors, torch.float32, upstream)
     again = run(case, kernels, tensors, torch.float32, upstream)
@@ -66,7 +67,7 @@ def in_place_copy(tensors):
 @every_op
 def test_output_is_channels_last_and_keeps_its_dtype(case):
     for dtype in DTYPES:
-        y = case.call(kernels, case.make(DEVICE, dtype), dtype)
+        y = case.combined(kernels, case.make(DEVICE, dtype), dtype)
         assert y.dtype == (torch.float32 if case.op == "se_gate" else dtype)
         if y.dim() == 4:
             assert y.is_contiguous(memory_format=torch.channels_last)
@@ -77,10 +78,10 @@ def test_without_gradients(case):
     """No argument requires a gradient, or no_grad is on: the same values, no graph."""
     tensors = trained(case)
     with torch.no_grad():
-        y = case.call(kernels, in_place_copy(tensors), torch.float32)
+        y = case.combined(kernels, in_place_copy(tensors), torch.float32)
     assert not y.requires_grad
     plain = {k: None if v is None else v.detach() for k, v in tensors.items()}
-    z = case.call(kernels, in_place_copy(plain), torch.float32)
+    z = case.combined(kernels, in_place_copy(plain), torch.float32)
     assert not z.requires_grad
     assert torch.equal(y, z)
 
@@ -90,7 +91,7 @@ def test_only_what_requires_a_gradient_gets_one(case):
     for name in case.differentiable:
         tensors = case.make(DEVICE, torch.float32)
         tensors[name].requires_grad_()
-        case.call(kernels, tensors, torch.float32).sum().backward()
+        case.combined(kernels, tensors, torch.float32).sum().backward()
         assert tensors[name].grad.isfinite().all()
         assert all(v.grad is None for k, v in tensors.items() if v is not None and k != name)
 
@@ -99,7 +100,7 @@ def test_only_what_requires_a_gradient_gets_one(case):
 def test_second_derivative_is_a_clear_error(case):
     tensors = trained(case)
     leaf = tensors[case.differentiable[0]]
-    y = case.call(kernels, tensors, torch.float32)
+    y = case.combined(kernels, tensors, torch.float32)
     (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -109,7 +110,7 @@ def test_second_derivative_is_a_clear_error(case):
 def test_arguments_are_not_modified(case):
     tensors = trained(case)
     before = in_place_copy(tensors)
-    case.call(kernels, tensors, torch.float32).sum().backward()
+    case.combined(kernels, tensors, torch.float32).sum().backward()
     for name, value in tensors.items():
         if name not in case.buffers:
             assert torch.equal(value, before[name]), name
@@ -120,9 +121,9 @@ def test_empty_batch_and_wrong_rank_are_refused(case):
     name = first_argument(case)
     tensors = case.make(DEVICE, torch.float32)
     with pytest.raises(ValueError, match="empty"):
-        case.call(kernels, {**tensors, name: tensors[name][:0]}, torch.float32)
+        case.combined(kernels, {**tensors, name: tensors[name][:0]}, torch.float32)
     with pytest.raises(ValueError, match=rf"{name} must be \["):
-        case.call(kernels, {**tensors, name: tensors[name][0]}, torch.float32)
+        case.combined(kernels, {**tensors, name: tensors[name][0]}, torch.float32)
 
 
 @every_op
@@ -130,9 +131,9 @@ def test_wrong_dtype_is_refused(case):
     name = first_argument(case)
     tensors = case.make(DEVICE, torch.float32)
     with pytest.raises(TypeError, match=f"{name} must be"):
-        case.call(kernels, {**tensors, name: tensors[name].to(torch.int32)}, torch.float32)
+        case.combined(kernels, {**tensors, name: tensors[name].to(torch.int32)}, torch.float32)
     with pytest.raises(TypeError, match="float64"):
-        case.call(kernels, in_float64({**tensors, name: tensors[name].double()}), torch.float64)
+        case.combined(kernels, in_float64({**tensors, name: tensors[name].double()}), torch.float64)
 
 
 @every_op
@@ -147,7 +148,7 @@ def test_channels_first_is_refused(case):
     name = first_argument(case)
     tensors = case.make(DEVICE, torch.float32)
     with pytest.raises(ValueError, match="channels_last"):
-        case.call(kernels, {**tensors, name: tensors[name].contiguous()}, torch.float32)
+        case.combined(kernels, {**tensors, name: tensors[name].contiguous()}, torch.float32)
 
 
 @every_op
@@ -155,16 +156,17 @@ def test_another_device_is_refused(case):
     name = first_argument(case)
     tensors = case.make(DEVICE, torch.float32)
     with pytest.raises(ValueError, match="one device"):
-        case.call(kernels, {**tensors, name: tensors[name].to("meta")}, torch.float32)
+        case.combined(kernels, {**tensors, name: tensors[name].to("meta")}, torch.float32)
 
 
 @every_op
 def test_autocast(case):
     """Under autocast the ops compute in float32 as ever; those that choose their result's dtype take autocast's."""
     tensors = case.make(DEVICE, torch.float32)
-    plain = case.call(kernels, in_place_copy(tensors), torch.float32)
+    plain = case.combined(kernels, in_place_copy(tensors), torch.float32)
     with torch.autocast(DEVICE.type, dtype=torch.float16):
-        y = getattr(kernels, case.op)(**in_place_copy(tensors), **case.options)
+        # without a dtype of its own, which call() would state
+        y = replace(case, takes_dtype=False).combined(kernels, in_place_copy(tensors), torch.float32)
     assert y.dtype == (torch.float16 if case.takes_dtype else torch.float32)
     torch.testing.assert_close(y.float(), plain, rtol=2e-3, atol=2e-3)
 
@@ -173,7 +175,7 @@ def test_autocast(case):
 def test_torch_compile_sees_one_opaque_op(case):
     """Traced whole (fullgraph) with its backward and its buffers, giving the eager result."""
     tensors = case.make(DEVICE, torch.float32)
-    probe = case.call(kernels, in_place_copy(tensors), torch.float32)
+    probe = case.combined(kernels, in_place_copy(tensors), torch.float32)
     upstream = torch.randn_like(probe)
     eager = run(case, kernels, tensors, torch.float32, upstream)
 
@@ -204,7 +206,7 @@ def test_operators_obey_their_declarations(case):
     torch._ops.OpOverload.__call__ = record
     try:
         tensors = trained(case)
-        y = case.call(kernels, tensors, torch.float32)
+        y = case.combined(kernels, tensors, torch.float32)
         y.backward(torch.randn_like(y))
     finally:
         torch._ops.OpOverload.__call__ = original
@@ -219,12 +221,12 @@ def test_operators_obey_their_declarations(case):
 def test_cuda_graph_replay(case, dtype):
     """Forward and backward captured once and replayed on new values give what eager calls give."""
     tensors = trained(case, dtype)
-    probe = case.call(kernels, in_place_copy(tensors), dtype)
+    probe = case.combined(kernels, in_place_copy(tensors), dtype)
     upstream = torch.randn_like(probe)
     leaves = [tensors[name] for name in case.differentiable]
 
     def step():
-        y = case.call(kernels, tensors, dtype)
+        y = case.combined(kernels, tensors, dtype)
         return [y, *torch.autograd.grad(y, leaves, upstream)]
 
     stream = torch.cuda.Stream()
@@ -254,7 +256,7 @@ def test_bfloat16_is_refused_in_the_interpreter():
         pytest.skip("on a GPU bfloat16 works and is judged with the other dtypes")
     case = _cases.squeeze_excite(1, 4, 2, 2, 2)
     with pytest.raises(RuntimeError, match="bfloat16"):
-        case.call(kernels, case.make(DEVICE, torch.bfloat16), torch.bfloat16)
+        case.combined(kernels, case.make(DEVICE, torch.bfloat16), torch.bfloat16)
 
 
 def test_without_gpu_or_interpreter_the_error_says_what_to_do():

@@ -73,7 +73,7 @@ def fresh(case: Case, tensors: Tensors, dtype: torch.dtype | None = None) -> Ten
 
 def results(case: Case, ops, tensors: Tensors, dtype: torch.dtype, upstream: Tensor | None) -> dict[str, Tensor]:
     """y, the updated buffers and every gradient. upstream None stands for a fixed random one."""
-    y = case.call(ops, tensors, dtype)
+    y = case.combined(ops, tensors, dtype)
     if upstream is None:
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     leaves = [tensors[name] for name in case.differentiable]
@@ -121,12 +121,12 @@ def calls_of(case: Case, ops, sets: list[Tensors], dtype: torch.dtype, backward:
     calls = []
     for tensors in sets:
         own = fresh(case, tensors)
-        y = case.call(ops, own, dtype)
-        upstream = torch.randn(y.shape, device=y.device).to(y.dtype)
-        if y.dim() == 4:
-            upstream = upstream.contiguous(memory_format=torch.channels_last)
+        outputs = case.call(ops, own, dtype)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # randn_like keeps the memory format
+        upstream = [torch.randn_like(y) for y in outputs]
         leaves = [own[name] for name in case.differentiable]
-        calls.append(lambda y=y, ls=leaves, g=upstream: torch.autograd.grad(y, ls, g, retain_graph=True))
+        calls.append(lambda ys=outputs, ls=leaves, gs=upstream: torch.autograd.grad(ys, ls, gs, retain_graph=True))
     return calls
 
 
