@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from . import HAS_TRITON
+from ._files import replacing
 
 DTYPES = ("float16", "bfloat16", "float32")
 _LEGEND = """\
@@ -166,17 +166,8 @@ def _summary(rows: list[dict], seconds: float) -> str:
 
 
 def _write_json(path: Path, document: dict) -> None:
-    """Atomically: a reader sees the old file or the whole new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        try:
-            json.dump(document, file, indent=1)
-            file.flush()
-            # a temporary file is private; a report is not
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
 import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
+from kernels._files import replacing
 from training.data.dataset import Dataset
 from training.errors import UserError
 from training.loop import Budget, EpochRow, RunResult
@@ -160,12 +159,10 @@ def with_spread(s: dict, digits: int) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 
 
@@ -174,10 +171,8 @@ def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str])
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: torch.Tensor.contiguous(value) for name, value in state.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({error}); free some space or name another folder") from error

@@ -8,13 +8,13 @@ harness (or the matrix products at the measured rate, where that is longer) over
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from .. import _cases, environment, interpreting
+from .._files import replacing
 from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
@@ -245,12 +245,10 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Mistake(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 
 

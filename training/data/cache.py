@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kernels._files import replacing
 from training.data.dataset import Dataset
 from training.errors import UserError
 
@@ -73,16 +73,13 @@ def load(key: str) -> Dataset | None:
 def store(key: str, dataset: Dataset) -> str | None:
     """Write the data set under its key. Returns None, or one line that says why it was not cached."""
     path = folder() / f"{key}.safetensors"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     meta = dict(
         key=key, name=dataset.name, fingerprint=dataset.fingerprint, classes=json.dumps(list(dataset.classes))
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata=meta)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata=meta)
         return None
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # a folder that cannot be written may not be listed either
-            temporary.unlink()
         return f"the decoded images were not cached in {path.parent} ({error}); the next start decodes them again"
