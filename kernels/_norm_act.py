@@ -1,7 +1,7 @@
 """The one BatchNorm of this package: act(batch_norm(x * gate)) + residual and its gradients; gate, residual optional.
 
-A kernel sees x as [segments, SEGMENT, C]: with a gate a segment is one image (SEGMENT = H * W), so that a gate value
-is read once per image and the gate's gradient is a sum inside one program; without one, any run of rows.
+A kernel sees x as [segments, SEGMENT, C]: with a gate or a squeeze a segment is one image (SEGMENT = H * W), so that
+a gate value is read once per image and sums over an image stay inside one program; without, any run of rows.
 Statistics: every lane keeps a running mean and squared deviation (Welford), lanes and programs are merged in a fixed
 order (Chan et al. 1979): no sum of squares that could cancel, no atomics, the same bits every time.
 """
