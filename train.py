@@ -7,6 +7,7 @@ _STARTED = time.perf_counter()
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kernels import environment
 from model import backend as backends
 from training import data, precision
 from training.errors import UserError
-from training.loop import Listener, plan_budget, train
+from training.loop import Listener, Trainer, plan_budget
 from training.recipes import RECIPES, Recipe
 from training.report import Report, save_weights, write_json
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     recipe = customize(RECIPES[options.recipe], options)
-    for path in filter(None, (options.json and options.json.parent, options.out)):
+    for path in filter(None, (options.json and options.json.parent, options.out, options.profile)):
         make_folder(path)
     if options.json is not None and options.json.is_dir():
         raise UserError(f"--json {options.json} is a folder; name a file")
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     compute = precision.choose(options.dtype, device, interpreted)
     if interpreted and compute.name == "bf16":
         raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
+    graph = choose_graph(options.graph, device)
     set_determinism(options.deterministic)
 
     notes: list[str] = []
@@ -85,6 +87,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "recipe": asdict(recipe),
         "kernels": {"name": backend.name, "interpreted": interpreted, "stem": describe_stem(recipe, backend.name)},
         "dtype": compute.name,
+        "graph": graph,
         "deterministic": options.deterministic,
         "budget": asdict(budget),
         "steps_given": options.steps is not None,
@@ -94,16 +97,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     }
     report = Report(console, facts)
     report.header(recipe, dataset, budget, notes)
+    if options.profile is not None:
+        return profile(options, console, facts, backend, lambda on, g: Trainer(recipe, dataset, budget, on, compute, g))
     listener = Listener(report.on_step, report.on_epoch)
-
-    def train_once(seed: int, on=dataset, listener=listener):
-        return train(recipe, on, budget, backend, compute, seed, listener, validate)
 
     exit_code = 0
     try:
+        trainer = Trainer(recipe, dataset, budget, backend, compute, graph)
         if device.type == "cuda":
             began = time.perf_counter()
-            train_once(options.seed, random_labels(dataset), Listener())
+            trainer.run(options.seed, labels=random_labels(dataset))
             torch.cuda.synchronize()
             facts["compile_seconds"] = time.perf_counter() - began
         for number in range(options.runs):
@@ -111,7 +114,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             report.start_run(number + 1, options.runs, seed, budget)
             result = None
             try:
-                result = train_once(seed)
+                result = trainer.run(seed, listener, validate)
             finally:
                 report.end_run(result)
             if options.out is not None:
@@ -130,6 +133,37 @@ def run(options: argparse.Namespace, console: Console) -> int:
             if options.out is not None:
                 write_json(options.out / "summary.json", report.as_dict())
     return exit_code
+
+
+def profile(
+    options: argparse.Namespace,
+    console: Console,
+    facts: dict,
+    backend: backends.Backend,
+    make: Callable[[backends.Backend, bool], Trainer],
+) -> int:
+    """Profile the training step; make(backend, graph) makes a trainer of this configuration."""
+    from training.profile import measure, report
+
+    graph, folder = facts["graph"], options.profile
+
+    def make_trainer(instrumented: bool, allow_graph: bool) -> Trainer:
+        return make(measure.instrumented(backend) if instrumented else backend, graph and allow_graph)
+
+    def make_eager(instrumented: bool) -> Trainer:
+        plain = backends.eager()
+        return make(measure.instrumented(plain) if instrumented else plain, False)
+
+    measured = measure.measure(make_trainer, not backend.compile, options.seed, folder)
+    for line in report.table(measured):
+        print(line)
+    race = measure.race(lambda: make_trainer(False, True), make_eager, options.seed, folder)
+    for line in report.race_lines(race):
+        console.print(line, highlight=False)
+    console.print(f"chrome traces: {folder}", highlight=False)
+    if options.json is not None:
+        write_json(options.json, {**facts, "profile": report.as_dict(measured, race)})
+    return 0
 
 
 def customize(recipe: Recipe, options: argparse.Namespace) -> Recipe:
@@ -171,6 +205,13 @@ def choose_backend(kernels: str, device: torch.device) -> backends.Backend:
         raise UserError(f"--kernels {kernels}: {error}") from error
 
 
+def choose_graph(choice: str, device: torch.device) -> bool:
+    """Whether the training step is captured as a CUDA graph; auto: on a GPU."""
+    if choice == "on" and device.type != "cuda":
+        raise UserError(f"--graph on needs a GPU, and the device is {device.type}; leave it out, or use --graph off")
+    return choice != "off" and device.type == "cuda"
+
+
 def set_determinism(deterministic: bool) -> None:
     """cudnn picks its fastest algorithm by trying, unless runs must be bitwise repeatable."""
     torch.backends.cudnn.deterministic = deterministic
@@ -193,10 +234,9 @@ def load_data(source: str | None, console: Console, notes: list[str]):
 
 
 def random_labels(dataset):
-    """The same images under labels that teach nothing, for the warm-up."""
+    """Labels that teach nothing, for the warm-up."""
     generator = torch.Generator(dataset.device).manual_seed(0)
-    labels = torch.randint(len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device)
-    return replace(dataset, train_labels=labels)
+    return torch.randint(len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device)
 
 
 def make_folder(path: Path) -> None:
@@ -221,6 +261,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--list-recipes", action="store_true", help="print the recipes and stop")
     add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic")
     add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
+    add("--graph", choices=("auto", "on", "off"), default="auto", help="replay each step as a CUDA graph (auto: on a GPU)")
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times, with seeds from --seed on")
@@ -234,6 +275,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
     add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
     add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
+    add("--profile", type=Path, nargs="?", const=Path("runs/profile"), metavar="DIR",
+        help="time one step by part instead of training; traces go to DIR (default: %(const)s)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
     options = parser.parse_args(arguments)
     if options.steps is not None and options.epochs is not None:

@@ -1,26 +1,42 @@
-"""The one place that decides which implementation of the ops a network runs on."""
+"""The one place that decides which implementation of the ops a network and its training run on."""
 
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-CHOICES = ("auto", "fused", "reference")
+from model import convolution
+
+CHOICES = ("auto", "fused", "reference", "compiled")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The ops a network is built from. Both backends share parameters, so a checkpoint fits either."""
+    """The ops a training is built from. All backends share parameters, so a checkpoint fits each.
+
+    compile: whether the forward pass and loss go through torch.compile as a whole.
+    """
 
     name: str
+    conv3x3: Callable
+    whiten: Callable
     whiten_project_norm_act: Callable
     pool_norm_act: Callable
     se_gate: Callable
     excite_norm_act_add: Callable
+    cross_entropy: Callable
+    sgd_nesterov: Callable
+    muon: Callable
+    compile: bool = False
 
 
-def _collect(name: str, ops) -> Backend:
-    return Backend(name, ops.whiten_project_norm_act, ops.pool_norm_act, ops.se_gate, ops.excite_norm_act_add)
+_OPS = tuple(f.name for f in fields(Backend) if f.type is Callable and f.name != "conv3x3")
+
+
+def _collect(name: str, ops, conv3x3: Callable = convolution.conv3x3, **options) -> Backend:
+    return Backend(name, conv3x3, **{op: getattr(ops, op) for op in _OPS}, **options)
 
 
 def reference() -> Backend:
@@ -30,6 +46,20 @@ def reference() -> Backend:
     return _collect("reference", ops)
 
 
+def compiled() -> Backend:
+    """The reference under torch.compile: what a user would otherwise pick."""
+    from kernels import reference as ops
+
+    return _collect("compiled", ops, convolution.plain_conv3x3, compile=True)
+
+
+def eager() -> Backend:
+    """Plain PyTorch with its own convolution too: what a CPU's step is raced against."""
+    from kernels import reference as ops
+
+    return _collect("eager", ops, convolution.plain_conv3x3)
+
+
 def fused() -> Backend:
     """The hand-written Triton kernels; needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)."""
     import kernels as ops
@@ -37,10 +67,17 @@ def fused() -> Backend:
     return _collect("fused", ops)
 
 
+def has_cxx_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU ($CXX, else g++ or clang++)."""
+    named = os.environ.get("CXX")
+    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))
+
+
 def select(choice: str, device: torch.device) -> Backend:
     """`auto` is fused on a GPU and reference elsewhere.
 
-    Raises ValueError for an unknown choice, and for `fused` where the kernels can neither run nor be interpreted.
+    Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, and for
+    `compiled` where torch.compile lacks its compiler.
     """
     if choice not in CHOICES:
         raise ValueError(f"unknown kernels {choice!r}; expected one of {', '.join(CHOICES)}")
@@ -48,6 +85,15 @@ def select(choice: str, device: torch.device) -> Backend:
         return reference()
     import kernels
 
+    if choice == "compiled":
+        if device.type != "cuda" and not has_cxx_compiler():
+            raise ValueError(
+                "torch.compile needs a C++ compiler here and finds none; install g++ (or set CXX), "
+                "or use --kernels reference"
+            )
+        if device.type == "cuda" and not kernels.HAS_TRITON:
+            raise ValueError("torch.compile needs triton here, which is not installed; use --kernels reference")
+        return compiled()
     if not kernels.HAS_TRITON:
         raise ValueError("the fused kernels need triton, which is not installed; use --kernels reference")
     if device.type != "cuda" and not kernels.interpreting():

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.reference import normalize
+from kernels import Gather
+from kernels.reference import ACTIVATIONS, normalized_batch
 from model.backend import Backend
+from model.convolution import Conv3x3
 
 
 class NormAct(nn.Module):
@@ -61,45 +63,49 @@ class SEGate(nn.Module):
         return self.op(squeeze, *weights, activation=self.activation)
 
 
-class WhitenStem(nn.Module):
-    """uint8 images -> normalize -> frozen whitening convolution -> trained 1x1 projection -> BatchNorm -> activation.
+class Stem(nn.Module):
+    """What every whitening stem holds: frozen filters and the pixel statistics that normalize the images.
 
-    Unpadded, it is one fused op. With 'same' padding the border is zero in normalized space, which is no pixel value,
-    so no kernel can fold the normalization away: those stems run the plain convolution on every backend.
+    Called with images [B, C, H, W] uint8 (or the data set and what `gather` takes of it) and the dtype of its result.
+
+    `padding` 'same' pads with zeros in normalized space, which is no pixel value, so no kernel can fold the
+    normalization away: padded stems run the plain convolution on every backend.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel_size: int,
-        padding: int | str,
-        norm: NormAct,
-        backend: Backend,
-    ):
+    def __init__(self, in_channels: int, filters: int, kernel_size: int, padding: int | str):
         super().__init__()
-        features = in_channels * kernel_size**2
-        self.whiten = nn.Conv2d(in_channels, features, kernel_size, padding=padding, bias=False)
+        self.whiten = nn.Conv2d(in_channels, filters, kernel_size, padding=padding, bias=False)
         self.whiten.weight.requires_grad_(False)
-        self.project = nn.Conv2d(features, channels, 1, bias=False)
-        self.norm = norm
-        self.op = backend.whiten_project_norm_act
         self.fusable = padding == 0
+        self.out_channels = filters
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
 
-    def forward(self, images: Tensor) -> Tensor:
-        device = images.device.type
-        dtype = self.project.weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        if not self.fusable:
-            x = normalize(images, self.mean, self.std, dtype)
-            k = self.whiten.kernel_size[0]
-            # as 'same' pads, an even kernel's extra row and column at the end; said here, PyTorch does not warn of it
-            x = F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
-            return self.norm(self.project(x))
+    def padded_convolution(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
+        """The 'same' whitening convolution, without bias, as PyTorch pads: an even kernel's extra row at the end."""
+        x = normalized_batch(images, gather, self.mean, self.std, dtype)
+        k = self.whiten.kernel_size[0]
+        # said here, PyTorch does not warn of it
+        return F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
+
+
+class ProjectedStem(Stem):
+    """images -> normalize -> whitening -> trained 1x1 projection -> BatchNorm -> activation: one op where unpadded."""
+
+    def __init__(
+        self, in_channels: int, channels: int, kernel_size: int, padding: int | str, norm: NormAct, backend: Backend
+    ):
+        features = in_channels * kernel_size**2
+        super().__init__(in_channels, features, kernel_size, padding)
+        self.project = nn.Conv2d(features, channels, 1, bias=False)
+        self.out_channels = channels
+        self.norm = norm
+        self.op = backend.whiten_project_norm_act
+
+    def forward(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
         norm = self.norm
+        if not self.fusable:
+            return norm(self.project(self.padded_convolution(images, gather, dtype)))
         return self.op(
             images,
             self.whiten.weight,
@@ -110,36 +116,63 @@ class WhitenStem(nn.Module):
             mean=self.mean,
             std=self.std,
             dtype=dtype,
+            gather=gather,
             **norm.settings(),
         )
 
 
-class ConvGroup(nn.Module):
-    """conv1 -> max-pool 2x2 -> norm -> act = r;
-    unless short, conv2 -> norm -> act -> conv3 -> x gate -> norm -> act, + r.
+class WhitenStem(Stem):
+    """images -> normalize -> whitening by each filter and its negative, with a trained bias -> activation: one op.
+
+    Source: airbench94. The bias starts uniform in +-1/sqrt(fan in), PyTorch's own.
     """
 
-    def __init__(self, in_channels: int, channels: int, short: bool, se: SEGate | None, make_norm):
-        """make_norm(channels, kind) makes a NormAct or PoolNormAct."""
+    def __init__(self, in_channels: int, kernel_size: int, padding: int | str, activation: str, backend: Backend):
+        features = in_channels * kernel_size**2
+        super().__init__(in_channels, 2 * features, kernel_size, padding)
+        bound = features**-0.5
+        self.bias = nn.Parameter(torch.empty(2 * features).uniform_(-bound, bound))
+        self.activation = activation
+        self.op, self.act = backend.whiten, ACTIVATIONS[activation]
+
+    def forward(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
+        if not self.fusable:
+            return self.act(self.padded_convolution(images, gather, dtype) + self.bias.to(dtype)[:, None, None])
+        return self.op(
+            images,
+            self.whiten.weight,
+            self.bias,
+            mean=self.mean,
+            std=self.std,
+            activation=self.activation,
+            dtype=dtype,
+            gather=gather,
+        )
+
+
+class ConvGroup(nn.Module):
+    """conv1 -> max-pool 2x2 -> norm -> act = r; then `depth` more convolutions, each -> norm -> act.
+
+    An SE gate is made of r's mean and multiplies the last of them before its norm; a residual adds r after its act.
+    depth 2 with both is hlb-CIFAR10's group, depth 1 with neither airbench94's, depth 0 stops at r.
+    """
+
+    def __init__(self, in_channels: int, channels: int, depth: int, residual: bool, se: SEGate | None, make_norm, conv3x3):
+        """make_norm(channels, kind) makes a NormAct or PoolNormAct; conv3x3: the convolution to use."""
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, channels)
+        self.depth, self.residual, self.se = depth, residual, se
+        self.conv1 = Conv3x3(in_channels, channels, conv3x3)
         self.norm1 = make_norm(channels, PoolNormAct)
-        self.short = short
-        if short:
-            return
-        self.se = se
-        self.conv2 = _conv3x3(channels, channels)
-        self.norm2 = make_norm(channels)
-        self.conv3 = _conv3x3(channels, channels)
-        self.norm3 = make_norm(channels)
+        for i in range(2, depth + 2):
+            self.add_module(f"conv{i}", Conv3x3(channels, channels, conv3x3))
+            self.add_module(f"norm{i}", make_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         r, squeeze = self.norm1(self.conv1(x))
-        if self.short:
-            return r
         gate = None if self.se is None else self.se(squeeze)
-        return self.norm3(self.conv3(self.norm2(self.conv2(r))), gate, residual=r)
-
-
-def _conv3x3(in_channels: int, channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, channels, 3, padding="same", bias=False)
+        x = r
+        for i in range(2, self.depth + 2):
+            last = i == self.depth + 1
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"norm{i}")
+            x = norm(conv(x), gate if last else None, r if last and self.residual else None)
+        return x

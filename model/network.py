@@ -1,6 +1,6 @@
-"""The network: whitening stem, three convolution groups with squeeze-and-excite, global max-pool, linear head.
+"""The network: whitening stem, convolution groups with squeeze-and-excite, global max-pool, linear head.
 
-Source of the architecture and its numbers: hlb-CIFAR10 v0.3.0.
+Sources of the architectures and their numbers: hlb-CIFAR10 v0.3.0 (the defaults), airbench94_muon (`AIR` in recipes).
 """
 
 from dataclasses import dataclass
@@ -8,33 +8,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels import Gather
 from model.backend import Backend
-from model.layers import ConvGroup, NormAct, SEGate, WhitenStem
+from model.convolution import Conv3x3
+from model.layers import ConvGroup, NormAct, ProjectedStem, SEGate, WhitenStem
 
 
 @dataclass(frozen=True)
 class Group:
-    """One convolution group: its width, whether it stops after its first convolution, whether it has an SE gate."""
+    """One convolution group: its width, how many convolutions follow its first, its residual, its SE gate."""
 
     channels: int
-    short: bool = False
+    depth: int = 2
+    residual: bool = True
     se: bool = True
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Everything that defines a network besides image size and class count."""
+    """Everything that defines a network besides image size and class count.
+
+    stem_channels: what the whitened pixels are projected to; None: no projection, but whitening by every filter and its
+    negative with a trained bias. dirac: each convolution starts as the identity of its input as far as it has filters.
+    head_std: the standard deviation that the head's random weights are scaled to; None: PyTorch's.
+    """
 
     whiten_kernel: int = 2
     whiten_padding: int | str = 0
     whiten_eps: float = 1e-2
-    stem_channels: int = 32
-    groups: tuple[Group, ...] = (Group(128), Group(256, short=True), Group(512))
+    stem_channels: int | None = 32
+    groups: tuple[Group, ...] = (Group(128), Group(256, depth=0), Group(512))
     se_reduction: int | None = 16
     activation: str = "gelu"
     norm_momentum: float = 0.8
     norm_eps: float = 1e-12
     logit_scale: float = 0.1
+    dirac: bool = False
+    head_std: float | None = None
 
     def __post_init__(self):
         if self.whiten_kernel not in (2, 3):
@@ -55,6 +65,9 @@ class NetworkConfig:
         """Whether the whitening stem can run as one fused op (padded stems cannot)."""
         return self.whiten_padding == 0
 
+    def has_gate(self, group: Group) -> bool:
+        return self.se_reduction is not None and group.se and group.depth > 0
+
 
 class Network(nn.Module):
     """images [B, C, H, W] uint8 -> logits [B, classes] float32.
@@ -73,36 +86,52 @@ class Network(nn.Module):
         if classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, found {classes}")
 
-        def make_norm(channels: int, kind: type[NormAct] = NormAct) -> NormAct:
-            return kind(channels, config.norm_momentum, config.norm_eps, config.activation, backend)
+        def make_norm(channels: int, kind: type[NormAct] = NormAct, **options) -> NormAct:
+            return kind(channels, config.norm_momentum, config.norm_eps, config.activation, backend, **options)
 
         def make_gate(group: Group) -> SEGate | None:
-            if config.se_reduction is None or not group.se or group.short:
+            if not config.has_gate(group):
                 return None
             return SEGate(group.channels, config.se_reduction, config.activation, backend)
 
         self.config = config
-        self.stem = WhitenStem(
-            in_channels,
-            config.stem_channels,
-            config.whiten_kernel,
-            config.whiten_padding,
-            make_norm(config.stem_channels),
-            backend,
-        )
-        widths = [config.stem_channels, *(group.channels for group in config.groups)]
+        size, padding = config.whiten_kernel, config.whiten_padding
+        if config.stem_channels is None:
+            self.stem = WhitenStem(in_channels, size, padding, config.activation, backend)
+        else:
+            norm = make_norm(config.stem_channels)
+            self.stem = ProjectedStem(in_channels, config.stem_channels, size, padding, norm, backend)
+        widths = [self.stem.out_channels, *(group.channels for group in config.groups)]
         self.groups = nn.ModuleList(
-            ConvGroup(before, group.channels, group.short, make_gate(group), make_norm)
+            ConvGroup(before, group.channels, group.depth, group.residual, make_gate(group), make_norm, backend.conv3x3)
             for before, group in zip(widths, config.groups)
         )
         self.head = nn.Linear(widths[-1], classes, bias=False)
+        self._initialize()
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images)
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """What differs from PyTorch's own random weights, which the constructors drew."""
+        if self.config.dirac:
+            for module in self.modules():
+                if isinstance(module, Conv3x3):
+                    nn.init.dirac_(module.weight[: module.in_channels])
+        if self.config.head_std is not None:
+            self.head.weight.mul_(self.config.head_std / self.head.weight.std())
+
+    def forward(self, images: Tensor, gather: Gather | None = None) -> Tensor:
+        """With `gather`, images is the data set [N, C, H, W] and the batch is what gather takes of it."""
+        return self.raw_logits(images, gather).float() * self.config.logit_scale
+
+    def raw_logits(self, images: Tensor, gather: Gather | None = None) -> Tensor:
+        """The head's output in the compute dtype, before `config.logit_scale`: what the fused loss scales itself."""
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device)
+        x = self.stem(images, gather, torch.get_autocast_dtype(device) if autocast else self.head.weight.dtype)
         for group in self.groups:
             x = group(x)
         # amax shares the gradient among ties, as the recipe's authors trained it
-        return self.head(x.amax((2, 3))).float() * self.config.logit_scale
+        return self.head(x.amax((2, 3)))
 
     def to_compute_dtype(self, dtype: torch.dtype) -> "Network":
         """Convolution and linear weights in `dtype`; BatchNorm, whitening and pixel statistics stay float32."""

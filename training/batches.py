@@ -1,51 +1,53 @@
-"""Training batches: cropped, flipped uint8 images, drawn on the device in pixel space.
+"""Training batches as what to take of the data set: indices, shifts and flips, drawn on the device for an epoch at once.
 
-Augmentation happens before normalization, so that every pixel a kernel sees is a pixel value.
+The batch itself is gathered by the stem: the fused ops read the uint8 data set through these tensors, the reference
+ops build the batch. Augmentation is in pixel space, so every pixel a kernel sees is a pixel value.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-
-def reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices that run past either edge back inside, without repeating the edge pixel (reflect padding)."""
-    index = index.abs()
-    return (size - 1) - ((size - 1) - index).abs()
+from kernels import Gather
 
 
-def augment(images: Tensor, index: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-    """The batch images[index], moved by (shift_y, shift_x) pixels with reflected borders, mirrored where flip.
+class Batches:
+    """An epoch's batches in memory that never moves, so that a captured step reads each epoch's draw.
 
-    images [N, H, W, C] uint8; index, shift_y, shift_x [B] int64; flip [B] bool.
-    Returns [B, C, H, W] uint8 in channels_last memory. A shift is at most H - 1, W - 1.
+    images [N, H, W, C] uint8 and labels [N] int64 on one device; shift: most pixels of translation each way; flip:
+    "random", "alternating" (each image at random once, then mirrored in every other epoch) or "none". The partial
+    last batch of an epoch is dropped.
     """
-    _, height, width, _ = images.shape
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    y = reflect(rows[None, :] + shift_y[:, None], height)
-    x = reflect(columns[None, :] + shift_x[:, None], width)
-    x = torch.where(flip[:, None], x.flip(1), x)
-    return images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shift: int, flip: str):
+        n, height, width, _ = images.shape
+        device = images.device
+        self.images = images.permute(0, 3, 1, 2)
+        self.labels = labels.clone()
+        self.steps = n // batch_size
+        self._limits = min(shift, height - 1), min(shift, width - 1)
+        self._flip = flip
+        shape = (self.steps, batch_size)
+        self.index = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.shift = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
+        self.flip = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._mirrored = torch.zeros(n, dtype=torch.bool, device=device)
 
-def training_batches(
-    images: Tensor, labels: Tensor, batch_size: int, shift: int, flip: bool, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images [B, C, H, W] uint8, labels [B]); the partial last batch is dropped.
+    def draw(self, generator: torch.Generator, epoch: int) -> None:
+        """Fill in epoch 0, 1, ... from `generator`, which lives on the images' device."""
+        n, device = len(self.labels), self.labels.device
+        options = dict(generator=generator, device=device)
+        self.index.copy_(torch.randperm(n, **options)[: self.index.numel()].view_as(self.index))
+        for axis, limit in enumerate(self._limits):
+            self.shift[..., axis] = torch.randint(-limit, limit + 1, self.index.shape, **options)
+        if self._flip == "random":
+            self.flip.copy_(torch.rand(self.index.shape, **options) < 0.5)
+        elif self._flip == "alternating":
+            if epoch == 0:
+                self._mirrored.copy_(torch.rand(n, **options) < 0.5)
+            self.flip.copy_(self._mirrored[self.index] ^ (epoch % 2 == 1))
 
-    The permutation and every shift and flip are drawn at the epoch's start from `generator`, on the images' device.
-    """
-    n, height, width, _ = images.shape
-    steps = n // batch_size
-    device = images.device
-    used = steps * batch_size
-    index = torch.randperm(n, generator=generator, device=device)[:used].view(steps, batch_size)
-    limit_y, limit_x = min(shift, height - 1), min(shift, width - 1)
-    shape = (steps, batch_size)
-    shift_y = torch.randint(-limit_y, limit_y + 1, shape, generator=generator, device=device)
-    shift_x = torch.randint(-limit_x, limit_x + 1, shape, generator=generator, device=device)
-    mirrored = torch.rand(shape, generator=generator, device=device) < (0.5 if flip else 0.0)
-    for i, y, x, m in zip(index, shift_y, shift_x, mirrored):
-        yield augment(images, i, y, x, m), labels[i]
+    def take(self, at: Tensor) -> tuple[Gather, Tensor]:
+        """Batch `at` ([1] int64 on the device) of the epoch: what to gather, and its labels [B]."""
+        index = self.index.index_select(0, at)[0]
+        gather = Gather(index, self.shift.index_select(0, at)[0], self.flip.index_select(0, at)[0])
+        return gather, self.labels.index_select(0, index)

@@ -1,24 +1,25 @@
 """One training run, from random weights to accuracy."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.backend import Backend
 from model.network import Network
 from model.whitening import initialize_stem
-from training.batches import training_batches
+from training.batches import Batches
 from training.clock import Stopwatch
 from training.data.dataset import Dataset
 from training.errors import UserError
 from training.evaluation import accuracy, logits_of
-from training.optimizer import WeightAverage, lr_factor, make_optimizer, set_lr
+from training.optimizer import Optimizer, WeightAverage
 from training.precision import Precision
 from training.recipes import Recipe
+from training.step import TrainingStep
 
 # fewer steps than this an epoch leave the schedule too coarse to learn from a small data set
 MIN_STEPS_PER_EPOCH = 16
@@ -52,11 +53,15 @@ def plan_budget(
 
 @dataclass
 class EpochRow:
-    """What one line of the log shows. train_loss: mean per image; accuracies are fractions, ema None before it runs."""
+    """What one line of the log shows. train_loss: mean per image; accuracies are fractions, ema None before it runs.
+
+    lr: of the recipe's last group; where that is a mean's, of the mean.
+    """
 
     epoch: int
     step: int
     train_loss: float
+    train_accuracy: float
     lr: float
     accuracy: float | None
     ema_accuracy: float | None
@@ -65,7 +70,7 @@ class EpochRow:
 
 @dataclass
 class RunResult:
-    """accuracy: of the weight average, mirror-averaged; seconds: the timed segments; losses: per image, every step."""
+    """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments; losses: per image, every step."""
 
     seed: int
     accuracy: float
@@ -94,110 +99,151 @@ def build_network(recipe: Recipe, dataset: Dataset, backend: Backend, precision:
     return network.to(dataset.device).to_compute_dtype(precision.weights)
 
 
-def train(
-    recipe: Recipe,
-    dataset: Dataset,
-    budget: Budget,
-    backend: Backend,
-    precision: Precision,
-    seed: int,
-    listener: Listener = Listener(),
-    validate: int | None = None,
-) -> RunResult:
-    """Train one network. `dataset` is on its device; `validate` limits each epoch's untimed validation images.
+class Trainer:
+    """Everything a training needs, in memory that stays: one object trains any number of runs, one seed after another.
 
-    Timed: the whitening statistics, every training step, the final test-time-augmented logits. Raises UserError when
-    the loss stops being finite.
+    `dataset` is on its device; graph: whether each step is a captured CUDA graph. Raises UserError for a data set that
+    the network cannot be trained on.
     """
-    device = dataset.device
-    check_batch(recipe, dataset, budget)
-    network = build_network(recipe, dataset, backend, precision, seed)
-    optimizer = make_optimizer(network, recipe, budget.batch_size)
-    average = WeightAverage(network, recipe.ema_decay**recipe.ema_every)
-    average_from = budget.total_steps - round(recipe.ema_fraction * budget.total_steps)
-    generator = torch.Generator(device).manual_seed(seed)
-    losses = torch.full((budget.total_steps,), float("nan"), device=device)
-    rows: list[EpochRow] = []
-    watch, training_watch = Stopwatch(device), Stopwatch(device)
 
-    watch.start()
-    stem = network.stem
-    initialize_stem(
-        stem,
-        dataset.train_images,
-        dataset.mean,
-        dataset.std,
-        recipe.network.whiten_eps,
-        recipe.centered_whitening,
-    )
-    network.train()
-    step = 0
-    for epoch in range(budget.epochs):
-        training_watch.start()
-        first = step
-        for images, labels in training_batches(
-            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, generator
-        ):
-            set_lr(optimizer, lr_factor(step, budget.total_steps, recipe))
-            with precision.autocast(device):
-                logits = network(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses[step] = loss.detach() / budget.batch_size
-            step += 1
-            last = step == budget.total_steps
-            if (step > average_from and step % recipe.ema_every == 0) or (last and not average.started):
-                average.update()
-            listener.on_step(step, losses)
-            if last:
-                break
-        training_watch.stop()
-        watch.stop()
-        check_finite(losses[first:step], first, budget)
-        row = EpochRow(
-            epoch + 1,
-            step,
-            losses[first:step].mean().item(),
-            optimizer.param_groups[0]["lr"] * budget.batch_size,
-            *_validate(network, average, dataset, precision, validate),
-            watch.seconds,
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool
+    ):
+        check_batch(recipe, dataset, budget)
+        self._recipe, self._dataset, self._backend, self._precision = recipe, dataset, backend, precision
+        self.budget, self.graph = budget, graph
+        self.device, self.image_shape = dataset.device, dataset.image_shape
+        self.network = build_network(recipe, dataset, backend, precision, seed=0)
+        self._average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
+        self._batches = Batches(
+            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip
         )
-        rows.append(row)
-        listener.on_epoch(row)
+        self._optimizer = Optimizer(
+            self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
+        )
+        self.step = TrainingStep(
+            self.network, self._optimizer, self._batches, backend, precision, recipe.label_smoothing,
+            budget.total_steps, graph,
+        )  # fmt: skip
+
+    def run(
+        self,
+        seed: int,
+        listener: Listener = Listener(),
+        validate: int | None = None,
+        labels: Tensor | None = None,
+    ) -> RunResult:
+        """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
+
+        labels: in place of the data set's own, for a warm-up that learns nothing. Timed: the whitening statistics,
+        every training step, the final test-time-augmented logits. Raises UserError when the loss stops being finite.
+        """
+        recipe, dataset, budget, network, device = self._recipe, self._dataset, self.budget, self.network, self.device
+        self._restart(seed, dataset.train_labels if labels is None else labels)
+        generator = torch.Generator(device).manual_seed(seed)
+        rows: list[EpochRow] = []
+        watch, training_watch = Stopwatch(device), Stopwatch(device)
+
         watch.start()
+        self._whiten()
+        network.train()
+        for epoch in range(budget.epochs):
+            first = epoch * budget.steps_per_epoch
+            last = min(first + budget.steps_per_epoch, budget.total_steps)
+            training_watch.start()
+            self._epoch(epoch, first, last, generator, listener)
+            training_watch.stop()
+            watch.stop()
+            losses = self.step.losses[first:last]
+            check_finite(losses, first, budget)
+            row = EpochRow(
+                epoch + 1,
+                last,
+                losses.mean().item(),
+                self.step.correct.item() / ((last - first) * budget.batch_size),
+                recipe.groups[-1].lr * recipe.schedule.factor(last - 1, budget.total_steps),
+                *self._validate(validate),
+                watch.seconds,
+            )
+            rows.append(row)
+            listener.on_epoch(row)
+            watch.start()
 
-    with average.applied(), precision.autocast(device):
-        logits = logits_of(network, dataset.test_images, mirror=True)
-    watch.stop()
-    with average.applied():
-        state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-    images_per_second = budget.batch_size * budget.total_steps / max(training_watch.seconds, 1e-9)
-    return RunResult(
-        seed,
-        accuracy(logits, dataset.test_labels),
-        watch.seconds,
-        images_per_second,
-        losses.tolist(),
-        rows,
-        state,
-    )
+        with self._evaluated():
+            logits = logits_of(network, dataset.test_images, recipe.tta)
+            watch.stop()
+            state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        images_per_second = budget.batch_size * budget.total_steps / max(training_watch.seconds, 1e-9)
+        return RunResult(
+            seed,
+            accuracy(logits, dataset.test_labels),
+            watch.seconds,
+            images_per_second,
+            self.step.losses.tolist(),
+            rows,
+            state,
+        )
 
+    def prepare(self, seed: int) -> None:
+        """Ready for the first step of a run that somebody else drives: a profile's."""
+        self._restart(seed, self._dataset.train_labels)
+        self._whiten()
+        self.network.train()
 
-def _validate(
-    network: nn.Module, average: WeightAverage, dataset: Dataset, precision: Precision, limit: int | None
-) -> tuple[float | None, float | None]:
-    """Accuracy of the live weights and, once it exists, of their average, on the first `limit` test images."""
-    if limit == 0:
-        return None, None
-    images, labels = dataset.test_images[:limit], dataset.test_labels[:limit]
-    with precision.autocast(dataset.device):
-        live = accuracy(logits_of(network, images, mirror=False), labels)
-        if not average.started:
+    def _whiten(self) -> None:
+        recipe, dataset = self._recipe, self._dataset
+        initialize_stem(
+            self.network.stem,
+            dataset.train_images[: recipe.whiten_images],
+            dataset.mean,
+            dataset.std,
+            recipe.network.whiten_eps,
+            recipe.centered_whitening,
+        )
+
+    def _restart(self, seed: int, labels: Tensor) -> None:
+        """Everything as before the first step of a run; the tensors stay where captured graphs know them."""
+        fresh = build_network(self._recipe, self._dataset, self._backend, self._precision, seed)
+        self.network.load_state_dict(fresh.state_dict())
+        self._batches.labels.copy_(labels)
+        self.step.start_run()
+        if self._average is not None:
+            self._average.reset()
+
+    def _epoch(self, epoch: int, first: int, last: int, generator: torch.Generator, listener: Listener) -> None:
+        """Steps first..last-1. Nothing here waits for the device."""
+        recipe, average = self._recipe, self._average
+        average_from = self.budget.total_steps - round(recipe.ema_fraction * self.budget.total_steps)
+        self._batches.draw(generator, epoch)
+        self.step.start_epoch()
+        for step in range(first, last):
+            self.step(step)
+            done = step + 1
+            final = done == self.budget.total_steps
+            if average is not None and (
+                (done > average_from and done % recipe.ema_every == 0) or (final and not average.started)
+            ):
+                average.update()
+            listener.on_step(done, self.step.losses)
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Inside, the network is what a run ends with: the weight average where the recipe keeps one."""
+        averaged = nullcontext() if self._average is None else self._average.applied()
+        with averaged, self._precision.autocast(self.device):
+            yield
+
+    def _validate(self, limit: int | None) -> tuple[float | None, float | None]:
+        """Accuracy of the live weights and, once it exists, of their average, on the first `limit` test images."""
+        if limit == 0:
+            return None, None
+        images, labels = self._dataset.test_images[:limit], self._dataset.test_labels[:limit]
+        with self._precision.autocast(self.device):
+            live = accuracy(logits_of(self.network, images, None), labels)
+        if self._average is None or not self._average.started:
             return live, None
-        with average.applied():
-            return live, accuracy(logits_of(network, images, mirror=False), labels)
+        with self._evaluated():
+            return live, accuracy(logits_of(self.network, images, None), labels)
 
 
 def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:

@@ -1,4 +1,4 @@
-"""SGD with separate weight and bias groups, its learning-rate schedule, and the weight average (EMA)."""
+"""Parameter groups, their update rules and learning rates, all on the device; and the weight average (EMA)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,39 +6,106 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from training.recipes import Recipe
+from model.backend import Backend
+from model.convolution import Conv3x3
+from training.recipes import ParamGroup, Recipe
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe, batch_size: int) -> torch.optim.SGD:
-    """Nesterov SGD for a loss summed over `batch_size` images; each group keeps its peak rate as `peak_lr`."""
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    biases = [p for name, p in trained if name.endswith("bias")]
-    weights = [p for name, p in trained if not name.endswith("bias")]
-    lr, decay = recipe.lr / batch_size, recipe.decay * batch_size
-    groups = [
-        dict(params=weights, peak_lr=lr, weight_decay=decay),
-        dict(params=biases, peak_lr=lr * recipe.bias_lr_scale, weight_decay=decay * recipe.bias_decay_scale),
-    ]
-    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=True, foreach=True)
+def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list[list[nn.Parameter]]:
+    """The trained parameters of each group; a parameter belongs to the first group that names it.
 
-
-def lr_factor(step: int, total_steps: int, recipe: Recipe) -> float:
-    """The learning rate at `step` as a fraction of the peak: up from 0, down to the final fraction, then constant.
-
-    The peak is at `peak_fraction` of all steps; the constant part is the last `ema_fraction`.
+    Raises ValueError when a trained parameter belongs to none. A group may be empty: a network without what it names.
     """
-    peak = max(recipe.peak_fraction * total_steps - 1, 0.0)
-    end = max(total_steps - round(recipe.ema_fraction * total_steps) - 1, peak)
-    if step < peak:
-        return step / peak
-    if step >= end:
-        return recipe.final_lr_fraction if end > peak else 1.0
-    return 1 + (recipe.final_lr_fraction - 1) * (step - peak) / (end - peak)
+    filters = {id(module.weight) for module in network.modules() if isinstance(module, Conv3x3)}
+    belongs = {
+        "filters": lambda name, p: id(p) in filters,
+        "head": lambda name, p: name == "head.weight",
+        "stem.bias": lambda name, p: name == "stem.bias",
+        "biases": lambda name, p: name.endswith("bias"),
+        "weights": lambda name, p: not name.endswith("bias"),
+    }
+    members: list[list[nn.Parameter]] = [[] for _ in groups]
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
+        at = next((i for i, group in enumerate(groups) if belongs[group.params](name, p)), None)
+        if at is None:
+            raise ValueError(f"no parameter group of the recipe trains {name}")
+        members[at].append(p)
+    return members
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+class Optimizer:
+    """Updates every parameter by its group's rule, with learning rates read from a table on the device.
+
+    Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `groups` are those of
+    the recipe that train anything in this network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Recipe,
+        batch_size: int,
+        steps_per_epoch: int,
+        total_steps: int,
+        backend: Backend,
+    ):
+        pairs = [(g, ps) for g, ps in zip(recipe.groups, group_parameters(network, recipe.groups)) if ps]
+        self.groups = [g for g, _ in pairs]
+        self.params = [ps for _, ps in pairs]
+        self.buffers = [[torch.zeros_like(p, requires_grad=False) for p in ps] for ps in self.params]
+        self._batch_size = batch_size
+        self._rules = {"sgd": backend.sgd_nesterov, "muon": backend.muon}
+        # what a schedule is compressed to is in proportion to the recipe's own epochs
+        self.steps = [
+            total_steps if g.epochs is None else min(total_steps, max(1, round(g.epochs / recipe.epochs * total_steps)))
+            for g in self.groups
+        ]
+        rates = [
+            [
+                g.lr / (batch_size if g.mean_lr else 1) * recipe.schedule.factor(step, own) if step < own else 0.0
+                for step in range(total_steps)
+            ]
+            for g, own in zip(self.groups, self.steps)
+        ]
+        device = self.params[0][0].device
+        # [steps, groups]
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=device).t().contiguous()
+
+    def active(self, step: int) -> tuple[int, ...]:
+        """The groups that are trained at `step`: the phase it belongs to."""
+        return tuple(i for i, own in enumerate(self.steps) if step < own)
+
+    def parameters(self, active: tuple[int, ...]) -> list[nn.Parameter]:
+        return [p for i in active for p in self.params[i]]
+
+    def freeze_all_but(self, active: tuple[int, ...]) -> None:
+        """Only the active groups require gradients, so that nothing is computed for the others."""
+        for i, params in enumerate(self.params):
+            for p in params:
+                p.requires_grad_(i in active)
+
+    @torch.no_grad()
+    def update(self, grads: list[Tensor], active: tuple[int, ...], step: Tensor) -> None:
+        """One step with gradients in the order of `parameters(active)`; step [1] int64 on the device."""
+        rates = self.rates.index_select(0, step)[0]
+        grads = iter(grads)
+        for i in active:
+            group, params = self.groups[i], self.params[i]
+            self._rules[group.rule](
+                params,
+                [next(grads) for _ in params],
+                self.buffers[i],
+                rates[i : i + 1],
+                momentum=group.momentum,
+                weight_decay=group.decay * self._batch_size,
+            )
+
+    def reset(self) -> None:
+        """As before the first step."""
+        for buffers in self.buffers:
+            torch._foreach_zero_(buffers)
 
 
 class WeightAverage:
@@ -55,6 +122,10 @@ class WeightAverage:
     @property
     def started(self) -> bool:
         return self._average is not None
+
+    def reset(self) -> None:
+        """As before the first update."""
+        self._average = None
 
     @torch.no_grad()
     def update(self) -> None:

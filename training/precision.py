@@ -2,12 +2,12 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from model.convolution import fast_bf16
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,8 @@ class Precision:
         return torch.autocast(device.type, dtype=self.compute)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 in hardware (x86 avx512_bf16 or amx_bf16, Arm bf16)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool(_CPU_BF16_FLAGS & set(flags.split()))
-
-
 def choose(name: str | None, device: torch.device, interpreted: bool) -> Precision:
-    """The default is fp16 on a GPU, bf16 on a CPU that has it, else fp32; the interpreter computes in fp32.
+    """The default is fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32; the interpreter computes in fp32.
 
     On a GPU the weights are kept in the compute dtype; on a CPU bf16 keeps fp32 weights under autocast.
     """
@@ -43,7 +33,7 @@ def choose(name: str | None, device: torch.device, interpreted: bool) -> Precisi
         if device.type == "cuda":
             name = "fp16"
         else:
-            name = "bf16" if device.type == "cpu" and cpu_has_bf16() and not interpreted else "fp32"
+            name = "bf16" if device.type == "cpu" and fast_bf16() and not interpreted else "fp32"
     compute = DTYPES[name]
     keep_fp32 = device.type == "cpu" and name == "bf16"
     return Precision(name, compute, torch.float32 if keep_fp32 else compute)

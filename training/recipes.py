@@ -1,39 +1,125 @@
 """Recipes: everything that defines a training besides the data, as frozen data. A new one states what differs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from model.network import NetworkConfig
+from model.network import Group, NetworkConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over a training as a fraction of its peak: up from 0, down to the final fraction, then held.
+
+    peak, hold: fractions of all steps: where the peak is, and how long the end holds the final fraction.
+    """
+
+    peak: float = 0.0
+    final: float = 0.0
+    hold: float = 0.0
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """At step 0, 1, ... of total_steps."""
+        peak = max(self.peak * total_steps - 1, 0.0)
+        end = max(total_steps - round(self.hold * total_steps) - (1 if self.hold else 0), peak)
+        if step < peak:
+            return step / peak
+        if step >= end:
+            return self.final if end > peak else 1.0
+        return 1 + (self.final - 1) * (step - peak) / (end - peak)
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Which parameters an update rule trains, and how.
+
+    params: "filters" (3x3 convolutions), "head", "stem.bias" (the whitening bias), "biases" (all others) or "weights"
+    (all other weights); each parameter belongs to the first group of a recipe that names it.
+    rule: "sgd" (Nesterov) or "muon". lr is for a loss summed over the batch; mean_lr: for its mean, so that lr / B is
+    used. decay: multiplied by B. epochs: how long the group is trained, its schedule compressed to that; None: always.
+    """
+
+    params: Literal["filters", "head", "stem.bias", "biases", "weights"]
+    rule: Literal["sgd", "muon"]
+    lr: float
+    momentum: float
+    decay: float = 0.0
+    mean_lr: bool = False
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A network and how it is trained.
 
-    Learning rates and decays are per mean-loss step: the loss is summed over a batch of B images, so the optimizer uses
-    lr / B and decay * B. `peak`, `final` fractions are of all steps, so that a shorter budget compresses the schedule.
+    shift: pixels of random translation, reflected at the borders; flip: "random", "alternating" (each image once at
+    random, then mirrored every other epoch) or "none". tta: "mirror", or "mirror+translate", which adds the two
+    1-pixel diagonal translations. ema_*: the weight average of the last `ema_fraction` of all steps; 0: none.
+    whiten_images: how many training images the whitening statistics are taken of; None: all.
     """
 
     name: str
     summary: str
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    epochs: float = 10
-    batch_size: int = 512
-    momentum: float = 0.85
-    lr: float = 1.15 * 1.35
-    bias_lr_scale: float = 32.0
-    decay: float = 0.85 * 4.8e-4
-    bias_decay_scale: float = 1 / 32
-    peak_fraction: float = 0.2
-    final_lr_fraction: float = 0.135
-    ema_fraction: float = 0.2
+    network: NetworkConfig
+    groups: tuple[ParamGroup, ...]
+    epochs: float
+    batch_size: int
+    schedule: Schedule
+    label_smoothing: float = 0.2
+    shift: int = 2
+    flip: Literal["random", "alternating", "none"] = "random"
+    tta: Literal["mirror", "mirror+translate"] = "mirror"
+    ema_fraction: float = 0.0
     ema_decay: float = 0.986
     ema_every: int = 2
-    label_smoothing: float = 0.2
-    shift: int = 3
-    flip: bool = True
     centered_whitening: bool = True
+    whiten_images: int | None = None
 
 
-HLB = Recipe("hlb", "hlb-CIFAR10 v0.3.0: 2x2 unpadded whitening, squeeze-and-excite /16, SGD, 10 epochs, EMA")
+_HLB_LR, _HLB_DECAY = 1.15 * 1.35, 0.85 * 4.8e-4
 
-RECIPES = {recipe.name: recipe for recipe in (HLB,)}
+HLB = Recipe(
+    "hlb",
+    "hlb-CIFAR10 v0.3.0: 2x2 unpadded whitening, squeeze-and-excite /16, SGD, 10 epochs, EMA",
+    network=NetworkConfig(),
+    groups=(
+        ParamGroup("biases", "sgd", 32 * _HLB_LR, 0.85, _HLB_DECAY / 32, mean_lr=True),
+        ParamGroup("weights", "sgd", _HLB_LR, 0.85, _HLB_DECAY, mean_lr=True),
+    ),
+    epochs=10,
+    batch_size=512,
+    schedule=Schedule(peak=0.2, final=0.135, hold=0.2),
+    shift=3,
+    ema_fraction=0.2,
+)
+
+_AIR_BIAS_LR, _AIR_HEAD_LR, _AIR_DECAY = 0.053, 0.67, 2e-6
+
+AIR = Recipe(
+    "air",
+    "airbench94_muon: whitening with negatives, narrow groups, Muon, 8 epochs, alternating flip",
+    network=NetworkConfig(
+        whiten_eps=5e-4,
+        stem_channels=None,
+        groups=tuple(Group(channels, depth=1, residual=False, se=False) for channels in (64, 256, 256)),
+        se_reduction=None,
+        norm_momentum=0.4,
+        logit_scale=1 / 256,
+        dirac=True,
+        head_std=1.0,
+    ),
+    groups=(
+        ParamGroup("stem.bias", "sgd", _AIR_BIAS_LR, 0.85, _AIR_DECAY / _AIR_BIAS_LR, epochs=3),
+        ParamGroup("biases", "sgd", _AIR_BIAS_LR, 0.85, _AIR_DECAY / _AIR_BIAS_LR),
+        ParamGroup("head", "sgd", _AIR_HEAD_LR, 0.85, _AIR_DECAY / _AIR_HEAD_LR),
+        ParamGroup("filters", "muon", 0.24, 0.6),
+    ),
+    epochs=8,
+    batch_size=2000,
+    schedule=Schedule(),
+    flip="alternating",
+    tta="mirror+translate",
+    centered_whitening=False,
+    whiten_images=5000,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (HLB, AIR)}

@@ -1,0 +1,45 @@
+"""A call on memory that never moves, captured once as a CUDA graph and replayed: no launch from Python after that."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# cuDNN tries its algorithms and Triton compiles in the first call; the later ones find the allocator settled
+_WARM_UP_CALLS = 3
+
+
+class Replay:
+    """`call()` by itself or, where `enabled`, as a graph that its first use captures.
+
+    state: every tensor that the call changes and that outlives it; they are restored after the warm-up that a capture
+    needs, so that the first use changes them once, as every other.
+    """
+
+    def __init__(self, call: Callable[[], None], state: list[Tensor], enabled: bool):
+        self._call, self._state, self._enabled = call, state, enabled
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if not self._enabled:
+            self._call()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> "torch.cuda.CUDAGraph":
+        saved = [t.detach().clone() for t in self._state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_CALLS):
+                self._call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._call()
+        with torch.no_grad():
+            for t, value in zip(self._state, saved):
+                t.copy_(value)
+        return graph

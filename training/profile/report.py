@@ -1,0 +1,54 @@
+"""The profile as a person reads it, in 80 columns, and as JSON."""
+
+from dataclasses import asdict
+
+from training.profile.measure import Profile, Race
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value / scale:.{digits}f}"
+
+
+def table(profile: Profile) -> list[str]:
+    """Lines of at most 80 columns: one for each part and pass, then the totals."""
+    head = f"{'part':<22} {'pass':<6} {'ms':>9} {'share':>6} {'MB':>8} {'GFLOP':>8} {'floor ms':>8} {'of it':>6}"
+    lines = [head, "-" * len(head)]
+
+    def line(part: str, passed: str, ms: float, moved=None, flops=None, floor=None) -> str:
+        share = f"{100 * ms / profile.parts_ms:.1f} %"
+        reached = "-" if not floor or not ms else f"{100 * floor / ms:.0f} %"
+        return (
+            f"{part:<22} {passed:<6} {ms:9.3f} {share:>6} {_number(moved, 1, 1e6):>8} "
+            f"{_number(flops or None, 2, 1e9):>8} {_number(floor, 3):>8} {reached:>6}"
+        )
+
+    for row in profile.rows:
+        lines.append(line(row.part, row.passed, row.ms, row.bytes, row.flops, row.floor_ms))
+    lines.append(line("idle (gaps)", "", profile.idle_ms))
+    lines.append("-" * len(head))
+    moved, flops = (sum(getattr(row, k) or 0 for row in profile.rows) for k in ("bytes", "flops"))
+    lines.append(line("all parts", "", profile.parts_ms, moved, flops, profile.floor_ms))
+    difference = 100 * (profile.parts_ms / profile.step_ms - 1)
+    lines.append(f"a step without the profiler: {profile.step_ms:.3f} ms; the parts differ by {difference:+.1f} %")
+    lines.append(
+        f"roofs: copy {profile.copy_rate / 1e9:,.0f} GB/s, matrix product {profile.matmul_rate / 1e12:.2f} TFLOP/s"
+    )
+    return lines
+
+
+def race_lines(race: Race) -> list[str]:
+    share = race.eager_convolution_ms / race.eager_profiled_ms
+    gained = (race.speedup - 1) / (race.allowed - 1) if race.allowed > 1 else float("inf")
+    return [
+        f"against eager PyTorch, alternating, {race.rounds} rounds: {race.ms:.1f} ms to {race.eager_ms:.1f} ms a step: "
+        f"{race.speedup:.2f}x",
+        f"convolutions are {100 * share:.1f} % of eager's step: {race.allowed:.2f}x if all else took no time; "
+        f"{100 * gained:.0f} % of that gain",
+    ]
+
+
+def as_dict(profile: Profile, race: Race | None) -> dict:
+    out = asdict(profile) | {"parts_ms": profile.parts_ms, "floor_ms": profile.floor_ms}
+    if race is not None:
+        out["race"] = asdict(race) | {"speedup": race.speedup, "allowed": race.allowed}
+    return out

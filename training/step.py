@@ -1,0 +1,88 @@
+"""One training step: batch -> forward -> loss -> gradients -> update, everything it reads and writes on the device."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import Gather
+from model.backend import Backend
+from model.network import Network
+from training.batches import Batches
+from training.graph import Replay
+from training.optimizer import Optimizer
+from training.precision import Precision
+
+
+class TrainingStep:
+    """Called, does the next step of the epoch that `batches` holds.
+
+    losses [total steps] float32: mean loss of each step's batch; correct [] int64: right answers since it was last
+    zeroed. A phase, the groups of parameters that are trained, has a graph of its own.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: Optimizer,
+        batches: Batches,
+        backend: Backend,
+        precision: Precision,
+        label_smoothing: float,
+        total_steps: int,
+        graph: bool,
+    ):
+        self.network, self.optimizer, self.batches = network, optimizer, batches
+        device = batches.labels.device
+        self.losses = torch.full((total_steps,), float("nan"), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._precision, self._graph = precision, graph
+        self._forward = self._make_forward(backend, label_smoothing)
+        self._phases: dict[tuple[int, ...], Replay] = {}
+
+    def _make_forward(self, backend: Backend, label_smoothing: float) -> Callable:
+        network, cross_entropy, scale = self.network, backend.cross_entropy, self.network.config.logit_scale
+
+        def forward(images: Tensor, index: Tensor, shift: Tensor, flip: Tensor, labels: Tensor):
+            logits = network.raw_logits(images, Gather(index, shift, flip))
+            return cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
+
+        return torch.compile(forward, dynamic=False) if backend.compile else forward
+
+    def start_run(self) -> None:
+        """Back to step 0, with the optimizer's state cleared."""
+        self.optimizer.reset()
+        self._step.zero_()
+        self.losses.fill_(float("nan"))
+
+    def start_epoch(self) -> None:
+        """Back to the first batch of `batches`, which holds a new epoch."""
+        self._at.zero_()
+        self.correct.zero_()
+
+    def __call__(self, step: int) -> None:
+        """Step 0, 1, ... of the run: the host's count only chooses the phase."""
+        active = self.optimizer.active(step)
+        if active not in self._phases:
+            self._phases[active] = Replay(lambda: self._run(active), self._state(), self._graph)
+        self._phases[active]()
+
+    def _state(self) -> list[Tensor]:
+        own = [self.losses, self.correct, self._step, self._at]
+        momenta = [b for buffers in self.optimizer.buffers for b in buffers]
+        return [*self.network.state_dict().values(), *momenta, *own]
+
+    def _run(self, active: tuple[int, ...]) -> None:
+        self.optimizer.freeze_all_but(active)
+        gather, labels = self.batches.take(self._at)
+        with self._precision.autocast(labels.device):
+            loss, correct = self._forward(self.batches.images, gather.index, gather.shift, gather.flip, labels)
+        grads = torch.autograd.grad(loss, self.optimizer.parameters(active))
+        self.optimizer.update(list(grads), active, self._step)
+        with torch.no_grad():
+            self.losses.index_copy_(0, self._step, loss.detach()[None] / len(labels))
+            self.correct += correct
+            self._step += 1
+            self._at += 1
