@@ -14,6 +14,7 @@ __all__ = [
     "HAS_TRITON",
     "SqueezeExcite",
     "Whiten",
+    "cross_entropy",
     "excite_norm_act_add",
     "interpreting",
     "pool_norm_act",
@@ -26,6 +27,7 @@ __all__ = [
 
 if HAS_TRITON:
     from ._launch import interpreting
+    from .cross_entropy import cross_entropy
     from .excite_norm_act_add import excite_norm_act_add
     from .layers import SqueezeExcite, Whiten
     from .pool_norm_act import pool_norm_act
