@@ -6,7 +6,7 @@ large tensor once for every pass that a dependency forces; vectors of a value pe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -247,6 +247,23 @@ def excite_norm_act_add(
     )
 
 
+def norm_act(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    training: bool = True,
+    activation: str | None = "gelu",
+    eps: float = 1e-12,
+) -> Case:
+    whole = excite_norm_act_add(batch, channels, height, width, False, False, training, activation, eps)
+
+    def make(device, dtype):
+        return {name: t for name, t in whole.make(device, dtype).items() if name not in ("gate", "residual")}
+
+    return replace(whole, op="norm_act", label=whole.label.replace("-nogate-noresidual", ""), make=make)
+
+
 def pool_norm_act(
     batch: int,
     channels: int,
@@ -340,9 +357,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         se_gate(batch, 512, 32),
         excite_norm_act_add(batch, 128, 15, 15),
         excite_norm_act_add(batch, 512, 3, 3),
-        excite_norm_act_add(batch, 128, 15, 15, gate=False, residual=False),
-        excite_norm_act_add(batch, 256, 7, 7, gate=False, residual=False),
-        excite_norm_act_add(batch, 512, 3, 3, gate=False, residual=False),
+        norm_act(batch, 128, 15, 15),
+        norm_act(batch, 256, 7, 7),
+        norm_act(batch, 512, 3, 3),
         squeeze_excite(batch, 128, 15, 15, 8, activation="gelu"),
         squeeze_excite(batch, 512, 3, 3, 32, activation="gelu"),
         cross_entropy(batch, 10),
@@ -358,6 +375,7 @@ def small_cases() -> list[Case]:
         whiten_project_norm_act(2, 6, 7, 5),
         pool_norm_act(2, 12, 5, 7),
         se_gate(3, 20, 5),
+        norm_act(2, 12, 3, 5),
         excite_norm_act_add(2, 12, 3, 5),
         squeeze_excite(2, 12, 3, 5, 4),
         cross_entropy(5, 7),
@@ -373,6 +391,7 @@ def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case
         "whiten": lambda: whiten(batch, height, width, channels),
         "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
         "se_gate": lambda: se_gate(batch, channels, hidden),
+        "norm_act": lambda: norm_act(batch, channels, height, width),
         "excite_norm_act_add": lambda: excite_norm_act_add(batch, channels, height, width),
         "pool_norm_act": lambda: pool_norm_act(batch, channels, height, width),
         "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),

@@ -89,7 +89,7 @@ def norm_act(
     eps: float = 1e-5,
     activation: str | None = "gelu",
 ) -> Tensor:
-    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias."""
+    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias: see `kernels.norm_act`."""
     y = F.batch_norm(x, running_mean, running_var, None, bias, training, momentum, eps)
     return _activation(activation)(y)
 
