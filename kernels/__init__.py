@@ -14,8 +14,10 @@ __all__ = [
     "HAS_TRITON",
     "SqueezeExcite",
     "Whiten",
+    "cross_entropy",
     "excite_norm_act_add",
     "interpreting",
+    "norm_act",
     "pool_norm_act",
     "reference",
     "se_gate",
@@ -26,8 +28,10 @@ __all__ = [
 
 if HAS_TRITON:
     from ._launch import interpreting
+    from .cross_entropy import cross_entropy
     from .excite_norm_act_add import excite_norm_act_add
     from .layers import SqueezeExcite, Whiten
+    from .norm_act import norm_act
     from .pool_norm_act import pool_norm_act
     from .se_gate import se_gate
     from .squeeze_excite import squeeze_excite

@@ -6,7 +6,7 @@ large tensor once for every pass that a dependency forces; vectors of a value pe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Case:
     differentiable: the arguments that get a gradient; buffers: those that the op updates in place.
     cost(itemsize): of the forward and of the backward pass, for activations of that many bytes.
     options: keyword arguments; takes_dtype: whether the op has a `dtype` option for its result.
+    combine: of an op that returns a tuple: one tensor that depends on every output that has a gradient.
     """
 
     op: str
@@ -40,14 +41,12 @@ class Case:
     buffers: tuple[str, ...] = ()
     options: dict = field(default_factory=dict)
     takes_dtype: bool = False
+    combine: Callable[..., Tensor] | None = None
 
     def combined(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """One tensor that depends on every output: what is called and compared where one tensor is wanted."""
         y = self.call(ops, tensors, dtype)
-        if not isinstance(y, tuple):
-            return y
-        main, squeeze = y
-        return main + squeeze[:, :, None, None].to(main.dtype)
+        return self.combine(*y) if isinstance(y, tuple) else y
 
     def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
         """Call the op of the package or of its `reference`; dtype is the result's where the op lets one choose."""
@@ -248,6 +247,23 @@ def excite_norm_act_add(
     )
 
 
+def norm_act(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    training: bool = True,
+    activation: str | None = "gelu",
+    eps: float = 1e-12,
+) -> Case:
+    whole = excite_norm_act_add(batch, channels, height, width, False, False, training, activation, eps)
+
+    def make(device, dtype):
+        return {name: t for name, t in whole.make(device, dtype).items() if name not in ("gate", "residual")}
+
+    return replace(whole, op="norm_act", label=whole.label.replace("-nogate-noresidual", ""), make=make)
+
+
 def pool_norm_act(
     batch: int,
     channels: int,
@@ -279,7 +295,10 @@ def pool_norm_act(
 
     label = "x".join(map(str, shape)) + f"-{activation}" + ("" if training else "-eval")
     options = {"training": training, "momentum": 0.8, "eps": eps, "activation": activation}
-    return Case("pool_norm_act", label, make, ("x", "bias"), cost, ("running_mean", "running_var"), options)
+    return Case(
+        "pool_norm_act", label, make, ("x", "bias"), cost, ("running_mean", "running_var"), options,
+        combine=lambda y, squeeze: y + squeeze[:, :, None, None].to(y.dtype),
+    )  # fmt: skip
 
 
 def squeeze_excite(
@@ -302,8 +321,30 @@ def squeeze_excite(
     return Case("squeeze_excite", label, make, ("x", *_GATE_WEIGHTS), cost, options={"activation": activation})
 
 
+def cross_entropy(batch: int, classes: int, label_smoothing: float = 0.2, scale: float = 0.1) -> Case:
+    def make(device, dtype):
+        # as far apart as a trained network's, so that scaled they are neither all alike nor all but certain
+        logits = (torch.randn(batch, classes) * 2 / scale).to(device=device, dtype=dtype)
+        return {"logits": logits, "labels": torch.randint(classes, (batch,)).to(device)}
+
+    def cost(itemsize):
+        logits, labels, statistics = batch * classes * itemsize, 8 * batch, 2 * 4 * batch
+        return {
+            "fwd": Cost(logits + labels + statistics),  # read logits and labels, write two float32 a row
+            "bwd": Cost(2 * logits + labels + statistics),  # read all of these, write dlogits
+        }
+
+    label = f"{batch}x{classes}-smooth{label_smoothing:g}-scale{scale:g}"
+    options = {"label_smoothing": label_smoothing, "scale": scale}
+    return Case(
+        "cross_entropy", label, make, ("logits",), cost, options=options, combine=lambda loss, correct: loss
+    )  # fmt: skip
+
+
 def network_cases(batch: int = 512) -> list[Case]:
-    """Every call of the hlb network in a training step on 32x32 images, and whiten as airbench's stem has it."""
+    """Every call of the hlb network in a training step on 32x32 images; also whiten and cross_entropy as airbench has
+    them, and cross_entropy at ImageNet's class count.
+    """
     return [
         whiten(batch, 32, 32, 24),
         whiten(batch, 32, 32, 12),
@@ -316,11 +357,14 @@ def network_cases(batch: int = 512) -> list[Case]:
         se_gate(batch, 512, 32),
         excite_norm_act_add(batch, 128, 15, 15),
         excite_norm_act_add(batch, 512, 3, 3),
-        excite_norm_act_add(batch, 128, 15, 15, gate=False, residual=False),
-        excite_norm_act_add(batch, 256, 7, 7, gate=False, residual=False),
-        excite_norm_act_add(batch, 512, 3, 3, gate=False, residual=False),
+        norm_act(batch, 128, 15, 15),
+        norm_act(batch, 256, 7, 7),
+        norm_act(batch, 512, 3, 3),
         squeeze_excite(batch, 128, 15, 15, 8, activation="gelu"),
         squeeze_excite(batch, 512, 3, 3, 32, activation="gelu"),
+        cross_entropy(batch, 10),
+        cross_entropy(2000, 10),
+        cross_entropy(batch, 1000),
     ]
 
 
@@ -331,21 +375,27 @@ def small_cases() -> list[Case]:
         whiten_project_norm_act(2, 6, 7, 5),
         pool_norm_act(2, 12, 5, 7),
         se_gate(3, 20, 5),
+        norm_act(2, 12, 3, 5),
         excite_norm_act_add(2, 12, 3, 5),
         squeeze_excite(2, 12, 3, 5, 4),
+        cross_entropy(5, 7),
     ]
 
 
 def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case:
-    """The case of `op` for [batch, channels, height, width]; for the whitening ops, images of height x width."""
+    """The case of `op` for [batch, channels, height, width]; for the whitening ops, images of height x width; for
+    cross_entropy, as many classes as channels.
+    """
     hidden = max(1, channels // 16)
     return {
         "whiten": lambda: whiten(batch, height, width, channels),
         "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
         "se_gate": lambda: se_gate(batch, channels, hidden),
+        "norm_act": lambda: norm_act(batch, channels, height, width),
         "excite_norm_act_add": lambda: excite_norm_act_add(batch, channels, height, width),
         "pool_norm_act": lambda: pool_norm_act(batch, channels, height, width),
         "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),
+        "cross_entropy": lambda: cross_entropy(batch, channels),
     }[op]()
 
 

@@ -3,7 +3,8 @@
 These are the definitions that the fused kernels are tested against (in float64), the backend that runs where there is
 no GPU, and what `--kernels reference` trains with. Tensors are [B, C, H, W]; channels_last memory is fastest but not
 required here. Sources: whitening stem and squeeze-and-excite placement, hlb-CIFAR10; squeeze-and-excite, Hu et al.
-2018; batch normalization, Ioffe and Szegedy 2015; GELU (erf form), Hendrycks and Gimpel 2016.
+2018; batch normalization, Ioffe and Szegedy 2015; GELU (erf form), Hendrycks and Gimpel 2016; label smoothing, Szegedy
+et al. 2016.
 """
 
 import torch
@@ -88,7 +89,7 @@ def norm_act(
     eps: float = 1e-5,
     activation: str | None = "gelu",
 ) -> Tensor:
-    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias."""
+    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias: see `kernels.norm_act`."""
     y = F.batch_norm(x, running_mean, running_var, None, bias, training, momentum, eps)
     return _activation(activation)(y)
 
@@ -151,3 +152,16 @@ def squeeze_excite(
     squeeze = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
     gate = se_gate(squeeze, weight1, bias1, weight2, bias2, activation=activation)
     return x * gate[:, :, None, None].to(x.dtype)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(summed cross entropy of scale * logits, rows classified correctly): see `kernels.cross_entropy`."""
+    scaled = scale * _at_least_fp32(logits)
+    # no label may be ignored: whatever is no class is an error
+    nothing = torch.iinfo(torch.int64).min
+    loss = F.cross_entropy(scaled, labels, label_smoothing=label_smoothing, reduction="sum", ignore_index=nothing)
+    # argmax takes a NaN for the largest
+    correct = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    return loss, correct.sum()

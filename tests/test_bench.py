@@ -31,10 +31,15 @@ SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", 
         # 120 values of 2 bytes: x twice, residual, y
         (_cases.excite_norm_act_add(2, 4, 3, 5), "fwd", 4 * 240, 0),
         (_cases.excite_norm_act_add(2, 4, 3, 5, residual=False, training=False), "fwd", 2 * 240, 0),
+        (_cases.norm_act(2, 4, 3, 5), "fwd", 3 * 240, 0),
+        (_cases.norm_act(2, 4, 3, 5), "bwd", 5 * 240, 0),
         # dy and x twice, dx
         (_cases.excite_norm_act_add(2, 4, 3, 5), "bwd", 5 * 240, 0),
         (_cases.squeeze_excite(2, 4, 3, 5, 2), "fwd", 2 * 240, 2 * 2 * 2 * 4 * 2),
         (_cases.squeeze_excite(2, 4, 3, 5, 2), "bwd", 3 * 240, 4 * 2 * 2 * 4 * 2),
+        # 20 logits of 2 bytes, 2 labels of 8, 2 pairs of float32
+        (_cases.cross_entropy(2, 10), "fwd", 40 + 16 + 16, 0),
+        (_cases.cross_entropy(2, 10), "bwd", 2 * 40 + 16 + 16, 0),
     ],
     ids=lambda value: value.op if isinstance(value, _cases.Case) else None,
 )

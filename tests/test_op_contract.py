@@ -21,8 +21,22 @@ OPS = [
     for name in kernels.__all__
     if inspect.isfunction(getattr(kernels, name)) and name != "interpreting"
 ]  # fmt: skip
-every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
-FIRST = {"whiten": "images", "whiten_project_norm_act": "images", "se_gate": "squeeze"}
+
+
+def of_ops(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.op)
+
+
+every_op = of_ops(CASES)
+FIRST = {
+    "whiten": "images",
+    "whiten_project_norm_act": "images",
+    "se_gate": "squeeze",
+    "cross_entropy": "logits",
+}
+# the op whose operators one without its own calls
+OPERATORS = {"norm_act": "excite_norm_act_add"}
+ALWAYS_FLOAT32 = {"se_gate", "cross_entropy"}
 
 
 def first_argument(case) -> str:
@@ -68,7 +82,7 @@ def in_place_copy(tensors):
 def test_output_is_channels_last_and_keeps_its_dtype(case):
     for dtype in DTYPES:
         y = case.combined(kernels, case.make(DEVICE, dtype), dtype)
-        assert y.dtype == (torch.float32 if case.op == "se_gate" else dtype)
+        assert y.dtype == (torch.float32 if case.op in ALWAYS_FLOAT32 else dtype)
         if y.dim() == 4:
             assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -136,14 +150,14 @@ def test_wrong_dtype_is_refused(case):
         case.combined(kernels, in_float64({**tensors, name: tensors[name].double()}), torch.float64)
 
 
-@every_op
+@of_ops([case for case in CASES if "activation" in case.options])
 def test_unknown_activation_is_refused(case):
     options = {**case.options, "activation": "tanh"}
     with pytest.raises(ValueError, match="unknown activation 'tanh'"):
         getattr(kernels, case.op)(**case.make(DEVICE, torch.float32), **options)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.op != "se_gate"], ids=lambda case: case.op)
+@of_ops([case for case in CASES if case.op not in ALWAYS_FLOAT32])
 def test_channels_first_is_refused(case):
     name = first_argument(case)
     tensors = case.make(DEVICE, torch.float32)
@@ -210,7 +224,8 @@ def test_operators_obey_their_declarations(case):
         y.backward(torch.randn_like(y))
     finally:
         torch._ops.OpOverload.__call__ = original
-    assert {operator._opname for operator, _ in seen} == {f"{case.op}_fwd", f"{case.op}_bwd"}
+    name = OPERATORS.get(case.op, case.op)
+    assert {operator._opname for operator, _ in seen} == {f"{name}_fwd", f"{name}_bwd"}
     for operator, arguments in seen:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -123,6 +123,7 @@ def calls_of(case: Case, ops, sets: list[Tensors], dtype: torch.dtype, backward:
         own = fresh(case, tensors)
         outputs = case.call(ops, own, dtype)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = [y for y in outputs if y is not None and y.requires_grad]
         # randn_like keeps the memory format
         upstream = [torch.randn_like(y) for y in outputs]
         leaves = [own[name] for name in case.differentiable]

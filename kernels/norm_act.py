@@ -1,0 +1,47 @@
+"""BatchNorm -> activation, fused: `excite_norm_act_add` without a gate and a residual, on the same kernels.
+
+Sources: batch normalization, Ioffe and Szegedy 2015; GELU, Hendrycks and Gimpel 2016.
+"""
+
+from torch import Tensor
+
+from . import _checks
+from .excite_norm_act_add import ExciteNormActAdd
+
+
+def norm_act(
+    x: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """act(batch_norm(x) + bias), with a BatchNorm scale fixed at 1.
+
+    x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
+    bias: [C] floating.
+    running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
+    activation: "gelu" (erf), "silu", "relu" or None.
+    Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
+
+    With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (x - mean) * r and g = dy * act'(xhat + bias), backward is
+        dx = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dx = r * g)      dbias = sum(g)
+    Saved: x, bias, mean, var. Deterministic. Differentiable once.
+
+    Raises ValueError for a wrong shape, layout or activation, an empty batch, or one value per channel in training;
+    TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    """
+    op = "norm_act"
+    name = _checks.activation(op, activation)
+    _checks.images(op, "x", x, _checks.FLOATS)
+    batch, channels, height, width = x.shape
+    _checks.shape(op, "bias", bias, (channels,))
+    _checks.dtype(op, "bias", bias, _checks.FLOATS)
+    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    _checks.enough_values(op, batch * height * width, training)
+    _checks.device(op, x, bias, running_mean, running_var)
+    return ExciteNormActAdd.apply(x, None, bias, None, running_mean, running_var, training, momentum, eps, name)
