@@ -16,9 +16,12 @@ __all__ = [
     "Whiten",
     "excite_norm_act_add",
     "interpreting",
+    "muon",
+    "newton_schulz",
     "pool_norm_act",
     "reference",
     "se_gate",
+    "sgd_nesterov",
     "squeeze_excite",
     "whiten",
     "whiten_project_norm_act",
@@ -28,8 +31,11 @@ if HAS_TRITON:
     from ._launch import interpreting
     from .excite_norm_act_add import excite_norm_act_add
     from .layers import SqueezeExcite, Whiten
+    from .muon import muon
+    from .newton_schulz import newton_schulz
     from .pool_norm_act import pool_norm_act
     from .se_gate import se_gate
+    from .sgd_nesterov import sgd_nesterov
     from .squeeze_excite import squeeze_excite
     from .whiten import whiten
     from .whiten_project_norm_act import whiten_project_norm_act
