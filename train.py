@@ -261,7 +261,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--list-recipes", action="store_true", help="print the recipes and stop")
     add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic")
     add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
-    add("--graph", choices=("auto", "on", "off"), default="auto", help="replay each step as a CUDA graph (auto: on a GPU)")
+    add(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="replay each step as a CUDA graph (auto: on a GPU)",
+    )
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times, with seeds from --seed on")

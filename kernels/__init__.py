@@ -17,10 +17,13 @@ __all__ = [
     "cross_entropy",
     "excite_norm_act_add",
     "interpreting",
+    "muon",
+    "newton_schulz",
     "norm_act",
     "pool_norm_act",
     "reference",
     "se_gate",
+    "sgd_nesterov",
     "squeeze_excite",
     "whiten",
     "whiten_project_norm_act",
@@ -31,9 +34,12 @@ if HAS_TRITON:
     from .cross_entropy import cross_entropy
     from .excite_norm_act_add import excite_norm_act_add
     from .layers import SqueezeExcite, Whiten
+    from .muon import muon
+    from .newton_schulz import newton_schulz
     from .norm_act import norm_act
     from .pool_norm_act import pool_norm_act
     from .se_gate import se_gate
+    from .sgd_nesterov import sgd_nesterov
     from .squeeze_excite import squeeze_excite
     from .whiten import whiten
     from .whiten_project_norm_act import whiten_project_norm_act

@@ -65,27 +65,33 @@ class Resources:
     assembly: str
 
 
+def _specialized(launch: Launch, name: str, value) -> tuple[str, bool]:
+    """(type in the compiler's notation, whether 16 divides the value), as a launch specializes an argument."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return "constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"{launch.kernel.__name__}: cannot compile for an argument {name} of {type(value)}")
+
+
 def source_of(launch: Launch) -> ASTSource:
     """The compiler's input for a recorded launch, specialized as a launch with these arguments would be."""
     names = launch.kernel.arg_names
     runtime = names[: len(launch.arguments)]
     signature, constants, attributes = {}, dict(launch.constexprs), {}
     for index, (name, value) in enumerate(zip(runtime, launch.arguments)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(index,)] = _DIVISIBLE
-        elif isinstance(value, int) and value == 1:
-            signature[name] = "constexpr"
-            constants[name] = 1
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = _DIVISIBLE
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            raise TypeError(f"{launch.kernel.__name__}: cannot compile for an argument {name} of {type(value)}")
+        if isinstance(value, tuple):
+            kinds = [_specialized(launch, name, element) for element in value]
+            signature[name] = tuple(kind for kind, _ in kinds)
+            attributes |= {(index, i): _DIVISIBLE for i, (_, divisible) in enumerate(kinds) if divisible}
+            continue
+        signature[name], divisible = _specialized(launch, name, value)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif divisible:
+            attributes[(index,)] = _DIVISIBLE
     for name in names[len(launch.arguments) :]:
         signature[name] = "constexpr"
     return ASTSource(launch.kernel, signature, constants, attributes)

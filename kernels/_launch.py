@@ -52,11 +52,12 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
-    """Run `kernel` over `grid`. Tensor arguments are contiguous or channels_last and on one device."""
+    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device."""
     if _recording is not None:
         _recording.append(Launch(kernel, arguments, constexprs, num_warps))
         return
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    flat = (b for a in arguments for b in (a if isinstance(a, tuple) else (a,)))
+    device = next(a.device for a in flat if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True, **constexprs)

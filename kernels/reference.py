@@ -7,6 +7,8 @@ required here. Sources: whitening stem and squeeze-and-excite placement, hlb-CIF
 et al. 2016.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,3 +167,73 @@ def cross_entropy(
     # argmax takes a NaN for the largest
     correct = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
     return loss, correct.sum()
+
+
+def sgd_nesterov(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    momentum: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """One step of torch.optim.SGD(nesterov=True), computed in float32 at least: see `kernels.sgd_nesterov`."""
+    with torch.no_grad():
+        for param, grad, buffer in zip(params, grads, momentum_buffers):
+            p = _at_least_fp32(param)
+            g = grad + weight_decay * p
+            velocity = momentum * buffer + g
+            param.copy_(p - lr * (g + momentum * velocity))
+            buffer.copy_(velocity)
+
+
+def newton_schulz(
+    matrices: list[Tensor],
+    *,
+    steps: int = 3,
+    coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """The standard iteration, every product in `dtype`: see `kernels.newton_schulz`."""
+    a, b, c = coefficients
+    results = []
+    for matrix in matrices:
+        x = _at_least_fp32(matrix.detach())
+        x = (x / (x.norm() + eps)).to(dtype)
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = x.T if tall else x
+        for _ in range(steps):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        results.append((x.T if tall else x).to(matrix.dtype).contiguous())
+    return results
+
+
+def muon(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    momentum: float,
+    weight_decay: float = 0.0,
+    renormalize: bool = True,
+    steps: int = 3,
+    coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """One Muon step, computed in float32 at least but for the iteration: see `kernels.muon`."""
+    with torch.no_grad():
+        for param, grad, buffer in zip(params, grads, momentum_buffers):
+            p, g = _at_least_fp32(param), _at_least_fp32(grad)
+            velocity = momentum * buffer + g
+            g = (g + momentum * velocity).flatten(1)
+            (update,) = newton_schulz([g], steps=steps, coefficients=coefficients, eps=eps, dtype=dtype)
+            if renormalize:
+                norm = p.norm()
+                p = p * (p.shape[0] ** 0.5 / torch.where(norm == 0, 1, norm))
+            param.copy_(p * (1 - lr * weight_decay) - lr * update.view(p.shape))
+            buffer.copy_(velocity)

@@ -157,7 +157,9 @@ class ConvGroup(nn.Module):
     depth 2 with both is hlb-CIFAR10's group, depth 1 with neither airbench94's, depth 0 stops at r.
     """
 
-    def __init__(self, in_channels: int, channels: int, depth: int, residual: bool, se: SEGate | None, make_norm, conv3x3):
+    def __init__(
+        self, in_channels: int, channels: int, depth: int, residual: bool, se: SEGate | None, make_norm, conv3x3
+    ):
         """make_norm(channels, kind) makes a NormAct or PoolNormAct; conv3x3: the convolution to use."""
         super().__init__()
         self.depth, self.residual, self.se = depth, residual, se

@@ -63,7 +63,9 @@ class Report:
     def start_run(self, number: int, of: int, seed: int, budget: Budget) -> None:
         if of > 1:
             self._say(f"run {number} of {of}, seed {seed}", style="bold")
-        self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {'EMA acc':>9} {'seconds':>9}")
+        self._say(
+            f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {'EMA acc':>9} {'seconds':>9}"
+        )
         # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
         self._live_loss = "-"
         columns = (
@@ -90,7 +92,9 @@ class Report:
     def on_epoch(self, row: EpochRow) -> None:
         self._live_loss = f"{row.train_loss:.3f}"
         live, ema = (f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in (row.accuracy, row.ema_accuracy))
-        self._say(f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} {live} {ema} {row.seconds:9.1f}")
+        self._say(
+            f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} {live} {ema} {row.seconds:9.1f}"
+        )
 
     def end_run(self, result: RunResult | None) -> None:
         """Stop the bar and, unless the run was cut off, count its result."""

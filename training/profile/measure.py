@@ -200,9 +200,7 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
         steps = trace_steps(plain, folder / "trace-graph.json.gz", eager=steps[-1].work)
 
     trainer = stepper.trainer
-    costs = step_costs(
-        trainer.network, trainer.step.optimizer, trainer.budget.batch_size, trainer.image_shape
-    )
+    costs = step_costs(trainer.network, trainer.step.optimizer, trainer.budget.batch_size, trainer.image_shape)
     dtype = trainer.network.head.weight.dtype if device.type == "cuda" else torch.float32
     copy_rate = _COPY_BYTES / (copy_time(_COPY_BYTES, device, _ROOF_SECONDS).best * 1e-6)
     product_rate = matmul_rate(dtype, device, _ROOF_SECONDS)

@@ -166,7 +166,9 @@ def steps_of(trace: dict, eager: list[Work] | None = None) -> list[Step]:
     events = trace["traceEvents"]
     threads = _threads(events)
     roots = [event for thread in threads.values() for event in thread]
-    marks = sorted((e for e in _walk(roots) if e.category == "user_annotation" and e.name == STEP), key=lambda e: e.start)
+    marks = sorted(
+        (e for e in _walk(roots) if e.category == "user_annotation" and e.name == STEP), key=lambda e: e.start
+    )
     if any(e.get("cat") in _GPU_WORK for e in events):
         work = _gpu_work(events, roots, marks, eager)
     else:

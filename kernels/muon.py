@@ -1,0 +1,100 @@
+"""The Muon update of convolution filters or matrices: momentum, orthogonalization and the weights, a dozen launches.
+
+    buf = momentum * buf + grad      g = grad + momentum * buf      U = newton_schulz(g as [O, everything else])
+    p = p * sqrt(O) / |p|_F          p = p * (1 - lr * weight_decay) - lr * U
+
+The first pass updates the momentum and hands on g and the sums of squares of g and p; the last product of the iteration
+updates the weights where it forms U. Source: Muon, Jordan et al. 2024, in the form of airbench94_muon.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._launch import opaque_op
+from ._multi_tensor import check_updates, groups, kind, layout_of
+from ._newton_schulz import Batch
+from .newton_schulz import check_iteration
+
+
+def _matrix_shape(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], param.numel() // param.shape[0]
+
+
+@opaque_op("muon", mutates=("params", "momentum_buffers"))
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+    renormalize: bool,
+    steps: int,
+    coefficients: list[float],
+    eps: float,
+    dtype: torch.dtype,
+) -> None:
+    entries = list(zip(params, grads, momentum_buffers))
+    for indices in groups([(*kind(*e), e[0].shape[0] ** 2 > e[0].numel()) for e in entries]):
+        p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
+        batch = Batch([_matrix_shape(t) for t in p], lr.device, eps, dtype)
+        batch.gather(g, buffer, p if renormalize else None, momentum)
+        batch.update(p, batch.iterate(steps, coefficients), lr, weight_decay, renormalize)
+
+
+@_step.register_fake
+def _(params, grads, momentum_buffers, lr, momentum, weight_decay, renormalize, steps, coefficients, eps, dtype):
+    return None
+
+
+def muon(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    momentum: float,
+    weight_decay: float = 0.0,
+    renormalize: bool = True,
+    steps: int = 3,
+    coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """One Muon step on a list of weights, in place.
+
+    params: [O, ...] of two dimensions or more, float32, float16 or bfloat16, in any dense memory whose slowest
+    dimension is O (contiguous and channels_last both are). Each is one matrix [O, everything else] with columns in the
+    order of memory: the orthogonalization commutes with permutations of columns. They may require gradients: the step
+    is not recorded.
+    grads: of params' shapes, each in its parameter's dtype or float32; one in another layout is copied into its
+    parameter's first.
+    momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
+    step.
+    lr: one float32 element on the parameters' device, read by the kernels, so that a captured CUDA graph follows it.
+    weight_decay: decoupled. renormalize: first bring each weight to the Frobenius norm sqrt(O); zeros stay zeros.
+    steps, coefficients, eps, dtype: see `newton_schulz`.
+    Computes buf = momentum * buf + grad, g = grad + momentum * buf, U = newton_schulz(g),
+    p = p * sqrt(O) / |p|_F * (1 - lr * weight_decay) - lr * U. Arithmetic is float32 but for the products with g;
+    buf, where it goes on into g, and U are not rounded. Deterministic. Not differentiable.
+
+    Raises ValueError for lists of different lengths or none, a wrong shape or layout or impossible options; TypeError
+    for a wrong dtype; RuntimeError where the kernels cannot run.
+    """
+    op = "muon"
+    lists = check_updates(op, params, grads, momentum_buffers, lr)
+    for i, param in enumerate(params):
+        if param.dim() < 2:
+            raise ValueError(f"{op}: params[{i}] must be [O, ...] of at least 2 dimensions, found {list(param.shape)}")
+        if layout_of(param)[0] not in (0, param.numel() // param.shape[0]):
+            raise ValueError(
+                f"{op}: params[{i}] must have its first dimension slowest in memory, found strides "
+                f"{list(param.stride())}"
+            )
+    check_iteration(op, steps, coefficients, eps, dtype, lr.device)
+    _step(
+        *lists, lr.detach(), float(momentum), float(weight_decay), renormalize, steps, [float(c) for c in coefficients],
+        eps, dtype,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Orthogonalization of matrices by Newton-Schulz iteration, all matrices in a dozen launches.
+
+    X = G / (|G|_F + eps)      per step: A = X X^T,  B = b A + c A A,  X = a X + B X
+
+Source: Muon, Jordan et al. 2024. Computed in Gram form, for which see `_newton_schulz`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _checks, _launch
+from ._launch import opaque_op
+from ._multi_tensor import groups, kind
+from ._newton_schulz import Batch
+
+
+@opaque_op("newton_schulz")
+def _orthogonalize(
+    matrices: list[Tensor], steps: int, coefficients: list[float], eps: float, dtype: torch.dtype
+) -> list[Tensor]:
+    outs = [torch.empty_like(matrix) for matrix in matrices]
+    for indices in groups([(*kind(m), m.shape[0] > m.shape[1]) for m in matrices]):
+        batch = Batch([tuple(matrices[i].shape) for i in indices], matrices[0].device, eps, dtype)
+        batch.gather(tuple(matrices[i] for i in indices))
+        batch.store(tuple(outs[i] for i in indices), batch.iterate(steps, coefficients))
+    return outs
+
+
+@_orthogonalize.register_fake
+def _(matrices, steps, coefficients, eps, dtype):
+    return [torch.empty_like(matrix) for matrix in matrices]
+
+
+def check_iteration(
+    op: str, steps: int, coefficients: Sequence[float], eps: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{op}: steps must be an integer of at least 1, found {steps!r}")
+    if len(coefficients) != 3 or not all(math.isfinite(value) for value in coefficients):
+        raise ValueError(f"{op}: coefficients must be three finite numbers, found {coefficients!r}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: eps must be positive, found {eps!r}")
+    if dtype not in _checks.FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, found {str(dtype).removeprefix('torch.')}")
+    if dtype == torch.bfloat16 and device.type != "cuda" and not _launch.capturing():
+        raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
+
+
+def newton_schulz(
+    matrices: list[Tensor],
+    *,
+    steps: int = 3,
+    coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.float16,
+) -> list[Tensor]:
+    """Each matrix with its singular values moved towards 1: U V^T, nearly, of a matrix U S V^T.
+
+    matrices: [m, k] float32, float16 or bfloat16, contiguous; those with m > k are worked on as their transposes.
+    steps, coefficients: of the iteration X <- (aI + bA + cA^2) X with A = X X^T from X = G / (|G|_F + eps). The
+    coefficients must keep singular values of at most 1 bounded, as these do.
+    dtype: in which X enters the two products with it, the sums being float32. float16 by default: X is scaled to a root
+    mean square of 1, which it holds for every input, and its errors are an eighth of bfloat16's. float32 is exact to
+    float32 and does without tensor cores.
+    Returns matrices of the given ones' shapes and dtypes. A matrix of zeros stays one. Everything but the products with
+    X is float32, or as good (22 bits). Deterministic. Not differentiable: the result never requires a gradient.
+
+    Raises ValueError for no matrices, a wrong shape or layout or impossible options; TypeError for a wrong dtype;
+    RuntimeError where the kernels cannot run.
+    """
+    op = "newton_schulz"
+    if isinstance(matrices, Tensor) or not isinstance(matrices, Sequence):
+        raise TypeError(f"{op}: matrices must be a list of tensors, found {type(matrices).__name__}")
+    if not matrices:
+        raise ValueError(f"{op}: matrices is empty; expected at least one matrix")
+    for i, matrix in enumerate(matrices):
+        _checks.dtype(op, f"matrices[{i}]", matrix, _checks.FLOATS)
+        if matrix.dim() != 2 or matrix.numel() == 0:
+            raise ValueError(f"{op}: matrices[{i}] must be [m, k] and not empty, found {list(matrix.shape)}")
+        if not matrix.is_contiguous():
+            raise ValueError(f"{op}: matrices[{i}] must be contiguous, found strides {list(matrix.stride())}")
+    check_iteration(op, steps, coefficients, eps, dtype, matrices[0].device)
+    _checks.device(op, *matrices)
+    return _orthogonalize([m.detach() for m in matrices], steps, [float(c) for c in coefficients], eps, dtype)

@@ -1,0 +1,102 @@
+"""SGD with Nesterov momentum and weight decay over lists of tensors, in one pass of few launches.
+
+    g = grad + weight_decay * p      buf = momentum * buf + g      p -= lr * (g + momentum * buf)
+
+Every weight, gradient and momentum value is read once; weight and momentum are written once. Sources: Nesterov's
+momentum as in Sutskever et al. 2013, in the form of torch.optim.SGD(nesterov=True).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch, opaque_op
+from ._multi_tensor import check_updates, groups, kind, owner_of, running_sums, select, select_int
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _update_kernel(
+    params, grads, buffers, lr_ptr, momentum, weight_decay,
+    FIRST: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program updates BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
+    program = tl.program_id(0)
+    index = owner_of(program, FIRST)
+    start = (program - select_int(FIRST, index)) * BLOCK
+    left = select_int(SIZES, index) - start
+    p_ptr, g_ptr, buffer_ptr = (
+        select(params, index) + start,
+        select(grads, index) + start,
+        select(buffers, index) + start,
+    )
+    at = tl.arange(0, BLOCK)
+    lr = tl.load(lr_ptr)
+    # a mask of any length would cost the 16-byte accesses: only a tensor's last program has one
+    if left >= BLOCK:
+        p = tl.load(p_ptr + at).to(tl.float32)
+        g = tl.load(g_ptr + at).to(tl.float32) + weight_decay * p
+        buffer = momentum * tl.load(buffer_ptr + at).to(tl.float32) + g
+        tl.store(p_ptr + at, (p - lr * (g + momentum * buffer)).to(p_ptr.dtype.element_ty))
+        tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty))
+    else:
+        mask = at < left
+        p = tl.load(p_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32) + weight_decay * p
+        buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
+        tl.store(p_ptr + at, (p - lr * (g + momentum * buffer)).to(p_ptr.dtype.element_ty), mask=mask)
+        tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
+
+
+@opaque_op("sgd_nesterov", mutates=("params", "momentum_buffers"))
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    for indices in groups([kind(*entry) for entry in zip(params, grads, momentum_buffers)]):
+        p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
+        sizes = tuple(t.numel() for t in p)
+        first, programs = running_sums([triton.cdiv(size, _BLOCK) for size in sizes])
+        launch(
+            _update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay,
+            FIRST=first, SIZES=sizes, BLOCK=_BLOCK,
+        )  # fmt: skip
+
+
+@_step.register_fake
+def _(params, grads, momentum_buffers, lr, momentum, weight_decay):
+    return None
+
+
+def sgd_nesterov(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    momentum: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """One step of torch.optim.SGD(nesterov=True) on lists of tensors, in place.
+
+    params: any shapes, float32, float16 or bfloat16, contiguous, channels_last or any other dense memory. They may
+    require gradients: the step is not recorded.
+    grads: of params' shapes, each in its parameter's dtype or float32; one in another layout is copied into its
+    parameter's first.
+    momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
+    step.
+    lr: one float32 element on the parameters' device, read by the kernels, so that a captured CUDA graph follows it.
+    With g = grad + weight_decay * p:  buf = momentum * buf + g,  p -= lr * (g + momentum * buf).
+    Arithmetic is float32, each result rounded once. Tensors of equal dtypes share a launch, 16 at a time.
+    Deterministic. Not differentiable.
+
+    Raises ValueError for lists of different lengths or none, a wrong shape or layout; TypeError for a wrong dtype;
+    RuntimeError where the kernels cannot run.
+    """
+    lists = check_updates("sgd_nesterov", params, grads, momentum_buffers, lr)
+    _step(*lists, lr.detach(), float(momentum), float(weight_decay))
