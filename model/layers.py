@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import Gather
-from kernels.reference import ACTIVATIONS, normalized_batch
+from kernels.gather import Gather
+from kernels.reference import ACTIVATIONS, normalize
 from model.backend import Backend
 from model.convolution import Conv3x3
 
@@ -83,7 +83,7 @@ class Stem(nn.Module):
 
     def padded_convolution(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
         """The 'same' whitening convolution, without bias, as PyTorch pads: an even kernel's extra row at the end."""
-        x = normalized_batch(images, gather, self.mean, self.std, dtype)
+        x = normalize(images, self.mean, self.std, dtype, gather)
         k = self.whiten.kernel_size[0]
         # said here, PyTorch does not warn of it
         return F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))

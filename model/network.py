@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels import Gather
+from kernels.gather import Gather
 from model.backend import Backend
 from model.convolution import Conv3x3
 from model.layers import ConvGroup, NormAct, ProjectedStem, SEGate, WhitenStem

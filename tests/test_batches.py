@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.batches import augment, reflect, training_batches
+from kernels.gather import augment, gathered, reflect
+from training.batches import Batches
 from training.evaluation import accuracy, logits_of
 
 
@@ -62,16 +63,22 @@ def coded_images(count, size):
     return images
 
 
-def epoch(images, batch_size, shift=3, flip=True, seed=0):
-    labels = torch.arange(len(images)) * 7
-    generator = torch.Generator().manual_seed(seed)
-    return list(training_batches(images, labels, batch_size, shift, flip, generator))
+def built(batches):
+    """The (images, labels) of every batch of the epoch that `batches` holds."""
+    taken = [batches.take(torch.tensor([i])) for i in range(batches.steps)]
+    return [(gathered(batches.images, gather, None), labels) for gather, labels in taken]
+
+
+def epoch(images, batch_size, shift=3, flip="random", seed=0):
+    batches = Batches(images, torch.arange(len(images)) * 7, batch_size, shift, flip)
+    batches.draw(torch.Generator().manual_seed(seed), 0)
+    return built(batches)
 
 
 @pytest.mark.parametrize(
     ("count", "batch", "steps"),
-    [(40, 8, 5), (43, 8, 5), (47, 8, 5), (5, 5, 1), (1, 1, 1), (7, 8, 0)],
-    ids=["even", "3 left", "7 left", "one batch", "one image", "no full batch"],
+    [(40, 8, 5), (43, 8, 5), (47, 8, 5), (5, 5, 1), (1, 1, 1)],
+    ids=["even", "3 left", "7 left", "one batch", "one image"],
 )
 def test_each_image_at_most_once_and_the_partial_batch_dropped(count, batch, steps):
     batches = epoch(coded_images(count, 16), batch)
@@ -108,9 +115,9 @@ def test_all_seven_offsets_occur_in_both_axes_mirrored_and_not():
 
 
 def test_flip_off_never_flips_and_shift_0_never_moves():
-    found = offsets(epoch(coded_images(240, 16), 60, flip=False), 16)
+    found = offsets(epoch(coded_images(240, 16), 60, flip="none"), 16)
     assert not any(mirrored for *_, mirrored in found)
-    still = offsets(epoch(coded_images(60, 16), 60, shift=0, flip=False), 16)
+    still = offsets(epoch(coded_images(60, 16), 60, shift=0, flip="none"), 16)
     assert set(still) == {(0, 0, False)}
 
 
@@ -131,13 +138,39 @@ def test_the_generator_alone_decides():
 
 
 def test_epochs_from_one_generator_differ():
-    images = random_images(24, 8, 8)
+    batches = Batches(random_images(24, 8, 8), torch.arange(24), 8, 3, "random")
     generator = torch.Generator().manual_seed(0)
     orders = []
-    for _ in range(2):
-        batches = training_batches(images, torch.arange(24), 8, 3, True, generator)
-        orders.append(torch.cat([labels for _, labels in batches]).tolist())
+    for number in range(2):
+        batches.draw(generator, number)
+        orders.append(torch.cat([labels for _, labels in built(batches)]).tolist())
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(24))
+
+
+def test_an_epoch_is_drawn_into_the_same_memory():
+    """A captured step reads wherever the first epoch was."""
+    batches = Batches(random_images(12, 8, 8), torch.arange(12), 4, 2, "alternating")
+    tensors = (batches.index, batches.shift, batches.flip, batches.labels)
+    before = [(t.data_ptr(), t.clone()) for t in tensors]
+    for number in range(2):
+        batches.draw(torch.Generator().manual_seed(number), number)
+    assert all(a is b for a, b in zip(tensors, (batches.index, batches.shift, batches.flip, batches.labels)))
+    assert [t.data_ptr() for t in tensors] == [pointer for pointer, _ in before]
+    assert not torch.equal(batches.index, before[0][1])
+
+
+def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
+    n = 60
+    batches = Batches(coded_images(n, 16), torch.arange(n), 20, 0, "alternating")
+    generator = torch.Generator().manual_seed(0)
+    flips = []
+    for number in range(4):
+        batches.draw(generator, number)
+        mirrored = torch.empty(n, dtype=torch.bool)
+        mirrored[batches.index.flatten()] = batches.flip.flatten()
+        flips.append(mirrored)
+    assert 15 < flips[0].sum() < 45
+    assert torch.equal(flips[2], flips[0]) and torch.equal(flips[1], ~flips[0]) and torch.equal(flips[3], ~flips[0])
 
 
 class Asymmetric(nn.Module):
@@ -156,9 +189,9 @@ class Asymmetric(nn.Module):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 def test_logits_are_the_mean_of_image_and_mirror_and_the_mode_is_restored(training):
     network, images = Asymmetric().train(training), random_images(7, 4, 5)
-    plain = logits_of(network, images, mirror=False)
+    plain = logits_of(network, images, None)
     assert network.training is training
-    both = logits_of(network, images, mirror=True, batch_size=3)
+    both = logits_of(network, images, "mirror", batch_size=3)
     assert network.training is training
     assert network.sizes[1:] == [3, 3, 3, 3, 1, 1]
     network.eval()
@@ -169,6 +202,20 @@ def test_logits_are_the_mean_of_image_and_mirror_and_the_mode_is_restored(traini
     torch.testing.assert_close(both, (expected + mirrored) / 2)
     assert not torch.allclose(expected, mirrored)
     assert not both.requires_grad
+
+
+def test_translated_views_are_weighted_as_airbench_does():
+    """Half the image, a quarter each of two diagonal 1-pixel translations, all mirrored too."""
+    network, images = Asymmetric().eval(), random_images(3, 4, 5)
+    got = logits_of(network, images, "mirror+translate")
+    x = images.permute(0, 3, 1, 2)
+    want = 0
+    for (y_shift, x_shift), weight in (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25)):
+        rows, columns = (reflect(torch.arange(n) + s, n) for n, s in ((4, y_shift), (5, x_shift)))
+        moved = x[:, :, rows][:, :, :, columns]
+        with torch.no_grad():
+            want = want + weight * (network(moved) + network(moved.flip(3))) / 2
+    torch.testing.assert_close(got, want)
 
 
 def test_accuracy_counts_rows_with_a_nan_as_wrong():

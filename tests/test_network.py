@@ -1,5 +1,7 @@
 """The network: fused and reference are one function of the same parameters, gradients and statistics included."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,10 @@ from model.network import Group, Network, NetworkConfig
 from model.whitening import initialize_stem
 from tests.oracle import DEVICE
 from training.data import synthetic
-from training.optimizer import make_optimizer
-from training.recipes import HLB, Recipe
+from training.optimizer import Optimizer
+from training.recipes import HLB, ParamGroup, Schedule
 
-SMALL = NetworkConfig(stem_channels=8, groups=(Group(16), Group(16, short=True), Group(32)), se_reduction=4)
+SMALL = NetworkConfig(stem_channels=8, groups=(Group(16), Group(16, depth=0), Group(32)), se_reduction=4)
 
 
 def make(config: NetworkConfig, which: backend.Backend, classes: int = 10, size: int = 16) -> Network:
@@ -27,14 +29,21 @@ def generated(count: int, size: int = 16):
     return small, torch.from_numpy(labels).to(DEVICE)
 
 
-def train_both(config: NetworkConfig, steps: int, batch: int):
+def train_both(config: NetworkConfig, steps: int, batch: int, rule: str = "sgd"):
     """Both backends from the same weights through the same steps: (networks, losses [steps, 2])."""
     images, labels = generated(steps * batch)
     mean, std = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.25, 0.25, 0.25])
     networks = [make(config, which) for which in (backend.fused(), backend.reference())]
     # gentle enough that rounding is not amplified from step to step, strong enough to move the weights
-    recipe = Recipe("test", "", network=config, lr=0.3, bias_lr_scale=4.0)
-    optimizers = [make_optimizer(network, recipe, batch) for network in networks]
+    groups = (
+        ParamGroup("biases", "sgd", 1.2, 0.85, mean_lr=True),
+        ParamGroup("filters", rule, 0.3 if rule == "sgd" else 0.05, 0.85, mean_lr=rule == "sgd"),
+        ParamGroup("weights", "sgd", 0.3, 0.85, mean_lr=True),
+    )
+    recipe = replace(HLB, network=config, groups=groups, schedule=Schedule())
+    which = (backend.fused(), backend.reference())
+    optimizers = [Optimizer(n, recipe, batch, steps, steps, b) for n, b in zip(networks, which)]
+    scale = config.logit_scale
     losses = []
     for network in networks:
         initialize_stem(network.stem, images, mean, std, config.whiten_eps)
@@ -42,11 +51,13 @@ def train_both(config: NetworkConfig, steps: int, batch: int):
         part = slice(step * batch, (step + 1) * batch)
         x, y = images[part].permute(0, 3, 1, 2), labels[part]
         pair = []
-        for network, optimizer in zip(networks, optimizers):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(network(x), y, label_smoothing=0.2, reduction="sum")
-            loss.backward()
-            optimizer.step()
+        for network, optimizer, ops in zip(networks, optimizers, which):
+            loss, _ = ops.cross_entropy(network.raw_logits(x), y, label_smoothing=0.2, scale=scale)
+            active = optimizer.active(step)
+            grads = torch.autograd.grad(loss, optimizer.parameters(active))
+            for p, grad in zip(optimizer.parameters(active), grads):
+                p.grad = grad
+            optimizer.update(list(grads), active, torch.tensor([step], device=DEVICE))
             pair.append(loss.item() / batch)
         losses.append(pair)
     return networks, losses
@@ -164,7 +175,7 @@ def test_padded_stem_matches_a_padded_convolution():
         initialize_stem(network.stem, images, torch.full((3,), 0.4), torch.full((3,), 0.2), 1e-2)
         captured = []
         network.stem.project.register_forward_pre_hook(lambda m, args, store=captured: store.append(args[0]))
-        network.stem(images.permute(0, 3, 1, 2))
+        network.stem(images.permute(0, 3, 1, 2), None, torch.float32)
         x = (images.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.2
         low, high = (kernel - 1) // 2, kernel // 2
         want = F.conv2d(F.pad(x, (low, high, low, high)), network.stem.whiten.weight)

@@ -13,24 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from model import convolution
 from model.backend import reference
 from model.network import Group, Network, NetworkConfig
 from training import precision
 from training.errors import UserError
 from training.loop import Budget, check_finite, plan_budget
-from training.optimizer import WeightAverage, lr_factor, make_optimizer, set_lr
-from training.recipes import HLB
+from training.optimizer import Optimizer, WeightAverage, group_parameters
+from training.recipes import AIR, HLB, ParamGroup, Schedule
 from training.report import spread, write_json
 
-TINY = NetworkConfig(stem_channels=4, groups=(Group(8), Group(8, short=True), Group(8)), se_reduction=4)
+TINY = NetworkConfig(stem_channels=4, groups=(Group(8), Group(8, depth=0), Group(8)), se_reduction=4)
 
 
-def tiny_network(classes=10, size=12):
-    return Network(TINY, classes, (3, size, size), reference())
+def tiny_network(classes=10, size=12, config=TINY):
+    return Network(config, classes, (3, size, size), reference())
 
 
 def factors(total, recipe=HLB):
-    return [lr_factor(step, total, recipe) for step in range(total)]
+    return [recipe.schedule.factor(step, total) for step in range(total)]
 
 
 @pytest.mark.parametrize("total", [10, 50, 100, 240, 970, 1000])
@@ -64,34 +65,96 @@ def test_short_schedules_train(total):
 
 
 def test_schedule_follows_the_recipe():
-    recipe = replace(HLB, peak_fraction=0.5, final_lr_fraction=0.02, ema_fraction=0.3)
+    recipe = replace(HLB, schedule=Schedule(peak=0.5, final=0.02, hold=0.3))
     values = factors(100, recipe)
     assert values[49] == 1 and values[48] < 1 and values[69:] == [0.02] * 31 and values[68] > 0.02
 
 
+def test_a_schedule_without_a_hold_falls_linearly_to_just_above_0():
+    assert factors(8, AIR) == pytest.approx([1 - step / 8 for step in range(8)])
+
+
 @pytest.mark.parametrize("batch_size", [512, 128])
-def test_optimizer_has_the_recipes_two_groups(batch_size):
-    network = tiny_network()
-    optimizer = make_optimizer(network, HLB, batch_size)
-    weights, biases = optimizer.param_groups
+def test_hlb_optimizer_has_the_published_rates(batch_size):
+    biases, weights = (g for g in HLB.groups)
     lr, decay = 1.5525 / batch_size, 0.85 * 4.8e-4 * batch_size
-    assert weights["peak_lr"] == pytest.approx(lr) and weights["weight_decay"] == pytest.approx(decay)
-    assert biases["peak_lr"] == pytest.approx(lr * 32) and biases["weight_decay"] == pytest.approx(decay / 32)
-    for group in optimizer.param_groups:
-        assert group["momentum"] == 0.85 and group["nesterov"] is True and group["dampening"] == 0
-    set_lr(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr / 4, lr * 8])
+    assert weights.lr / batch_size == pytest.approx(lr) and weights.decay * batch_size == pytest.approx(decay)
+    assert biases.lr / batch_size == pytest.approx(lr * 32) and biases.decay * batch_size == pytest.approx(decay / 32)
+    assert {(g.rule, g.momentum, g.mean_lr) for g in HLB.groups} == {("sgd", 0.85, True)}
+    optimizer = Optimizer(tiny_network(), HLB, batch_size, 10, 100, reference())
+    expected = [[lr * 32 * f for f in factors(100)], [lr * f for f in factors(100)]]
+    torch.testing.assert_close(optimizer.rates, torch.tensor(expected).t())
+
+
+def names_of(network, recipe):
+    names = {id(p): name for name, p in network.named_parameters()}
+    return [{names[id(p)] for p in members} for members in group_parameters(network, recipe.groups)]
 
 
 def test_every_trained_parameter_is_in_exactly_one_group():
     network = tiny_network()
-    weights, biases = ({id(p) for p in g["params"]} for g in make_optimizer(network, HLB, 64).param_groups)
-    names = {id(p): name for name, p in network.named_parameters()}
-    assert not weights & biases
-    assert {names[i] for i in weights | biases} == set(names.values()) - {"stem.whiten.weight"}
-    assert {names[i] for i in biases} == {name for name in names.values() if name.endswith(".bias")}
-    assert {"groups.0.se.fc1.bias", "groups.2.se.fc2.bias", "stem.norm.bias"} <= {names[i] for i in biases}
-    assert {"groups.0.se.fc1.weight", "stem.project.weight", "head.weight"} <= {names[i] for i in weights}
+    biases, weights = names_of(network, HLB)
+    everything = {name for name, _ in network.named_parameters()}
+    assert not weights & biases and weights | biases == everything - {"stem.whiten.weight"}
+    assert biases == {name for name in everything if name.endswith(".bias")}
+    assert {"groups.0.se.fc1.bias", "groups.2.se.fc2.bias", "stem.norm.bias"} <= biases
+    assert {"groups.0.se.fc1.weight", "stem.project.weight", "head.weight"} <= weights
+    network = tiny_network(config=AIR.network)
+    stem, biases, head, filters = names_of(network, AIR)
+    assert (stem, head) == ({"stem.bias"}, {"head.weight"})
+    assert biases == {f"groups.{i}.norm{j}.bias" for i in range(3) for j in (1, 2)}
+    assert filters == {f"groups.{i}.conv{j}.weight" for i in range(3) for j in (1, 2)}
+    with pytest.raises(ValueError, match=r"no parameter group of the recipe trains head\.weight"):
+        group_parameters(network, tuple(g for g in AIR.groups if g.params != "head"))
+
+
+def test_a_group_stops_after_its_epochs_and_its_rate_reaches_0_there():
+    network = tiny_network(config=AIR.network)
+    optimizer = Optimizer(network, AIR, 10, 20, 160, reference())
+    assert optimizer.steps == [60, 160, 160, 160]
+    assert optimizer.active(59) == (0, 1, 2, 3) and optimizer.active(60) == (1, 2, 3)
+    bias = optimizer.rates[:, 0].tolist()
+    assert bias[:60] == pytest.approx([0.053 * (1 - step / 60) for step in range(60)]) and bias[60:] == [0.0] * 100
+    optimizer.freeze_all_but(optimizer.active(60))
+    assert not network.stem.bias.requires_grad and network.head.weight.requires_grad
+    optimizer.freeze_all_but(optimizer.active(0))
+    assert network.stem.bias.requires_grad and not network.stem.whiten.weight.requires_grad
+
+
+def test_updates_are_those_of_torch_sgd():
+    """Five steps with a schedule, decay and Nesterov momentum, two groups; then again after a reset."""
+    recipe = replace(
+        HLB,
+        schedule=Schedule(peak=0.5, final=0.1, hold=0.2),
+        groups=(
+            ParamGroup("biases", "sgd", 0.3, 0.7, 0.01),
+            ParamGroup("weights", "sgd", 0.8, 0.9, 0.02, mean_lr=True),
+        ),
+    )
+    ours, theirs = tiny_network(), tiny_network()
+    theirs.load_state_dict(ours.state_dict())
+    start = {name: value.clone() for name, value in ours.state_dict().items()}
+    optimizer = Optimizer(ours, recipe, 4, 5, 5, reference())
+    biases, weights = group_parameters(theirs, recipe.groups)
+    for _ in range(2):
+        own = (dict(momentum=0.7, weight_decay=0.04), dict(momentum=0.9, weight_decay=0.08))
+        groups = [dict(params=params, **options) for params, options in zip((biases, weights), own)]
+        sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.5, nesterov=True)
+        for step in range(5):
+            factor = recipe.schedule.factor(step, 5)
+            for group, lr in zip(sgd.param_groups, (0.3 * factor, 0.2 * factor)):
+                group["lr"] = lr
+            active = optimizer.active(step)
+            grads = [torch.randn_like(p) for p in optimizer.parameters(active)]
+            for p, g in zip([*biases, *weights], grads):
+                p.grad = g.clone()
+            optimizer.update(grads, active, torch.tensor([step]))
+            sgd.step()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+        for network in (ours, theirs):
+            network.load_state_dict(start)
+        optimizer.reset()
 
 
 def averaged_network():
@@ -283,7 +346,7 @@ def test_failed_write_json_leaves_the_old_file_whole(tmp_path, monkeypatch, fail
     ids=lambda value: None if isinstance(value, tuple) else str(value),
 )
 def test_precision(monkeypatch, name, device, bf16, interpreted, expected):
-    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(precision, "fast_bf16", lambda: bf16)
     chosen = precision.choose(name, torch.device(device), interpreted)
     assert (chosen.name, chosen.compute, chosen.weights) == expected
     context = chosen.autocast(torch.device(device)) if device == "cpu" else None
@@ -291,22 +354,31 @@ def test_precision(monkeypatch, name, device, bf16, interpreted, expected):
         assert isinstance(context, nullcontext) == (chosen.compute == chosen.weights)
 
 
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("processor: 0\nflags\t: fpu avx2 avx512_bf16 sse\n", True),
-        ("flags\t: fpu avx2 sse\n", False),
+        (AMD + "flags\t: fpu avx2 avx512_bf16 sse\n", True),
+        (INTEL + "flags\t: fpu avx2 avx512_bf16 sse\n", False),
+        (INTEL + "flags\t: fpu avx512_bf16 amx_bf16\n", True),
+        (AMD + "flags\t: fpu avx2 sse\n", False),
         ("Features\t: fp asimd bf16\n", True),
         ("", False),
         (None, False),
     ],
-    ids=["x86 with", "x86 without", "Arm with", "empty", "no such file"],
+    ids=["AMD with", "Intel with", "Intel with AMX", "x86 without", "Arm with", "empty", "no such file"],
 )
-def test_bf16_is_read_from_the_processors_flags(monkeypatch, text, expected):
+def test_fast_bf16_is_read_from_the_processors_flags(monkeypatch, text, expected):
     def read(self):
         if text is None:
             raise FileNotFoundError(self)
         return text
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert precision.cpu_has_bf16() is expected
+    convolution.cpu_flags.cache_clear()
+    try:
+        assert convolution.fast_bf16() is expected
+    finally:
+        convolution.cpu_flags.cache_clear()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model import whitening
 from model.backend import reference
-from model.layers import NormAct, WhitenStem
+from model.layers import NormAct, ProjectedStem, WhitenStem
 from model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
 
 MEAN, STD = torch.tensor([0.49, 0.3, 0.6]), torch.tensor([0.25, 0.1, 0.3])
@@ -164,7 +164,7 @@ def test_constant_images_give_finite_filters():
 
 def make_stem(kernel, padding):
     backend = reference()
-    return WhitenStem(3, 4, kernel, padding, NormAct(4, 0.8, 1e-12, "gelu", backend), backend)
+    return ProjectedStem(3, 4, kernel, padding, NormAct(4, 0.8, 1e-12, "gelu", backend), backend)
 
 
 @kernels
@@ -182,7 +182,16 @@ def test_initialize_stem_sets_filters_and_statistics(kernel, padding, centered):
     assert torch.equal(stem.project.weight, project)
     assert not stem.whiten.weight.requires_grad
     side = (8, 9) if padding == "same" else (9 - kernel, 10 - kernel)
-    assert stem(images.permute(0, 3, 1, 2)).shape == (5, 4, *side)
+    assert stem(images.permute(0, 3, 1, 2), None, torch.float32).shape == (5, 4, *side)
+
+
+def test_a_stem_of_twice_the_filters_gets_their_negatives():
+    images = random_images(5, 8, 9)
+    stem = WhitenStem(3, 2, 0, "gelu", reference())
+    initialize_stem(stem, images, MEAN, STD, 1e-2)
+    expected = whitening_weight(patch_moments(images, 2), MEAN, STD, 1e-2)
+    assert torch.equal(stem.whiten.weight, torch.cat([expected, -expected]))
+    assert stem.bias.abs().max() <= 12**-0.5 and stem.bias.std() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Training batches as what to take of the data set: indices, shifts and flips, drawn on the device for an epoch at once.
+"""Training batches as what to take of the data set: indices, shifts and flips, drawn for an epoch at once.
 
 The batch itself is gathered by the stem: the fused ops read the uint8 data set through these tensors, the reference
 ops build the batch. Augmentation is in pixel space, so every pixel a kernel sees is a pixel value.
@@ -7,7 +7,7 @@ ops build the batch. Augmentation is in pixel space, so every pixel a kernel see
 import torch
 from torch import Tensor
 
-from kernels import Gather
+from kernels.gather import Gather
 
 
 class Batches:

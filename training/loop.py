@@ -70,7 +70,9 @@ class EpochRow:
 
 @dataclass
 class RunResult:
-    """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments; losses: per image, every step."""
+    """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments;
+    losses: per image, every step.
+    """
 
     seed: int
     accuracy: float

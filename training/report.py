@@ -93,7 +93,8 @@ class Report:
         self._live_loss = f"{row.train_loss:.3f}"
         live, ema = (f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in (row.accuracy, row.ema_accuracy))
         self._say(
-            f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} {live} {ema} {row.seconds:9.1f}"
+            f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} "
+            f"{live} {ema} {row.seconds:9.1f}"
         )
 
     def end_run(self, result: RunResult | None) -> None:

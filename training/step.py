@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import Gather
+from kernels.gather import Gather
 from model.backend import Backend
 from model.network import Network
 from training.batches import Batches
