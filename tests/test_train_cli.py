@@ -160,10 +160,11 @@ def test_list_recipes_as_a_process(shared):
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("hlb: ")
 
 
+@pytest.mark.parametrize("recipe", ["hlb", "air"])
 @pytest.mark.parametrize("stem", ["2x2", "3x3", "2x2-same", "3x3-same"])
-def test_every_stem_trains(shared, tree, capsys, stem):
-    target = shared / f"{stem}.json"
-    code, out, err = inside(capsys, "--data", tree, *QUICK, "--stem", stem, "--json", target)
+def test_every_stem_trains(shared, tree, capsys, stem, recipe):
+    target = shared / f"{recipe}-{stem}.json"
+    code, out, err = inside(capsys, "--data", tree, *QUICK, "--recipe", recipe, "--stem", stem, "--json", target)
     assert (code, err) == (0, "")
     padded = stem.endswith("same")
     words = " ".join(out.split())
@@ -171,6 +172,39 @@ def test_every_stem_trains(shared, tree, capsys, stem):
     assert ("'same' stem as plain convolution" in words.split("summary")[-1]) == padded
     network = json.loads(target.read_text())["recipe"]["network"]
     assert (network["whiten_kernel"], network["whiten_padding"]) == (int(stem[0]), "same" if padded else 0)
+
+
+def test_air_says_what_its_accuracy_is_of(shared, tree, capsys):
+    target = shared / "air.json"
+    code, out, err = inside(capsys, "--data", tree, *QUICK, "--steps", "9", "--recipe", "air", "--json", target)
+    assert (code, err) == (0, "")
+    words = " ".join(out.split())
+    assert "(mirrored and translated, 32 images)" in words and "EMA acc" not in words and "SE off" in words
+    run = json.loads(target.read_text())["runs"][0]
+    assert [row["ema_accuracy"] for row in run["epochs"]] == [None] * 3
+    assert all(0 <= row["train_accuracy"] <= 1 for row in run["epochs"])
+
+
+def test_compiled_reference_trains_as_eager_does(shared, tree, capsys):
+    losses = {}
+    for kernels in ("compiled", "reference"):
+        target = shared / f"{kernels}.json"
+        options = ("--recipe", "air", "--kernels", kernels, "--json", target)
+        # the compiler may have something to say on standard error
+        code, _, _ = inside(capsys, "--data", tree, *QUICK, *options)
+        assert code == 0
+        losses[kernels] = json.loads(target.read_text())["runs"][0]["losses"]
+    assert losses["compiled"] == pytest.approx(losses["reference"], rel=1e-3)
+
+
+def test_compiled_needs_a_compiler(capsys, monkeypatch, tree):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    err = refused(capsys, "--data", tree, *QUICK, "--kernels", "compiled")
+    assert "needs a C++ compiler" in err and "--kernels reference" in err
+
+
+def test_graph_needs_a_gpu(capsys, tree):
+    assert "--graph on needs a GPU" in refused(capsys, "--data", tree, *QUICK, "--graph", "on")
 
 
 @pytest.mark.parametrize(("option", "shown"), [("off", "SE off"), ("4", "SE /4")])
@@ -285,7 +319,8 @@ def test_one_image_batches_need_more_than_one_position(capsys, tmp_path, tree):
 
 
 def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path, tree):
-    monkeypatch.setitem(train.RECIPES, "hlb", replace(train.RECIPES["hlb"], lr=1e30))
+    hlb = train.RECIPES["hlb"]
+    monkeypatch.setitem(train.RECIPES, "hlb", replace(hlb, groups=tuple(replace(g, lr=1e30) for g in hlb.groups)))
     target = tmp_path / "x.json"
     err = refused(capsys, "--data", tree, *QUICK, "--steps", "4", "--json", target)
     assert "the loss became" in err and "of 4 (batch size 8)" in err
@@ -293,7 +328,7 @@ def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path,
 
 
 def on_second_run(monkeypatch, error):
-    real, calls = train.train, []
+    real, calls = train.Trainer.run, []
 
     def run(*args, **kwargs):
         calls.append(args)
@@ -301,7 +336,7 @@ def on_second_run(monkeypatch, error):
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train", run)
+    monkeypatch.setattr(train.Trainer, "run", run)
     return calls
 
 
@@ -322,7 +357,7 @@ def test_interrupt_of_the_first_run_says_that_none_finished(capsys, monkeypatch,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train", interrupt)
+    monkeypatch.setattr(train.Trainer, "run", interrupt)
     code, out, err = inside(capsys, "--data", tree, *QUICK, "--json", tmp_path / "x.json")
     assert (code, err) == (130, "") and "no run finished" in out
     assert not (tmp_path / "x.json").exists()

@@ -63,9 +63,8 @@ class Report:
     def start_run(self, number: int, of: int, seed: int, budget: Budget) -> None:
         if of > 1:
             self._say(f"run {number} of {of}, seed {seed}", style="bold")
-        self._say(
-            f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {'EMA acc':>9} {'seconds':>9}"
-        )
+        ema = f"{'EMA acc':>9} " if self.facts["recipe"]["ema_fraction"] else ""
+        self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {ema}{'seconds':>9}")
         # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
         self._live_loss = "-"
         columns = (
@@ -91,10 +90,11 @@ class Report:
 
     def on_epoch(self, row: EpochRow) -> None:
         self._live_loss = f"{row.train_loss:.3f}"
-        live, ema = (f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in (row.accuracy, row.ema_accuracy))
+        shown = [row.accuracy, *([row.ema_accuracy] if self.facts["recipe"]["ema_fraction"] else [])]
+        accuracies = " ".join(f"{x:9.4f}" if x is not None else f"{'-':>9}" for x in shown)
         self._say(
-            f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} "
-            f"{live} {ema} {row.seconds:9.1f}"
+            f"{row.epoch:5} {row.step:6} {row.train_loss:8.4f} {row.train_accuracy:7.4f} {row.lr:8.4f} {accuracies} "
+            f"{row.seconds:9.1f}"
         )
 
     def end_run(self, result: RunResult | None) -> None:
@@ -116,7 +116,7 @@ class Report:
         data = facts["data"]
         if data["generated"]:
             table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
-        table.add_row("accuracy", f"{with_spread(accuracy, 4)}  (EMA, mirrored, {data['test']:,} images)")
+        table.add_row("accuracy", f"{with_spread(accuracy, 4)}  ({self._evaluated_as()}, {data['test']:,} images)")
         table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, evaluation)")
         table.add_row("training", f"{rate['mean']:,.0f} images/s")
         table.add_row("compile", facts_seconds(facts["compile_seconds"]))
@@ -124,6 +124,11 @@ class Report:
         table.add_row("kernels", f"{facts['kernels']['name']}: {facts['kernels']['stem']}")
         table.add_row("data", f"{data['name']}, fingerprint {data['fingerprint']}")
         self.console.print(table)
+
+    def _evaluated_as(self) -> str:
+        recipe = self.facts["recipe"]
+        views = "mirrored and translated" if recipe["tta"] == "mirror+translate" else "mirrored"
+        return f"EMA, {views}" if recipe["ema_fraction"] else views
 
     def as_dict(self) -> dict:
         every = 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
