@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gather import Gather
 from kernels.reference import normalize
 from model.backend import Backend
 
@@ -88,13 +89,13 @@ class WhitenStem(nn.Module):
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, gather: Gather | None = None) -> Tensor:
         device = images.device.type
         dtype = self.project.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if not self.fusable:
-            x = normalize(images, self.mean, self.std, dtype)
+            x = normalize(images, self.mean, self.std, dtype, gather)
             k = self.whiten.kernel_size[0]
             # as 'same' pads, an even kernel's extra row and column at the end; said here, PyTorch does not warn of it
             x = F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
@@ -110,6 +111,7 @@ class WhitenStem(nn.Module):
             mean=self.mean,
             std=self.std,
             dtype=dtype,
+            gather=gather,
             **norm.settings(),
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.gather import Gather
 from model.backend import Backend
 from model.layers import ConvGroup, NormAct, SEGate, WhitenStem
 
@@ -57,7 +58,7 @@ class NetworkConfig:
 
 
 class Network(nn.Module):
-    """images [B, C, H, W] uint8 -> logits [B, classes] float32.
+    """images [B, C, H, W] uint8 -> logits [B, classes] float32; with a `gather`, the batch is what it makes of them.
 
     Raises ValueError for images smaller than `config.minimum_image_size`, or fewer than 2 classes.
     """
@@ -97,8 +98,8 @@ class Network(nn.Module):
         )
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(images)
+    def forward(self, images: Tensor, gather: Gather | None = None) -> Tensor:
+        x = self.stem(images, gather)
         for group in self.groups:
             x = group(x)
         # amax shares the gradient among ties, as the recipe's authors trained it

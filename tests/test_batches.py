@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from training.batches import augment, reflect, training_batches
+from kernels.gather import augment, reflect
+from training.batches import training_batches
 from training.evaluation import accuracy, logits_of
 
 

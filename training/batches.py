@@ -8,26 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
-def reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices that run past either edge back inside, without repeating the edge pixel (reflect padding)."""
-    index = index.abs()
-    return (size - 1) - ((size - 1) - index).abs()
-
-
-def augment(images: Tensor, index: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-    """The batch images[index], moved by (shift_y, shift_x) pixels with reflected borders, mirrored where flip.
-
-    images [N, H, W, C] uint8; index, shift_y, shift_x [B] int64; flip [B] bool.
-    Returns [B, C, H, W] uint8 in channels_last memory. A shift is at most H - 1, W - 1.
-    """
-    _, height, width, _ = images.shape
-    rows = torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device)
-    y = reflect(rows[None, :] + shift_y[:, None], height)
-    x = reflect(columns[None, :] + shift_x[:, None], width)
-    x = torch.where(flip[:, None], x.flip(1), x)
-    return images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+from kernels.gather import augment
 
 
 def training_batches(
