@@ -7,11 +7,13 @@ them in Triton's interpreter on a CPU); `reference` needs neither.
 from importlib.util import find_spec
 
 from . import reference
+from .gather import Gather
 
 HAS_TRITON = find_spec("triton") is not None
 
 __all__ = [
     "HAS_TRITON",
+    "Gather",
     "SqueezeExcite",
     "Whiten",
     "cross_entropy",

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .gather import Gather
+
 Tensors = dict[str, Tensor | None]
+
+
+_GATHER = "gather."
+GATHER_PARTS = ("shift", "flip", "jitter", "cutout")
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Cost:
 class Case:
     """One call of one op.
 
-    make(device, dtype): fresh random arguments by name, activations and weights in `dtype`.
+    make(device, dtype): fresh random arguments by name, activations and weights in `dtype`. Names "gather.*", here and
+        in the options, are fields of the op's `gather`: what copies or converts arguments handles tensors only.
     differentiable: the arguments that get a gradient; buffers: those that the op updates in place.
     cost(itemsize): of the forward and of the backward pass, for activations of that many bytes.
     options: keyword arguments; takes_dtype: whether the op has a `dtype` option for its result.
@@ -51,7 +58,11 @@ class Case:
     def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
         """Call the op of the package or of its `reference`; dtype is the result's where the op lets one choose."""
         options = {**self.options, "dtype": dtype} if self.takes_dtype else self.options
-        return getattr(ops, self.op)(**tensors, **options)
+        arguments = {**tensors, **options}
+        fields = {name: arguments.pop(name) for name in list(arguments) if name.startswith(_GATHER)}
+        if fields:
+            arguments["gather"] = Gather(**{name.removeprefix(_GATHER): value for name, value in fields.items()})
+        return getattr(ops, self.op)(**arguments)
 
 
 def images(device, batch: int, height: int, width: int, channels: int = 3) -> Tensor:
@@ -74,6 +85,55 @@ def _pixel_statistics(device, channels: int) -> Tensors:
     }
 
 
+def gather_fields(
+    device, data: int, batch: int, height: int, width: int, parts: tuple[str, ...], cutout_size: int
+) -> Tensors:
+    """Random fields of a `Gather` of `batch` images out of `data`, each at most once while there are enough."""
+
+    def pairs(bottom: Callable[[int], int], top: Callable[[int], int]) -> Tensor:
+        return torch.stack([torch.randint(bottom(size), top(size), (batch,)) for size in (height, width)], 1)
+
+    index = torch.randperm(data)[:batch] if batch <= data else torch.randint(0, data, (batch,))
+    made = {
+        "shift": lambda: pairs(lambda size: -min(3, size - 1), lambda size: min(3, size - 1) + 1),
+        "flip": lambda: torch.rand(batch) < 0.5,
+        "jitter": lambda: torch.tensor([1.0, 0.0]) + torch.tensor([0.3, 0.2]) * (2 * torch.rand(batch, 2) - 1),
+        "cutout": lambda: pairs(lambda size: -cutout_size, lambda size: size + 1),
+    }
+    return {_GATHER + "index": index.to(device)} | {_GATHER + part: made[part]().to(device) for part in parts}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The images of a whitening case: as they are, or taken out of twice as many by a `Gather` with these `parts`."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    parts: tuple[str, ...] | None
+
+    def make(self, device) -> Tensors:
+        size = (self.height, self.width)
+        if self.parts is None:
+            return {"images": images(device, self.batch, *size, self.channels)}
+        fields = gather_fields(device, 2 * self.batch, self.batch, *size, self.parts, self.cutout_size)
+        return {"images": images(device, 2 * self.batch, *size, self.channels), **fields}
+
+    @property
+    def cutout_size(self) -> int:
+        return max(2, min(self.height, self.width) // 4)
+
+    @property
+    def options(self) -> dict:
+        return {_GATHER + "cutout_size": self.cutout_size} if "cutout" in (self.parts or ()) else {}
+
+    @property
+    def label(self) -> str:
+        """The parts by their first letters."""
+        return "" if self.parts is None else "-gather" + ("-" if self.parts else "") + "".join(p[0] for p in self.parts)
+
+
 def _running(device, channels: int) -> Tensors:
     return {
         "running_mean": torch.randn(channels, device=device),
@@ -90,17 +150,22 @@ def whiten(
     channels: int = 3,
     bias: bool = True,
     activation: str | None = "gelu",
+    gather: tuple[str, ...] | None = None,
 ) -> Case:
+    """gather: the parts of a `Gather` besides its index."""
+    source = _Batch(batch, height, width, channels, gather)
+
     def make(device, dtype):
         weight = torch.randn(filters, channels, kernel, kernel, device=device) / kernel
         return {
-            "images": images(device, batch, height, width, channels),
+            **source.make(device),
             "weight": weight,
             "bias": torch.randn(filters, device=device) if bias else None,
             **_pixel_statistics(device, channels),
         }
 
     label = f"{batch}x{height}x{width}x{channels}-{filters}k{kernel}-{activation}{'' if bias else '-nobias'}"
+    label += source.label
 
     def cost(itemsize):
         pixels = batch * height * width * channels
@@ -114,7 +179,8 @@ def whiten(
         }
 
     trained = ("bias",) if bias else ()
-    return Case("whiten", label, make, trained, cost, options={"activation": activation}, takes_dtype=True)
+    options = {"activation": activation, **source.options}
+    return Case("whiten", label, make, trained, cost, options=options, takes_dtype=True)
 
 
 def whiten_project_norm_act(
@@ -127,12 +193,15 @@ def whiten_project_norm_act(
     training: bool = True,
     activation: str | None = "gelu",
     eps: float = 1e-12,
+    gather: tuple[str, ...] | None = None,
 ) -> Case:
+    """gather: the parts of a `Gather` besides its index."""
     filters = channels * kernel**2
+    source = _Batch(batch, height, width, channels, gather)
 
     def make(device, dtype):
         return {
-            "images": images(device, batch, height, width, channels),
+            **source.make(device),
             "whiten_weight": torch.randn(filters, channels, kernel, kernel, device=device) / kernel,
             "project_weight": (torch.randn(out_channels, filters, 1, 1) * 0.3).to(device=device, dtype=dtype),
             "bias": torch.randn(out_channels, device=device),
@@ -147,12 +216,13 @@ def whiten_project_norm_act(
         product = 2 * positions * out_channels * filters
         moments = 2 * positions * filters**2 if training else 0
         return {
-            # training reads the images twice: y needs the batch moments; write y
+            # training reads the images twice: y needs the batch moments; write y. A gather reads as many pixels
             "fwd": Cost(pixels * (2 if training else 1) + y, product + moments),
             "bwd": Cost(pixels + y, 2 * product),  # read images and dy once; z again and G = g^T q
         }
 
     label = f"{batch}x{height}x{width}x{channels}-{out_channels}k{kernel}-{activation}{'' if training else '-eval'}"
+    label += source.label
     return Case(
         "whiten_project_norm_act",
         label,
@@ -160,7 +230,7 @@ def whiten_project_norm_act(
         ("project_weight", "bias"),
         cost,
         ("running_mean", "running_var"),
-        {"training": training, "momentum": 0.8, "eps": eps, "activation": activation},
+        {"training": training, "momentum": 0.8, "eps": eps, "activation": activation, **source.options},
         takes_dtype=True,
     )
 
@@ -343,13 +413,18 @@ def cross_entropy(batch: int, classes: int, label_smoothing: float = 0.2, scale:
 
 def network_cases(batch: int = 512) -> list[Case]:
     """Every call of the hlb network in a training step on 32x32 images; also whiten and cross_entropy as airbench has
-    them, and cross_entropy at ImageNet's class count.
+    them, cross_entropy at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
     """
     return [
         whiten(batch, 32, 32, 24),
         whiten(batch, 32, 32, 12),
         whiten_project_norm_act(batch, 32, 32, 32),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3),
+        whiten(batch, 32, 32, 24, gather=("shift", "flip")),
+        whiten(batch, 32, 32, 24, gather=GATHER_PARTS),
+        whiten_project_norm_act(batch, 32, 32, 32, gather=("shift", "flip")),
+        whiten_project_norm_act(batch, 32, 32, 32, gather=GATHER_PARTS),
+        whiten_project_norm_act(batch, 32, 32, 32, kernel=3, gather=GATHER_PARTS),
         pool_norm_act(batch, 128, 31, 31),
         pool_norm_act(batch, 256, 15, 15),
         pool_norm_act(batch, 512, 7, 7),
@@ -373,6 +448,8 @@ def small_cases() -> list[Case]:
     return [
         whiten(2, 6, 7, 12),
         whiten_project_norm_act(2, 6, 7, 5),
+        whiten(2, 6, 7, 12, gather=GATHER_PARTS),
+        whiten_project_norm_act(2, 6, 7, 5, gather=GATHER_PARTS),
         pool_norm_act(2, 12, 5, 7),
         se_gate(3, 20, 5),
         norm_act(2, 12, 3, 5),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from .gather import Gather
 from .reference import ACTIVATIONS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +57,41 @@ def dtype(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> Non
 def shape(op: str, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} must be {list(expected)}, found {list(x.shape)}")
+
+
+def gather(op: str, value: Gather | None, data: Tensor) -> tuple:
+    """A gather's fields in order, contiguous, as operators take them; for None, no tensors.
+
+    Values are not looked at: that would wait for the device.
+    """
+    if value is None:
+        return (None,) * 5 + (0,)
+    if not isinstance(value, Gather):
+        raise TypeError(f"{op}: gather must be a Gather, found {type(value).__name__}")
+    if data.dtype != torch.uint8:
+        raise TypeError(f"{op}: gather needs uint8 images, found {str(data.dtype).removeprefix('torch.')}")
+    index = value.index
+    if index.dim() != 1 or len(index) == 0:
+        raise ValueError(f"{op}: gather.index must be [B] and not empty, found {list(index.shape)}")
+    dtype(op, "gather.index", index, (torch.int64,))
+    pair, batch = (len(index), 2), (len(index),)
+    allowed = {
+        "shift": (pair, (torch.int64, torch.int32)),
+        "flip": (batch, (torch.bool,)),
+        "jitter": (pair, (torch.float32,)),
+        "cutout": (pair, (torch.int64,)),
+    }
+    for name, (expected, dtypes) in allowed.items():
+        tensor = getattr(value, name)
+        if tensor is not None:
+            shape(op, f"gather.{name}", tensor, expected)
+            dtype(op, f"gather.{name}", tensor, dtypes)
+    if (value.cutout is None) != (value.cutout_size == 0) or value.cutout_size < 0:
+        raise ValueError(f"{op}: gather.cutout and a positive cutout_size are given together or not at all")
+    if value.jitter is not None and value.jitter.requires_grad:
+        raise ValueError(f"{op}: gather.jitter gets no gradient; detach it")
+    tensors = (index, value.shift, value.flip, value.jitter, value.cutout)
+    return *(None if t is None else t.contiguous() for t in tensors), value.cutout_size
 
 
 def running_statistics(

@@ -94,9 +94,11 @@ def sum_partials(partials: Tensor) -> Tensor:
     return out
 
 
-def channels_last_like(x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialized [B, channels, height, width] in channels_last memory, on x's device."""
-    shape = (x.shape[0], height, width, channels)
+def channels_last_like(
+    x: Tensor, channels: int, height: int, width: int, dtype: torch.dtype, batch: int | None = None
+) -> Tensor:
+    """An uninitialized [batch, channels, height, width] in channels_last memory, on x's device; batch: default x's."""
+    shape = (x.shape[0] if batch is None else batch, height, width, channels)
     return torch.empty(shape, dtype=dtype, device=x.device).permute(0, 3, 1, 2)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gather import Gather, gathered
+
 ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -27,15 +29,19 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """(images / 255 - mean) / std.
+def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, gather: Gather | None = None) -> Tensor:
+    """(images / 255 - mean) / std, of the batch that `gather`, if given, makes of the images.
 
     images [B, C, H, W] uint8; mean, std [C] in units of 0..1; the arithmetic runs in float32 (float64 when `dtype` is
     float64) and the result is rounded once, to `dtype`.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (1, -1, 1, 1)
-    return ((images.to(work) / 255 - mean.to(work).view(shape)) / std.to(work).view(shape)).to(dtype)
+    x = (images if gather is None else gathered(images, gather, mean)).to(work) / 255
+    if gather is not None and gather.jitter is not None:
+        contrast, brightness = gather.jitter.to(work)[:, :, None, None, None].unbind(1)
+        x = contrast * x + brightness
+    return ((x - mean.to(work).view(shape)) / std.to(work).view(shape)).to(dtype)
 
 
 def whiten(
@@ -47,10 +53,14 @@ def whiten(
     std: Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    gather: Gather | None = None,
 ) -> Tensor:
     """act(conv2d(normalize(images), weight) + bias), unpadded: see `kernels.whiten`."""
     dtype = dtype or (images.dtype if images.is_floating_point() else weight.dtype)
-    x = images.to(dtype) if images.is_floating_point() else normalize(images, mean, std, dtype)
+    if images.is_floating_point() and gather is None:
+        x = images.to(dtype)
+    else:
+        x = normalize(images, mean, std, dtype, gather)
     y = F.conv2d(x, weight.detach().to(dtype), None if bias is None else bias.to(dtype))
     return _activation(activation)(y)
 
@@ -70,10 +80,11 @@ def whiten_project_norm_act(
     eps: float = 1e-5,
     activation: str | None = "gelu",
     dtype: torch.dtype | None = None,
+    gather: Gather | None = None,
 ) -> Tensor:
     """act(batch_norm(project(whiten(images)))): see `kernels.whiten_project_norm_act`."""
     dtype = dtype or project_weight.dtype
-    z = whiten(images, whiten_weight, mean=mean, std=std, dtype=dtype)
+    z = whiten(images, whiten_weight, mean=mean, std=std, dtype=dtype, gather=gather)
     z = F.conv2d(z, project_weight.flatten(1)[:, :, None, None].to(dtype))
     return norm_act(
         z, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, activation=activation

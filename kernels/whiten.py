@@ -3,8 +3,9 @@
     z = sum_f w_f * (u_f / 255 - mean) / std + bias = A (u - 128) + c          y = act(z)
 
 A = w / (255 std) and c = bias + sum_f w_f (128 / 255 - mean) / std are folded inside the kernel: the image is read once
-as bytes and y is written once; no normalized image exists. The fold holds only without padding. Source of the layer:
-hlb-CIFAR10 (2x2, unpadded, frozen).
+as bytes and y is written once; no normalized image exists. With a `Gather` the bytes come straight from the data set,
+and its jitter (contrast a, brightness b) leaves them as they are: z = a A (u - 128) + e rowsum(A) + c with
+e = 128 (a - 1) + 255 b. The fold holds only without padding. Source of the layer: hlb-CIFAR10 (2x2, unpadded, frozen).
 """
 
 import torch
@@ -17,15 +18,16 @@ from . import _checks
 from ._common import activate, activate_grad, channels_last_like, sum_partials
 from ._launch import launch, opaque_op
 from ._patches import (
-    PatchShape,
+    PatchSource,
     check_kernel,
+    filter_patches,
     load_patches,
     needs_float32,
     output_dtype,
-    project_patches,
     tile_sizes,
     weight_offset,
 )
+from .gather import Gather, unflatten
 
 _BWD_PROGRAMS = 512
 # what kernels.inspect would otherwise report as stores that are narrower than the layout allows
@@ -58,8 +60,10 @@ def _folded(
 
 @triton.jit
 def _fwd_kernel(
-    images_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, y_ptr, n_positions,
+    images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, weight_ptr, bias_ptr, std_ptr, y_ptr,
+    n_positions,
     O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -68,17 +72,23 @@ def _fwd_kernel(
     matrix, c = _folded(weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O, HAS_BIAS, UINT8, C_IN, K, F_PAD)
     start = tl.program_id(0) * BLOCK_P
     lane = tl.arange(0, BLOCK_P)
-    q = load_patches(images_ptr, start + lane, n_positions, UINT8, H, W, C_IN, K, F_PAD)
-    y = activate(project_patches(q, matrix, EXACT) + c[None, :], ACT)
-    mask = (start + lane < n_positions)[:, None] & (o < O)[None, :]
+    position = start + lane
+    q = load_patches(
+        images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
+        UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
+    )  # fmt: skip
+    y = activate(filter_patches(q, matrix, c, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K), ACT)
+    mask = (position < n_positions)[:, None] & (o < O)[None, :]
     out = y_ptr + tl.cast(start, tl.int64) * O
     tl.store(out + lane[:, None] * O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, images_ptr, weight_ptr, bias_ptr, mean_ptr, std_ptr, partial_ptr, n_positions,
+    dy_ptr, images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, weight_ptr, bias_ptr, std_ptr,
+    partial_ptr, n_positions,
     O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -94,26 +104,34 @@ def _bwd_kernel(
         dy = dy_ptr + tl.cast(start, tl.int64) * O
         g = tl.load(dy + lane[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
         if ACT != "identity":
-            q = load_patches(images_ptr, position, n_positions, UINT8, H, W, C_IN, K, F_PAD)
-            g *= activate_grad(project_patches(q, matrix, EXACT) + c[None, :], ACT)
+            q = load_patches(
+                images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
+                UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
+            )  # fmt: skip
+            z = filter_patches(q, matrix, c, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
+            g *= activate_grad(z, ACT)
         acc += tl.where(mask, g, 0.0)
     tl.store(partial_ptr + tl.program_id(0) * O + o, tl.sum(acc, 0), mask=o < O)
 
 
-def _setup(images: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, backward: bool):
+def _setup(
+    images: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, gather: Gather | None,
+    out_dtype: torch.dtype, backward: bool,
+):  # fmt: skip
     filters = weight.shape[0]
-    shape = PatchShape(images, weight.shape[2])
+    source = PatchSource(images, weight.shape[2], mean, gather)
     exact = needs_float32(images, out_dtype)
-    tile = tile_sizes(shape, filters, exact, backward)
+    tile = tile_sizes(source, filters, exact, backward)
     constexprs = dict(
         O=filters,
         HAS_BIAS=bias is not None,
         EXACT=exact,
+        JITTER=source.jittered,
         **tile,
-        **shape.constexprs,
+        **source.constexprs,
     )
-    grid = (triton.cdiv(shape.positions, tile["BLOCK_P"]), triton.cdiv(filters, tile["BLOCK_O"]))
-    return shape, grid, constexprs
+    grid = (triton.cdiv(source.positions, tile["BLOCK_P"]), triton.cdiv(filters, tile["BLOCK_O"]))
+    return source, grid, constexprs
 
 
 @opaque_op("whiten_fwd")
@@ -125,21 +143,27 @@ def _fwd(
     std: Tensor | None,
     activation: str,
     dtype: torch.dtype,
+    index: Tensor | None,
+    shift: Tensor | None,
+    flip: Tensor | None,
+    jitter: Tensor | None,
+    cutout: Tensor | None,
+    cutout_size: int,
 ) -> Tensor:
-    shape, grid, constexprs = _setup(images, weight, bias, dtype, backward=False)
-    y = channels_last_like(images, weight.shape[0], shape.height, shape.width, dtype)
+    gather = unflatten(index, shift, flip, jitter, cutout, cutout_size)
+    source, grid, constexprs = _setup(images, weight, bias, mean, gather, dtype, backward=False)
+    y = channels_last_like(images, weight.shape[0], source.height, source.width, dtype, source.batch)
     launch(
-        _fwd_kernel, grid, images, weight,
-        bias if bias is not None else weight, mean if mean is not None else weight, std if std is not None else weight,
-        y, shape.positions, ACT=activation, **constexprs,
+        _fwd_kernel, grid, *source.pixels, source.jitter, weight, bias if bias is not None else weight,
+        std if std is not None else weight, y, source.positions, ACT=activation, **constexprs,
     )  # fmt: skip
     return y
 
 
 @_fwd.register_fake
-def _(images, weight, bias, mean, std, activation, dtype):
-    lost = weight.shape[2] - 1
-    return channels_last_like(images, weight.shape[0], images.shape[2] - lost, images.shape[3] - lost, dtype)
+def _(images, weight, bias, mean, std, activation, dtype, *gather):
+    source = PatchSource(images, weight.shape[2], mean, unflatten(*gather))
+    return channels_last_like(images, weight.shape[0], source.height, source.width, dtype, source.batch)
 
 
 @opaque_op("whiten_bwd")
@@ -151,40 +175,49 @@ def _bwd(
     mean: Tensor | None,
     std: Tensor | None,
     activation: str,
+    index: Tensor | None,
+    shift: Tensor | None,
+    flip: Tensor | None,
+    jitter: Tensor | None,
+    cutout: Tensor | None,
+    cutout_size: int,
 ) -> Tensor:
-    shape, (tiles, blocks), constexprs = _setup(images, weight, bias, dy.dtype, backward=True)
+    gather = unflatten(index, shift, flip, jitter, cutout, cutout_size)
+    source, (tiles, blocks), constexprs = _setup(images, weight, bias, mean, gather, dy.dtype, backward=True)
     programs = min(tiles, _BWD_PROGRAMS)
     partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
     launch(
-        _bwd_kernel, (programs, blocks), dy, images, weight, bias, mean if mean is not None else weight,
-        std if std is not None else weight, partials, shape.positions, ACT=activation, **constexprs,
+        _bwd_kernel, (programs, blocks), dy, *source.pixels, source.jitter, weight, bias,
+        std if std is not None else weight, partials, source.positions, ACT=activation, **constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 
 
 @_bwd.register_fake
-def _(dy, images, weight, bias, mean, std, activation):
+def _(dy, images, weight, bias, mean, std, activation, *gather):
     return torch.empty(weight.shape[0], dtype=torch.float32, device=dy.device)
 
 
 class Whiten(torch.autograd.Function):
-    """Saved for backward: the images as they are (uint8), the frozen weight, bias, mean and std; z is recomputed."""
+    """Saved for backward: the images as they are (uint8), the frozen weight, bias, mean, std and the gather's tensors;
+    z is recomputed.
+    """
 
     @staticmethod
-    def forward(ctx, images, weight, bias, mean, std, activation, dtype):
-        ctx.save_for_backward(images, weight, bias, mean, std)
-        ctx.activation = activation
-        return _fwd(images, weight, bias, mean, std, activation, dtype)
+    def forward(ctx, images, weight, bias, mean, std, activation, dtype, *gather):
+        ctx.save_for_backward(images, weight, bias, mean, std, *gather[:-1])
+        ctx.activation, ctx.cutout_size = activation, gather[-1]
+        return _fwd(images, weight, bias, mean, std, activation, dtype, *gather)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        images, weight, bias, mean, std = ctx.saved_tensors
+        images, weight, bias, mean, std, *gather = ctx.saved_tensors
         dbias = None
         if bias is not None and ctx.needs_input_grad[2]:
             dy = dy.contiguous(memory_format=torch.channels_last)
-            dbias = _bwd(dy, images, weight, bias, mean, std, ctx.activation).to(bias.dtype)
-        return None, None, dbias, None, None, None, None
+            dbias = _bwd(dy, images, weight, bias, mean, std, ctx.activation, *gather, ctx.cutout_size).to(bias.dtype)
+        return None, None, dbias, *[None] * 10
 
 
 def whiten(
@@ -196,6 +229,7 @@ def whiten(
     std: Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    gather: Gather | None = None,
 ) -> Tensor:
     """act(conv2d((images / 255 - mean) / std, weight) + bias), unpadded, stride 1, with a frozen weight.
 
@@ -205,14 +239,16 @@ def whiten(
     mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise.
     activation: "gelu" (erf), "silu", "relu" or None.
     dtype: of the result; by default the images' if floating, else autocast's, else the weight's.
+    gather: makes the batch of B = len(gather.index) images out of images [N, C, H, W] uint8, the whole data set.
     Returns [B, O, H - k + 1, W - k + 1], channels_last. Exact to float32 rounding: pixels are integers in float16,
     and the folded weight is float32 or, for 16-bit results, two float16 halves.
 
-    Backward: dbias = sum over positions of dy * act'(z), one pass over dy and the pixels. Images and weight get none.
-    Deterministic. Differentiable once.
+    Backward: dbias = sum over positions of dy * act'(z), one pass over dy and the pixels. Images, weight and gather get
+    none. Saved: the arguments; a data set is not copied. Deterministic. Differentiable once.
 
     Raises ValueError for a wrong shape, layout or activation, an empty batch, a missing or superfluous mean or std, or
-    images or a weight that require a gradient; TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    images, a weight or a jitter that require a gradient; TypeError for a wrong dtype, and a gather of floating images;
+    RuntimeError where the kernels cannot run.
     """
     op = "whiten"
     name = _checks.activation(op, activation)
@@ -231,5 +267,6 @@ def whiten(
         if value is not None:
             _checks.shape(op, label, value, (images.shape[1],))
             _checks.dtype(op, label, value, (torch.float32,))
-    _checks.device(op, images, weight, bias, mean, std)
-    return Whiten.apply(images, weight.contiguous(), bias, mean, std, name, dtype)
+    chosen = _checks.gather(op, gather, images)
+    _checks.device(op, images, weight, bias, mean, std, *chosen[:-1])
+    return Whiten.apply(images, weight.contiguous(), bias, mean, std, name, dtype, *chosen)

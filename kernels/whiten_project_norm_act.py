@@ -10,7 +10,12 @@ are exact, and need no intermediate: neither the 12- nor the C-channel tensor ex
 because W undoes the strong correlation of neighbouring pixels and cancels most of what it sums.
 
 Backward is one pass over (dy, pixels): G = sum g q^T and sum g, with g = dy act'(z), give dW2 and dbias; the images get
-no gradient. Sources: the stem, hlb-CIFAR10; batch normalization, Ioffe and Szegedy 2015.
+no gradient.
+
+With a `Gather` the bytes come straight from the data set. Its jitter (contrast a, brightness b) turns an image's q into
+a q + e, e = 128 (a - 1) + 255 b, in the moments (float64), in z = a matrix q + e rowsum(matrix) + shift, and in
+G = sum a g q^T + sum e g 1^T; the pixels that enter a product stay integers. Sources: the stem, hlb-CIFAR10; batch
+normalization, Ioffe and Szegedy 2015.
 """
 
 import torch
@@ -22,129 +27,21 @@ from torch.autograd.function import once_differentiable
 from . import _checks
 from ._common import activate, activate_grad, channels_last_like
 from ._launch import launch, opaque_op
+from ._moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
 from ._patches import (
-    PatchShape,
+    PatchSource,
     check_kernel,
     correlate_patches,
+    filter_patches,
+    load_jitter,
     load_patches,
     needs_float32,
     output_dtype,
-    project_patches,
     tile_sizes,
-    weight_offset,
 )
+from .gather import Gather, unflatten
 
-_MOMENT_BLOCK = 128
-# |q| <= 2**7, so a sum of 2**10 products stays within the 2**24 up to which float32 counts exactly
-_EXACT_POSITIONS = 1024
 _PROGRAMS = 512
-
-
-@triton.jit
-def _moments_kernel(
-    images_ptr, moments_ptr, n_positions, UINT8: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Add sum of q q^T over this program's patches to moments [F_PAD, F_PAD] int64; feature F is 1, so row F is sum q.
-
-    Integer atomics: the order of additions cannot change the result.
-    """
-    f = tl.arange(0, F_PAD)
-    total = tl.zeros([F_PAD, F_PAD], dtype=tl.int64)
-    for start in range(tl.program_id(0) * CHUNK, n_positions, tl.num_programs(0) * CHUNK):
-        exact = tl.zeros([F_PAD, F_PAD], dtype=tl.float32)
-        for inner in range(0, CHUNK, BLOCK_P):
-            position = start + inner + tl.arange(0, BLOCK_P)
-            q = load_patches(images_ptr, position, n_positions, UINT8, H, W, C_IN, K, F_PAD).to(tl.float16)
-            exact = tl.dot(tl.trans(q), q, acc=exact)
-        total += exact.to(tl.int64)
-    tl.atomic_add(moments_ptr + f[:, None] * F_PAD + f[None, :], total)
-
-
-@triton.jit
-def _row_of_product(
-    project_ptr, whiten_ptr, row, FILTERS: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Row `row` of W = W2 W1 in float64 [F_PAD], features in patch order."""
-    features: tl.constexpr = K * K * C_IN
-    f = tl.arange(0, F_PAD)
-    out = tl.zeros([F_PAD], dtype=tl.float64)
-    for start in range(0, FILTERS, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        w2 = tl.load(project_ptr + row * FILTERS + k, mask=k < FILTERS, other=0.0).to(tl.float64)
-        mask = (k < FILTERS)[:, None] & (f < features)[None, :]
-        at = k[:, None] * features + weight_offset(f, C_IN, K)[None, :]
-        w1 = tl.load(whiten_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        out += tl.sum(w2[:, None] * w1, 0)
-    return out
-
-
-@triton.jit
-def _pixel_map(mean_ptr, std_ptr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr):
-    """p = scale * q + offset per feature, float64 [F_PAD]; padding features get scale 0."""
-    f = tl.arange(0, F_PAD)
-    in_f = f < K * K * C_IN
-    mean = tl.load(mean_ptr + f % C_IN, mask=in_f, other=0.0).to(tl.float64)
-    std = tl.load(std_ptr + f % C_IN, mask=in_f, other=1.0).to(tl.float64)
-    scale = tl.where(in_f, 1.0 / (std * 255.0), 0.0)
-    # 1 / 255 in float32 would cost the constants their last bits
-    offset = tl.where(in_f, (128.0 - 255.0 * mean) * scale, 0.0)
-    return scale, offset
-
-
-@triton.jit
-def _patch_moments(moments_ptr, n, FEATURES: tl.constexpr, F_PAD: tl.constexpr):
-    """Mean [F_PAD] and covariance [F_PAD, F_PAD] of q in float64, zero where either feature is padding."""
-    f = tl.arange(0, F_PAD)
-    in_f = f < FEATURES
-    first = tl.load(moments_ptr + FEATURES * F_PAD + f, mask=in_f, other=0).to(tl.float64) / n
-    both = in_f[:, None] & in_f[None, :]
-    second = tl.load(moments_ptr + f[:, None] * F_PAD + f[None, :], mask=both, other=0).to(tl.float64) / n
-    return first, second - first[:, None] * first[None, :]
-
-
-@triton.jit
-def _finish_kernel(
-    moments_ptr, project_ptr, whiten_ptr, bias_ptr, mean_ptr, std_ptr, running_mean_ptr, running_var_ptr,
-    matrix_ptr, shift_ptr, rstd_ptr, n_positions, momentum, keep, eps,
-    FILTERS: tl.constexpr, TRAINING: tl.constexpr, HAS_RUNNING: tl.constexpr,
-    C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One program per output channel: z = matrix q + shift, and the running statistics."""
-    features: tl.constexpr = K * K * C_IN
-    row = tl.program_id(0)
-    f = tl.arange(0, F_PAD)
-    w = _row_of_product(project_ptr, whiten_ptr, row, FILTERS, C_IN, K, F_PAD, BLOCK_K)
-    scale, offset = _pixel_map(mean_ptr, std_ptr, C_IN, K, F_PAD)
-    v = w * scale
-    constant = tl.sum(w * offset, 0)
-    bias = tl.load(bias_ptr + row).to(tl.float64)
-    if TRAINING:
-        n = n_positions.to(tl.float64)
-        first, covariance = _patch_moments(moments_ptr, n, features, F_PAD)
-        var = tl.sum(v * tl.sum(covariance * v[None, :], 1), 0)
-        var = tl.where(var < 0.0, 0.0, var)
-        mean_q = tl.sum(v * first, 0)
-        if HAS_RUNNING:
-            old = tl.load(running_mean_ptr + row)
-            tl.store(running_mean_ptr + row, keep * old + momentum * (mean_q + constant).to(tl.float32))
-            old = tl.load(running_var_ptr + row)
-            tl.store(running_var_ptr + row, keep * old + momentum * (var * (n / (n - 1.0))).to(tl.float32))
-    else:
-        mean_q = tl.load(running_mean_ptr + row).to(tl.float64) - constant
-        var = tl.load(running_var_ptr + row).to(tl.float64)
-    rstd = 1.0 / tl.sqrt(var + eps)
-    matrix = (rstd * v).to(tl.float32)
-    if TRAINING:
-        # the mean of the matrix as rounded, so that the rounding does not shift z
-        shift = bias - tl.sum(matrix.to(tl.float64) * first, 0)
-    else:
-        shift = bias - rstd * mean_q
-    tl.store(matrix_ptr + row * F_PAD + f, matrix)
-    tl.store(shift_ptr + row, shift.to(tl.float32))
-    tl.store(rstd_ptr + row, rstd.to(tl.float32))
 
 
 @triton.jit
@@ -156,8 +53,10 @@ def _load_matrix(matrix_ptr, o, C: tl.constexpr, F_PAD: tl.constexpr):
 
 @triton.jit
 def _fwd_kernel(
-    images_ptr, matrix_ptr, shift_ptr, y_ptr, n_positions,
+    images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, matrix_ptr, shift_ptr, y_ptr,
+    n_positions,
     C: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -167,93 +66,64 @@ def _fwd_kernel(
     shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
     start = tl.program_id(0) * BLOCK_P
     lane = tl.arange(0, BLOCK_P)
-    q = load_patches(images_ptr, start + lane, n_positions, UINT8, H, W, C_IN, K, F_PAD)
-    y = activate(project_patches(q, matrix, EXACT) + shift[None, :], ACT)
-    mask = (start + lane < n_positions)[:, None] & (o < C)[None, :]
+    position = start + lane
+    q = load_patches(
+        images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
+        UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
+    )  # fmt: skip
+    y = activate(filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K), ACT)
+    mask = (position < n_positions)[:, None] & (o < C)[None, :]
     out = y_ptr + tl.cast(start, tl.int64) * C
     tl.store(out + lane[:, None] * C + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, images_ptr, matrix_ptr, shift_ptr, partial_ptr, n_positions,
+    dy_ptr, images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, matrix_ptr, shift_ptr,
+    partial_ptr, n_positions,
     C: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
+    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Per program: G = sum g q^T, [C, F_PAD]; the constant feature makes its column F the sum of g."""
+    """Per program: G = sum g q^T of the jittered q, [C, F_PAD]; the constant feature makes column F the sum of g."""
+    features: tl.constexpr = K * K * C_IN
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     f = tl.arange(0, F_PAD)
     lane = tl.arange(0, BLOCK_P)
     matrix = _load_matrix(matrix_ptr, o, C, F_PAD)
     shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
     acc = tl.zeros([BLOCK_O, F_PAD], dtype=tl.float32)
+    if JITTER:
+        sums = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
+        offset_sums = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
     for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
-        q = load_patches(images_ptr, start + lane, n_positions, UINT8, H, W, C_IN, K, F_PAD)
-        mask = (start + lane < n_positions)[:, None] & (o < C)[None, :]
+        position = start + lane
+        q = load_patches(
+            images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
+            UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
+        )  # fmt: skip
+        mask = (position < n_positions)[:, None] & (o < C)[None, :]
         dy = dy_ptr + tl.cast(start, tl.int64) * C
         g = tl.load(dy + lane[:, None] * C + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        g *= activate_grad(project_patches(q, matrix, EXACT) + shift[None, :], ACT)
-        acc += correlate_patches(tl.where(mask, g, 0.0), q, EXACT)
+        z = filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
+        g = tl.where(mask, g * activate_grad(z, ACT), 0.0)
+        if JITTER:
+            contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
+            sums += g
+            offset_sums += g * offset[:, None]
+            g *= contrast[:, None]
+        acc += correlate_patches(g, q, EXACT)
+    if JITTER:
+        acc = tl.where((f == features)[None, :], tl.sum(sums, 0)[:, None], acc + tl.sum(offset_sums, 0)[:, None])
     out = partial_ptr + tl.program_id(0) * C * F_PAD
     tl.store(out + o[:, None] * F_PAD + f[None, :], acc, mask=(o < C)[:, None])
 
 
-@triton.jit
-def _bwd_finish_kernel(
-    partial_ptr, moments_ptr, project_ptr, whiten_ptr, mean_ptr, std_ptr, rstd_ptr, dproject_ptr, dbias_ptr,
-    n_partials, n_positions,
-    C: tl.constexpr, FILTERS: tl.constexpr, TRAINING: tl.constexpr,
-    C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program per output channel: the partials in a fixed order, BatchNorm's correction, dW2 and dbias."""
-    features: tl.constexpr = K * K * C_IN
-    row = tl.program_id(0)
-    f = tl.arange(0, F_PAD)
-    acc = tl.zeros([BLOCK_N, F_PAD], dtype=tl.float64)
-    for start in range(0, n_partials, BLOCK_N):
-        p = start + tl.arange(0, BLOCK_N)
-        at = (p[:, None] * C + row) * F_PAD + f[None, :]
-        acc += tl.load(partial_ptr + at, mask=(p < n_partials)[:, None], other=0.0).to(tl.float64)
-    total = tl.sum(acc, 0)
-    sum_g = tl.sum(tl.where(f == features, total, 0.0), 0)
-    scale, offset = _pixel_map(mean_ptr, std_ptr, C_IN, K, F_PAD)
-    rstd = tl.load(rstd_ptr + row).to(tl.float64)
-    if TRAINING:
-        w = _row_of_product(project_ptr, whiten_ptr, row, FILTERS, C_IN, K, F_PAD, BLOCK_K)
-        n = n_positions.to(tl.float64)
-        first, covariance = _patch_moments(moments_ptr, n, features, F_PAD)
-        centred = (total - sum_g * first) * scale
-        sum_gx = rstd * tl.sum(w * centred, 0)
-        cov_w = scale * tl.sum(covariance * (w * scale)[None, :], 1)
-        dw = rstd * (centred - (sum_gx * rstd) * cov_w)
-    else:
-        dw = rstd * (total * scale + sum_g * offset)
-    dw = tl.where(f < features, dw, 0.0)
-    for start in range(0, FILTERS, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        mask = (k < FILTERS)[:, None] & (f < features)[None, :]
-        at = k[:, None] * features + weight_offset(f, C_IN, K)[None, :]
-        w1 = tl.load(whiten_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        tl.store(dproject_ptr + row * FILTERS + k, tl.sum(w1 * dw[None, :], 1).to(tl.float32), mask=k < FILTERS)
-    tl.store(dbias_ptr + row, sum_g.to(tl.float32))
-
-
-def _tile(images: Tensor, channels: int, shape: PatchShape, out_dtype: torch.dtype, backward: bool) -> dict:
+def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.dtype, backward: bool) -> dict:
     exact = needs_float32(images, out_dtype)
-    return dict(C=channels, EXACT=exact, **tile_sizes(shape, channels, exact, backward), **shape.constexprs)
-
-
-def _finish_sizes(project_weight: Tensor, shape: PatchShape) -> dict:
-    filters = project_weight.shape[1]
-    sizes = {key: shape.constexprs[key] for key in ("C_IN", "K", "F_PAD")}
-    # a warp for each 16 features keeps the float64 matrices in registers
-    return dict(
-        FILTERS=filters,
-        BLOCK_K=min(32, triton.next_power_of_2(filters)),
-        num_warps=min(8, max(1, shape.f_pad // 16) ** 2),
-        **sizes,
-    )
+    tile = tile_sizes(source, channels, exact, backward)
+    return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
 
 
 @opaque_op("whiten_project_norm_act_fwd", mutates=("running_mean", "running_var"))
@@ -271,46 +141,47 @@ def _fwd(
     eps: float,
     activation: str,
     dtype: torch.dtype,
+    index: Tensor | None,
+    pixel_shift: Tensor | None,
+    flip: Tensor | None,
+    jitter: Tensor | None,
+    cutout: Tensor | None,
+    cutout_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, integer moments [F_PAD, F_PAD], matrix [C, F_PAD], shift [C], rstd [C])"""
+    """(y, moments [F_PAD, F_PAD], matrix [C, F_PAD], shift [C], rstd [C])"""
     channels = project_weight.shape[0]
-    shape = PatchShape(images, whiten_weight.shape[2])
+    gather = unflatten(index, pixel_shift, flip, jitter, cutout, cutout_size)
+    source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
-    moments = torch.zeros(shape.f_pad, shape.f_pad, dtype=torch.int64, device=images.device)
-    if training:
-        programs = min(triton.cdiv(shape.positions, _EXACT_POSITIONS), _PROGRAMS)
-        launch(
-            _moments_kernel, (programs,), images, moments, shape.positions,
-            BLOCK_P=_MOMENT_BLOCK, CHUNK=_EXACT_POSITIONS, **shape.constexprs,
-        )  # fmt: skip
-    matrix = torch.empty(channels, shape.f_pad, **fp32)
+    # in evaluation nothing reads the moments
+    moments = patch_moments(source) if training else empty_moments(source)
+    matrix = torch.empty(channels, source.f_pad, **fp32)
     shift, rstd = torch.empty(channels, **fp32), torch.empty(channels, **fp32)
     tracked = running_mean is not None
     launch(
         _finish_kernel, (channels,), moments, project_weight, whiten_weight, bias, mean, std,
         running_mean if tracked else rstd, running_var if tracked else rstd, matrix, shift, rstd,
-        shape.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked,
-        **_finish_sizes(project_weight, shape),
+        source.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked,
+        **finish_sizes(project_weight, source),
     )  # fmt: skip
-    y = channels_last_like(images, channels, shape.height, shape.width, dtype)
-    tile = _tile(images, channels, shape, dtype, backward=False)
-    grid = (triton.cdiv(shape.positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_O"]))
-    launch(_fwd_kernel, grid, images, matrix, shift, y, shape.positions, ACT=activation, **tile)
+    y = channels_last_like(images, channels, source.height, source.width, dtype, source.batch)
+    tile = _tile(images, channels, source, dtype, backward=False)
+    grid = (triton.cdiv(source.positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_O"]))
+    launch(_fwd_kernel, grid, *source.pixels, source.jitter, matrix, shift, y, source.positions, ACT=activation, **tile)
     return y, moments, matrix, shift, rstd
 
 
 @_fwd.register_fake
 def _(
     images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, training, momentum, eps,
-    activation, dtype,
+    activation, dtype, *gather,
 ):  # fmt: skip
     channels, device = project_weight.shape[0], images.device
-    shape = PatchShape(images, whiten_weight.shape[2])
-    y = channels_last_like(images, channels, shape.height, shape.width, dtype)
-    moments = torch.empty(shape.f_pad, shape.f_pad, dtype=torch.int64, device=device)
-    matrix = torch.empty(channels, shape.f_pad, dtype=torch.float32, device=device)
+    source = PatchSource(images, whiten_weight.shape[2], mean, unflatten(*gather))
+    y = channels_last_like(images, channels, source.height, source.width, dtype, source.batch)
+    matrix = torch.empty(channels, source.f_pad, dtype=torch.float32, device=device)
     shift = torch.empty(channels, dtype=torch.float32, device=device)
-    return y, moments, matrix, shift, torch.empty_like(shift)
+    return y, empty_moments(source), matrix, shift, torch.empty_like(shift)
 
 
 @opaque_op("whiten_project_norm_act_bwd")
@@ -327,64 +198,74 @@ def _bwd(
     rstd: Tensor,
     training: bool,
     activation: str,
+    index: Tensor | None,
+    pixel_shift: Tensor | None,
+    flip: Tensor | None,
+    jitter: Tensor | None,
+    cutout: Tensor | None,
+    cutout_size: int,
 ) -> tuple[Tensor, Tensor]:
     """(dproject [C, K] float32, dbias [C] float32)"""
     channels, filters = project_weight.shape
-    shape = PatchShape(images, whiten_weight.shape[2])
+    gather = unflatten(index, pixel_shift, flip, jitter, cutout, cutout_size)
+    source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
-    tile = _tile(images, channels, shape, dy.dtype, backward=True)
-    programs = min(triton.cdiv(shape.positions, tile["BLOCK_P"]), _PROGRAMS)
-    partials = torch.empty(programs, channels, shape.f_pad, **fp32)
+    tile = _tile(images, channels, source, dy.dtype, backward=True)
+    programs = min(triton.cdiv(source.positions, tile["BLOCK_P"]), _PROGRAMS)
+    partials = torch.empty(programs, channels, source.f_pad, **fp32)
     launch(
-        _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, images, matrix, shift, partials,
-        shape.positions, ACT=activation, **tile,
+        _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, *source.pixels, source.jitter, matrix,
+        shift, partials, source.positions, ACT=activation, **tile,
     )  # fmt: skip
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     launch(
         _bwd_finish_kernel, (channels,), partials, moments, project_weight, whiten_weight, mean, std, rstd, dproject,
-        dbias, programs, shape.positions, C=channels, TRAINING=training, BLOCK_N=32,
-        **_finish_sizes(project_weight, shape),
+        dbias, programs, source.positions, C=channels, TRAINING=training, BLOCK_N=32,
+        **finish_sizes(project_weight, source),
     )  # fmt: skip
     return dproject, dbias
 
 
 @_bwd.register_fake
-def _(dy, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd, training, activation):
+def _(dy, images, whiten_weight, project_weight, *rest):
     dproject = torch.empty(project_weight.shape, dtype=torch.float32, device=images.device)
     return dproject, torch.empty(project_weight.shape[0], dtype=torch.float32, device=images.device)
 
 
 class WhitenProjectNormAct(torch.autograd.Function):
-    """Saved for backward: the uint8 images and tensors of at most [C, F_PAD]; no activation."""
+    """Saved for backward: the uint8 images, the gather's tensors and tables of at most [C, F_PAD]; no activation."""
 
     @staticmethod
     def forward(
         ctx, images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, training, momentum,
-        eps, activation, dtype,
+        eps, activation, dtype, *gather,
     ):  # fmt: skip
         flat = project_weight.reshape(project_weight.shape[0], -1)
         y, *tables = _fwd(
             images, whiten_weight, flat, bias, running_mean, running_var, mean, std, training, momentum, eps,
-            activation, dtype,
+            activation, dtype, *gather,
         )  # fmt: skip
-        ctx.save_for_backward(images, whiten_weight, project_weight, mean, std, *tables)
-        ctx.training, ctx.activation, ctx.bias_dtype = training, activation, bias.dtype
+        ctx.save_for_backward(*gather[:-1], images, whiten_weight, project_weight, mean, std, *tables)
+        ctx.training, ctx.activation, ctx.bias_dtype, ctx.cutout_size = training, activation, bias.dtype, gather[-1]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        images, whiten_weight, project_weight, *rest = ctx.saved_tensors
+        *gather, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd = ctx.saved_tensors
         flat = project_weight.reshape(project_weight.shape[0], -1)
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dproject, dbias = _bwd(dy, images, whiten_weight, flat, *rest, ctx.training, ctx.activation)
+        dproject, dbias = _bwd(
+            dy, images, whiten_weight, flat, mean, std, moments, matrix, shift, rstd, ctx.training, ctx.activation,
+            *gather, ctx.cutout_size,
+        )  # fmt: skip
         needs_project, needs_bias = ctx.needs_input_grad[2:4]
         return (
             None,
             None,
             dproject.view(project_weight.shape).to(project_weight.dtype) if needs_project else None,
             dbias.to(ctx.bias_dtype) if needs_bias else None,
-            *[None] * 9,
+            *[None] * 15,
         )
 
 
@@ -403,6 +284,7 @@ def whiten_project_norm_act(
     eps: float = 1e-5,
     activation: str | None = "gelu",
     dtype: torch.dtype | None = None,
+    gather: Gather | None = None,
 ) -> Tensor:
     """act(batch_norm(project(whiten((images / 255 - mean) / std))) + bias), unpadded, BatchNorm scale fixed at 1.
 
@@ -414,14 +296,18 @@ def whiten_project_norm_act(
     mean, std: [C_in] float32 in units of 0..1.
     activation: "gelu" (erf), "silu", "relu" or None.
     dtype: of the result; by default autocast's if it is on, else project_weight's.
-    Returns [B, C, H - k + 1, W - k + 1], channels_last. Batch statistics are exact (integers, finished in float64).
+    gather: makes the batch of B = len(gather.index) images out of images [N, C_in, H, W], the whole data set.
+    Returns [B, C, H - k + 1, W - k + 1], channels_last. Batch statistics are exact (integers, finished in float64; with
+    a jitter, float64 throughout).
 
     Backward, with G = sum g q^T, D = 1 / (255 std), Gc = (G - sum(g) m_q^T) D and gx = r rowsum(W * Gc):
         dW = r (Gc - gx r (W Cov))      dproject = dW whiten^T      dbias = sum(g)
-    Saved: images (uint8), the integer moments, the folded matrix and shift, rstd. Deterministic. Differentiable once.
+    Saved: images (uint8; a data set is not copied), gather, the moments, the folded matrix and shift, rstd.
+    Deterministic. Differentiable once.
 
     Raises ValueError for a wrong shape, layout or activation, an empty batch, one value per channel in training, or a
-    whitening weight that requires a gradient; TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    whitening weight or jitter that requires a gradient; TypeError for a wrong dtype; RuntimeError where the kernels
+    cannot run.
     """
     op = "whiten_project_norm_act"
     name = _checks.activation(op, activation)
@@ -439,12 +325,14 @@ def whiten_project_norm_act(
     if whiten_weight.requires_grad:
         raise ValueError(f"{op}: whiten_weight is frozen and gets no gradient; detach it")
     _checks.running_statistics(op, running_mean, running_var, channels, training)
+    chosen = _checks.gather(op, gather, images)
     lost = whiten_weight.shape[2] - 1
-    positions = images.shape[0] * (images.shape[2] - lost) * (images.shape[3] - lost)
-    _checks.enough_values(op, positions, training)
-    _checks.device(op, images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std)
+    batch = len(images if gather is None else gather.index)
+    _checks.enough_values(op, batch * (images.shape[2] - lost) * (images.shape[3] - lost), training)
+    given = (images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, *chosen[:-1])
+    _checks.device(op, *given)
     dtype = output_dtype(op, images, project_weight, dtype)
     return WhitenProjectNormAct.apply(
         images, whiten_weight.contiguous(), project_weight, bias, running_mean, running_var, mean, std, training,
-        momentum, eps, name, dtype,
+        momentum, eps, name, dtype, *chosen,
     )  # fmt: skip
