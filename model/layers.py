@@ -32,17 +32,19 @@ class NormAct(nn.Module):
 
 
 class PoolNormAct(NormAct):
-    """act(batch_norm(max_pool2d(x, 2))) and its mean over H and W, which a squeeze-and-excite gate takes.
+    """act(batch_norm(max_pool2d(x, 2))), if forked once for each of two users, and its mean over H and W if asked for,
+    which a squeeze-and-excite gate takes.
 
-    x [B, C, H, W] -> ([B, C, H // 2, W // 2], [B, C] float32)
+    x [B, C, H, W] -> ([B, C, H // 2, W // 2], again if forked, [B, C] float32 or None)
     """
 
     def __init__(self, channels: int, momentum: float, eps: float, activation: str, backend: Backend):
         super().__init__(channels, momentum, eps, activation, backend)
         self.op = backend.pool_norm_act
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.op(x, self.bias, self.running_mean, self.running_var, **self.settings())
+    def forward(self, x: Tensor, squeeze: bool, fork: bool) -> tuple[Tensor | None, ...]:
+        statistics = (self.running_mean, self.running_var)
+        return self.op(x, self.bias, *statistics, squeeze=squeeze, fork=fork, **self.settings())
 
 
 class SEGate(nn.Module):
@@ -134,11 +136,12 @@ class ConvGroup(nn.Module):
         self.norm3 = make_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        r, squeeze = self.norm1(self.conv1(x))
+        x = self.conv1(x)
         if self.short:
-            return r
+            return self.norm1(x, squeeze=False, fork=False)[0]
+        r, residual, squeeze = self.norm1(x, squeeze=self.se is not None, fork=True)
         gate = None if self.se is None else self.se(squeeze)
-        return self.norm3(self.conv3(self.norm2(self.conv2(r))), gate, residual=r)
+        return self.norm3(self.conv3(self.norm2(self.conv2(r))), gate, residual)
 
 
 def _conv3x3(in_channels: int, channels: int) -> nn.Conv2d:
