@@ -342,6 +342,8 @@ def pool_norm_act(
     training: bool = True,
     activation: str | None = "gelu",
     eps: float = 1e-12,
+    squeeze: bool = True,
+    fork: bool = False,
 ) -> Case:
     """x is [batch, channels, height, width] before pooling."""
     shape = (batch, channels, height, width)
@@ -359,16 +361,24 @@ def pool_norm_act(
         pooled, index = windows * itemsize, windows // 4
         return {
             "fwd": Cost(x + 3 * pooled + index),  # read x, write pooled and index; read pooled, write y
-            # dy and pooled for the sums; dy, pooled and index again, write all of dx
-            "bwd": Cost(4 * pooled + index + x),
+            # every dy and pooled for the sums; these and index again, write all of dx
+            "bwd": Cost(2 * (2 + fork) * pooled + index + x),
         }
 
+    def combine(y, *others):
+        *again, means = others
+        if means is not None:
+            y = y + means[:, :, None, None].to(y.dtype)
+        # side by side, so that each gets a gradient of its own
+        return torch.cat([y, *again])
+
     label = "x".join(map(str, shape)) + f"-{activation}" + ("" if training else "-eval")
+    label += ("" if squeeze else "-nosqueeze") + ("-fork" if fork else "")
     options = {"training": training, "momentum": 0.8, "eps": eps, "activation": activation}
+    options |= {"squeeze": squeeze, "fork": fork}
     return Case(
-        "pool_norm_act", label, make, ("x", "bias"), cost, ("running_mean", "running_var"), options,
-        combine=lambda y, squeeze: y + squeeze[:, :, None, None].to(y.dtype),
-    )  # fmt: skip
+        "pool_norm_act", label, make, ("x", "bias"), cost, ("running_mean", "running_var"), options, combine=combine
+    )
 
 
 def squeeze_excite(
@@ -425,9 +435,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         whiten_project_norm_act(batch, 32, 32, 32, gather=("shift", "flip")),
         whiten_project_norm_act(batch, 32, 32, 32, gather=GATHER_PARTS),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3, gather=GATHER_PARTS),
-        pool_norm_act(batch, 128, 31, 31),
-        pool_norm_act(batch, 256, 15, 15),
-        pool_norm_act(batch, 512, 7, 7),
+        pool_norm_act(batch, 128, 31, 31, fork=True),
+        pool_norm_act(batch, 256, 15, 15, squeeze=False),
+        pool_norm_act(batch, 512, 7, 7, fork=True),
         se_gate(batch, 128, 8),
         se_gate(batch, 512, 32),
         excite_norm_act_add(batch, 128, 15, 15),

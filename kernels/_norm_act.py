@@ -147,13 +147,13 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_reduce_kernel(
-    dy_ptr, dsqueeze_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, n_rows, n_segments, eps,
-    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SQUEEZE: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, dy2_ptr, dsqueeze_ptr, x_ptr, gate_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, n_rows, n_segments, eps,
+    C: tl.constexpr, SEGMENT: tl.constexpr, HAS_DY2: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SQUEEZE: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Per program and channel: sum of g = t * act'(z) and of g * xhat, as sum_ptr [programs, 2, C].
 
-    t = dy, plus dsqueeze / SEGMENT where there is a squeeze.
+    t = dy, plus dy2 where y has two gradients, plus dsqueeze / SEGMENT where there is a squeeze.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -179,6 +179,8 @@ def _bwd_reduce_kernel(
                 v = v * gate[None, :]
             xhat = (v - mean[None, :]) * rstd[None, :]
             t = load_fp32(dy_ptr + base * C, offsets, mask)
+            if HAS_DY2:
+                t += load_fp32(dy2_ptr + base * C, offsets, mask)
             if HAS_SQUEEZE:
                 t += shared[None, :]
             g = t * activate_grad(xhat + bias[None, :], ACT)
@@ -309,16 +311,17 @@ def forward(
 
 
 def reduce_gradients(
-    dy: Tensor, dsqueeze: Tensor | None, x: Tensor, gate: Tensor | None, bias: Tensor, mean: Tensor, var: Tensor,
-    eps: float, activation: str,
+    dy: Tensor, dy2: Tensor | None, dsqueeze: Tensor | None, x: Tensor, gate: Tensor | None, bias: Tensor,
+    mean: Tensor, var: Tensor, eps: float, activation: str,
 ) -> Tensor:  # fmt: skip
     """[2 C] float32: per channel the sum of g, which is dbias, then the sum of g * xhat."""
     tiling = Tiling(x, gate is not None or dsqueeze is not None, _BWD_TILE_BYTES)
     partials = torch.empty(tiling.programs, 2 * tiling.channels, dtype=torch.float32, device=x.device)
     launch(
-        _bwd_reduce_kernel, tiling.grid, dy, dsqueeze if dsqueeze is not None else mean, x,
-        gate if gate is not None else x, bias, mean, var, partials, tiling.rows, tiling.segments, eps,
-        HAS_GATE=gate is not None, HAS_SQUEEZE=dsqueeze is not None, ACT=activation, **tiling.constexprs,
+        _bwd_reduce_kernel, tiling.grid, dy, dy2 if dy2 is not None else dy, dsqueeze if dsqueeze is not None else mean,
+        x, gate if gate is not None else x, bias, mean, var, partials, tiling.rows, tiling.segments, eps,
+        HAS_DY2=dy2 is not None, HAS_GATE=gate is not None, HAS_SQUEEZE=dsqueeze is not None, ACT=activation,
+        **tiling.constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 
@@ -328,7 +331,7 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
-    sums = reduce_gradients(dy, None, x, gate, bias, mean, var, eps, activation)
+    sums = reduce_gradients(dy, None, None, x, gate, bias, mean, var, eps, activation)
     tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)

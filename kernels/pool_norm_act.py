@@ -86,9 +86,10 @@ def _pool_kernel(
 
 @triton.jit
 def _unpool_kernel(
-    dy_ptr, dsqueeze_ptr, pooled_ptr, index_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, dx_ptr, n_images, n_rows, eps,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HAS_SQUEEZE: tl.constexpr, TRAINING: tl.constexpr,
-    ACT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, dy2_ptr, dsqueeze_ptr, pooled_ptr, index_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, dx_ptr, n_images,
+    n_rows, eps,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HAS_DY2: tl.constexpr, HAS_SQUEEZE: tl.constexpr,
+    TRAINING: tl.constexpr, ACT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dp = rstd (g - mean g - xhat mean(g xhat)) at each window's winner, 0 at every other pixel of x."""
     out_w: tl.constexpr = W // 2
@@ -110,6 +111,7 @@ def _unpool_kernel(
         dx = dx_ptr + tl.cast(image, tl.int64) * (H * W * C)
         pooled = pooled_ptr + tl.cast(image, tl.int64) * (windows * C)
         dy = dy_ptr + tl.cast(image, tl.int64) * (windows * C)
+        dy2 = dy2_ptr + tl.cast(image, tl.int64) * (windows * C)
         index = index_ptr + tl.cast(image, tl.int64) * (groups * C)
         if HAS_SQUEEZE:
             shared = tl.load(dsqueeze_ptr + image * C + c, mask=in_c, other=0.0) / windows
@@ -123,6 +125,8 @@ def _unpool_kernel(
                 offsets = window[:, None] * C + c[None, :]
                 xhat = (load_fp32(pooled, offsets, mask) - mean[None, :]) * rstd[None, :]
                 t = load_fp32(dy, offsets, mask)
+                if HAS_DY2:
+                    t += load_fp32(dy2, offsets, mask)
                 if HAS_SQUEEZE:
                     t += shared[None, :]
                 dp = t * activate_grad(xhat + bias[None, :], ACT)
@@ -185,11 +189,12 @@ def _fwd(
     momentum: float,
     eps: float,
     activation: str,
+    squeezed: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, squeeze [B, C], pooled, index [B, G, C] uint8, batch mean [C], batch variance [C]).
 
-    The statistics are empty in evaluation mode, the index where nothing is saved for backward.
+    The squeeze is empty if not wanted, the statistics in evaluation mode, the index where nothing is saved.
     """
     batch, channels, height, width = x.shape
     tiling = _Tiling(x.shape, x.element_size())
@@ -209,18 +214,18 @@ def _fwd(
         mean = torch.empty(0, dtype=torch.float32, device=x.device)
         var = torch.empty_like(mean)
         used = (running_mean, running_var)
-    squeeze = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-    y = _norm_act.forward(pooled, None, bias, None, *used, eps, activation, squeeze)
+    squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
+    y = _norm_act.forward(pooled, None, bias, None, *used, eps, activation, squeeze if squeezed else None)
     return y, squeeze, pooled, index, mean, var
 
 
 @_fwd.register_fake
-def _(x, bias, running_mean, running_var, training, momentum, eps, activation, save):
+def _(x, bias, running_mean, running_var, training, momentum, eps, activation, squeezed, save):
     batch, channels, height, width = x.shape
     y = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
     groups = triton.cdiv((height // 2) * (width // 2), 4)
     index = torch.empty((batch, groups, channels) if save else (0,), dtype=torch.uint8, device=x.device)
-    squeeze = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
+    squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
     mean = torch.empty(channels if training else 0, dtype=torch.float32, device=x.device)
     return y, squeeze, torch.empty_like(y), index, mean, torch.empty_like(mean)
 
@@ -228,6 +233,7 @@ def _(x, bias, running_mean, running_var, training, momentum, eps, activation, s
 @opaque_op("pool_norm_act_bwd")
 def _bwd(
     dy: Tensor,
+    dy2: Tensor | None,
     dsqueeze: Tensor | None,
     pooled: Tensor,
     index: Tensor,
@@ -242,19 +248,20 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     """(dx [B, C, height, width], dbias [C] float32)"""
     batch, channels = pooled.shape[:2]
-    sums = _norm_act.reduce_gradients(dy, dsqueeze, pooled, None, bias, mean, var, eps, activation)
+    sums = _norm_act.reduce_gradients(dy, dy2, dsqueeze, pooled, None, bias, mean, var, eps, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
     tiling = _Tiling(dx.shape, pooled.element_size())
     launch(
-        _unpool_kernel, tiling.grid, dy, dsqueeze if dsqueeze is not None else mean, pooled, index, bias, mean, var,
-        sums, dx, batch, pooled.numel() // channels, eps, HAS_SQUEEZE=dsqueeze is not None, TRAINING=training,
-        ACT=activation, num_warps=tiling.num_warps, **tiling.constexprs,
+        _unpool_kernel, tiling.grid, dy, dy2 if dy2 is not None else dy, dsqueeze if dsqueeze is not None else mean,
+        pooled, index, bias, mean, var, sums, dx, batch, pooled.numel() // channels, eps, HAS_DY2=dy2 is not None,
+        HAS_SQUEEZE=dsqueeze is not None, TRAINING=training, ACT=activation, num_warps=tiling.num_warps,
+        **tiling.constexprs,
     )  # fmt: skip
     return dx, sums[:channels]
 
 
 @_bwd.register_fake
-def _(dy, dsqueeze, pooled, index, bias, mean, var, height, width, training, eps, activation):
+def _(dy, dy2, dsqueeze, pooled, index, bias, mean, var, height, width, training, eps, activation):
     return channels_last_like(pooled, pooled.shape[1], height, width, pooled.dtype), torch.empty_like(mean)
 
 
@@ -262,29 +269,36 @@ class PoolNormAct(torch.autograd.Function):
     """Saved for backward: pooled values, 2-bit winners, bias and the statistics used; not x, and z is recomputed."""
 
     @staticmethod
-    def forward(ctx, x, bias, running_mean, running_var, training, momentum, eps, activation):
+    def forward(ctx, x, bias, running_mean, running_var, training, momentum, eps, activation, squeeze, fork):
         save = any(ctx.needs_input_grad)
-        y, squeeze, pooled, index, mean, var = _fwd(
-            x, bias, running_mean, running_var, training, momentum, eps, activation, save
+        y, means, pooled, index, mean, var = _fwd(
+            x, bias, running_mean, running_var, training, momentum, eps, activation, squeeze, save
         )
         if not training:
             mean, var = running_mean, running_var
         ctx.save_for_backward(pooled, index, bias, mean, var)
         ctx.set_materialize_grads(False)
         ctx.size, ctx.training, ctx.eps, ctx.activation = x.shape[2:], training, eps, activation
-        return y, squeeze
+        ctx.squeeze, ctx.fork = squeeze, fork
+        # to autograd a view is an output of its own: two gradients arrive, not their sum
+        return (y, *([y.view_as(y)] if fork else []), *([means] if squeeze else []))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dsqueeze):
+    def backward(ctx, *grads):
         pooled, index, bias, mean, var = ctx.saved_tensors
-        if dy is None and dsqueeze is None:
-            return (None,) * 8
-        dy = torch.zeros_like(pooled) if dy is None else dy.contiguous(memory_format=torch.channels_last)
+        dsqueeze = grads[-1] if ctx.squeeze else None
+        dys = [dy for dy in grads[: 2 if ctx.fork else 1] if dy is not None]
+        if not dys and dsqueeze is None:
+            return (None,) * 10
+        dy, dy2, *_ = [dy.contiguous(memory_format=torch.channels_last) for dy in dys] + [None, None]
+        dy = torch.zeros_like(pooled) if dy is None else dy
         dsqueeze = None if dsqueeze is None else dsqueeze.contiguous()
-        dx, dbias = _bwd(dy, dsqueeze, pooled, index, bias, mean, var, *ctx.size, ctx.training, ctx.eps, ctx.activation)
+        dx, dbias = _bwd(
+            dy, dy2, dsqueeze, pooled, index, bias, mean, var, *ctx.size, ctx.training, ctx.eps, ctx.activation
+        )
         needs_x, needs_bias = ctx.needs_input_grad[:2]
-        return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 6)
+        return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 8)
 
 
 def pool_norm_act(
@@ -297,17 +311,23 @@ def pool_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = "gelu",
-) -> tuple[Tensor, Tensor]:
+    squeeze: bool = True,
+    fork: bool = False,
+) -> tuple[Tensor | None, ...]:
     """(act(batch_norm(max_pool2d(x, 2)) + bias), its mean over H and W), with a BatchNorm scale fixed at 1.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last, at least 2x2; an odd last row or column is dropped.
     bias: [C] floating.
     running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
     activation: "gelu" (erf), "silu", "relu" or None.
-    Returns y [B, C, H // 2, W // 2] like x, channels_last, and the squeeze [B, C] float32, the mean of y before y is
-    rounded. Arithmetic is float32. Ties go to the first pixel of a window and NaN wins, as in PyTorch.
+    squeeze: whether the mean is wanted; None stands in its place if not.
+    fork: whether y has two users. It is then returned twice, sharing memory (modify neither in place), and backward
+        reads the gradient of each, where autograd would first add them in a pass of its own.
+    Returns y [B, C, H // 2, W // 2] like x, channels_last (with `fork`, y again) and the squeeze [B, C] float32, the
+    mean of y before y is rounded. Arithmetic is float32. Ties go to the first pixel of a window and NaN wins, as in
+    PyTorch.
 
-    With t = dy + dsqueeze / (H // 2 * W // 2), g = t * act'(z), N = B * (H // 2) * (W // 2), backward is
+    With t = dy (+ dy_again) + dsqueeze / (H // 2 * W // 2), g = t * act'(z), N = B * (H // 2) * (W // 2), backward is
         dp = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dp = r * g)
         dx = dp at each window's winner, 0 elsewhere      dbias = sum(g)
     Saved: the pooled values, a 2-bit index a window and channel, bias, mean, var. Deterministic. Differentiable once.
@@ -326,4 +346,5 @@ def pool_norm_act(
     _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * (height // 2) * (width // 2), training)
     _checks.device(op, x, bias, running_mean, running_var)
-    return PoolNormAct.apply(x, bias, running_mean, running_var, training, momentum, eps, name)
+    y, *others = PoolNormAct.apply(x, bias, running_mean, running_var, training, momentum, eps, name, squeeze, fork)
+    return (y, *others) if squeeze else (y, *others, None)

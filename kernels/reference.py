@@ -117,13 +117,16 @@ def pool_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = "gelu",
-) -> tuple[Tensor, Tensor]:
+    squeeze: bool = True,
+    fork: bool = False,
+) -> tuple[Tensor | None, ...]:
     """(y, mean of y over H and W) with y = act(batch_norm(max_pool2d(x, 2))): see `kernels.pool_norm_act`."""
     y = norm_act(
         F.max_pool2d(x, 2), bias, running_mean, running_var,
         training=training, momentum=momentum, eps=eps, activation=activation,
     )  # fmt: skip
-    return y, y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32))
+    mean = y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32)) if squeeze else None
+    return (y, y, mean) if fork else (y, mean)
 
 
 def se_gate(

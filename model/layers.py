@@ -34,17 +34,19 @@ class NormAct(nn.Module):
 
 
 class PoolNormAct(NormAct):
-    """act(batch_norm(max_pool2d(x, 2))) and its mean over H and W, which a squeeze-and-excite gate takes.
+    """act(batch_norm(max_pool2d(x, 2))), if forked once for each of two users, and its mean over H and W if asked for,
+    which a squeeze-and-excite gate takes.
 
-    x [B, C, H, W] -> ([B, C, H // 2, W // 2], [B, C] float32)
+    x [B, C, H, W] -> ([B, C, H // 2, W // 2], again if forked, [B, C] float32 or None)
     """
 
     def __init__(self, channels: int, momentum: float, eps: float, activation: str, backend: Backend):
         super().__init__(channels, momentum, eps, activation, backend)
         self.op = backend.pool_norm_act
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.op(x, self.bias, self.running_mean, self.running_var, **self.settings())
+    def forward(self, x: Tensor, squeeze: bool, fork: bool) -> tuple[Tensor | None, ...]:
+        statistics = (self.running_mean, self.running_var)
+        return self.op(x, self.bias, *statistics, squeeze=squeeze, fork=fork, **self.settings())
 
 
 class SEGate(nn.Module):
@@ -170,11 +172,13 @@ class ConvGroup(nn.Module):
             self.add_module(f"norm{i}", make_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        r, squeeze = self.norm1(self.conv1(x))
+        # the residual's gradient reaches the pooling's backward by itself: nothing sums the two before
+        fork = self.residual and self.depth > 0
+        r, *residual, squeeze = self.norm1(self.conv1(x), squeeze=self.se is not None, fork=fork)
         gate = None if self.se is None else self.se(squeeze)
         x = r
         for i in range(2, self.depth + 2):
             last = i == self.depth + 1
             conv, norm = getattr(self, f"conv{i}"), getattr(self, f"norm{i}")
-            x = norm(conv(x), gate if last else None, r if last and self.residual else None)
+            x = norm(conv(x), gate if last else None, residual[0] if last and fork else None)
         return x

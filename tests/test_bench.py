@@ -37,6 +37,11 @@ SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", 
         (_cases.excite_norm_act_add(2, 4, 3, 5), "bwd", 5 * 240, 0),
         (_cases.squeeze_excite(2, 4, 3, 5, 2), "fwd", 2 * 240, 2 * 2 * 2 * 4 * 2),
         (_cases.squeeze_excite(2, 4, 3, 5, 2), "bwd", 3 * 240, 4 * 2 * 2 * 4 * 2),
+        # x holds 2*4*5*4 = 160 values, pooled 2*4*2*2 = 32, the index 32 / 4 bytes
+        (_cases.pool_norm_act(2, 4, 5, 4), "fwd", 320 + 3 * 64 + 8, 0),
+        (_cases.pool_norm_act(2, 4, 5, 4), "bwd", 4 * 64 + 8 + 320, 0),
+        # a second gradient of y is read twice too
+        (_cases.pool_norm_act(2, 4, 5, 4, fork=True), "bwd", 6 * 64 + 8 + 320, 0),
         # 20 logits of 2 bytes, 2 labels of 8, 2 pairs of float32
         (_cases.cross_entropy(2, 10), "fwd", 40 + 16 + 16, 0),
         (_cases.cross_entropy(2, 10), "bwd", 2 * 40 + 16 + 16, 0),

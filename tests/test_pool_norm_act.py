@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels._cases import pool_norm_act
+from kernels._launch import captured_launches
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # float32: a few roundings a value; 16 bits: y and the squeeze added to it for the comparison are rounded once each
@@ -26,6 +27,10 @@ CASES = [
     pool_norm_act(4, 6, 3, 2),
     pool_norm_act(2, 24, 7, 7, training=False),
     pool_norm_act(1, 12, 2, 3, training=False),
+    pool_norm_act(2, 128, 15, 15, fork=True),
+    pool_norm_act(3, 24, 7, 6, squeeze=False),
+    pool_norm_act(3, 40, 5, 7, squeeze=False, fork=True),
+    pool_norm_act(2, 12, 6, 5, fork=True, training=False, activation="relu"),
 ]
 
 
@@ -43,11 +48,13 @@ def test_matches_float64(case, dtype):
     height=st.integers(2, 11),
     width=st.integers(2, 11),
     training=st.booleans(),
+    squeeze=st.booleans(),
+    fork=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(batch, channels, height, width, training, dtype):
+def test_any_shape(batch, channels, height, width, training, squeeze, fork, dtype):
     # two images of one window each leave 2 values a channel, whose variance can be next to nothing
-    case = pool_norm_act(batch, channels, height, width, training, eps=1e-3)
+    case = pool_norm_act(batch, channels, height, width, training, eps=1e-3, squeeze=squeeze, fork=fork)
     judge(case, dtype, TOLERANCES[dtype].loosened(10), versus_pytorch=False)
 
 
@@ -88,28 +95,79 @@ def test_squeeze_is_the_mean_of_y():
     torch.testing.assert_close(squeeze, y.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("used", ["y", "squeeze"])
-def test_one_output_may_go_unused(used):
-    case = pool_norm_act(2, 6, 5, 5, eps=1e-3)
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_some_outputs_may_go_unused(used):
+    """Of y, y again and the squeeze; each one used has weights of its own."""
+    case = pool_norm_act(2, 6, 5, 5, eps=1e-3, fork=True)
     tensors = case.make(DEVICE, torch.float32)
     grads = []
     for ops, dtype in ((kernels, torch.float32), (kernels.reference, torch.float64)):
         own = {k: v.detach().clone().to(dtype) for k, v in tensors.items()}
         own["x"].requires_grad_()
         own["bias"].requires_grad_()
-        y, squeeze = case.call(ops, own, dtype)
-        weights = torch.linspace(-1, 1, y.numel() if used == "y" else squeeze.numel(), device=DEVICE, dtype=dtype)
-        ((y if used == "y" else squeeze).flatten() * weights).sum().backward()
+        outputs = case.call(ops, own, dtype)
+        loss = 0
+        for i in used:
+            weights = torch.linspace(-1, 1 + i, outputs[i].numel(), device=DEVICE, dtype=dtype)
+            loss = loss + (outputs[i].flatten() * weights).sum()
+        loss.backward()
         grads.append((own["x"].grad.double(), own["bias"].grad.double()))
     for ours, truth in zip(*grads):
         assert (ours - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("fork", [False, True], ids=["plain", "fork"])
+def test_the_squeeze_is_optional(fork):
+    """Without it y is the same, bit for bit, None stands in its place and no kernel computes it."""
+    tensors = pool_norm_act(3, 20, 7, 5).make(DEVICE, torch.float32)
+    calls = []
+    for squeeze in (True, False):
+        case = pool_norm_act(3, 20, 7, 5, squeeze=squeeze, fork=fork)
+        own = {k: v.clone() for k, v in tensors.items()}
+        calls.append(case.call(kernels, own, torch.float32))
+        with captured_launches() as launches:
+            case.call(kernels, own, torch.float32)
+        assert any(launch.constexprs.get("HAS_SQUEEZE") for launch in launches) == squeeze
+    (y, *_, means), (same, *_, nothing) = calls
+    assert torch.equal(y, same) and means.shape == (3, 20) and nothing is None
+    assert kernels.reference.pool_norm_act(**tensors, squeeze=False, fork=fork)[-1] is None
+
+
+def test_forked_outputs_share_memory_and_are_guarded():
+    case = pool_norm_act(2, 6, 4, 4, fork=True)
+    tensors = case.make(DEVICE, torch.float32)
+    tensors["x"].requires_grad_()
+    y, again, _ = case.call(kernels, tensors, torch.float32)
+    assert y.data_ptr() == again.data_ptr() and torch.equal(y, again) and y.stride() == again.stride()
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        again.mul_(2)
+
+
+def test_fork_inside_a_compiled_function():
+    """Both users compiled together with the op: neither gradient is lost, and the graph stays whole."""
+    case = pool_norm_act(2, 6, 5, 4, eps=1e-3, fork=True)
+    tensors = case.make(DEVICE, torch.float32)
+    weights = torch.randn(2, 6, 2, 2, device=DEVICE)
+
+    def step(x):
+        own = {k: v.clone() for k, v in tensors.items() if k != "x"}
+        y, again, means = kernels.pool_norm_act(x, **own, **case.options)
+        return (y * weights).sum() + again.square().sum() + means.sin().sum()
+
+    grads = []
+    torch._dynamo.reset()
+    for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        x = tensors["x"].clone().requires_grad_()
+        call(x).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
 def test_many_images_per_program(monkeypatch):
     import importlib
 
     monkeypatch.setattr(importlib.import_module("kernels.pool_norm_act"), "_PROGRAMS", 3)
-    judge(pool_norm_act(8, 12, 5, 5), torch.float32, TOLERANCES[torch.float32])
+    judge(pool_norm_act(8, 12, 5, 5, fork=True), torch.float32, TOLERANCES[torch.float32])
 
 
 def test_refuses_what_it_cannot_do():
