@@ -133,10 +133,11 @@ def innermost_bytes(tensor: torch.Tensor) -> int:
 def wide_argument(launch: Launch) -> str | None:
     """The first tensor argument of 64 KiB or more whose innermost dimension is a multiple of 16 bytes, or None."""
     for name, value in zip(launch.kernel.arg_names, launch.arguments):
-        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() >= _LARGE_BYTES:
-            innermost = innermost_bytes(value)
-            if innermost and innermost % 16 == 0:
-                return name
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() >= _LARGE_BYTES:
+                innermost = innermost_bytes(tensor)
+                if innermost and innermost % 16 == 0:
+                    return name
     return None
 
 
@@ -146,12 +147,13 @@ def kernel_name(launch: Launch) -> str:
 
 
 def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
-    """Every launch of one forward and backward call of a case, recorded on the CPU without running."""
+    """Every launch of a call of a case, and of its backward pass if it has one, recorded on the CPU without running."""
     tensors = case.make(torch.device("cpu"), dtype)
     leaves = {name: t.requires_grad_() if name in case.differentiable else t for name, t in tensors.items()}
     with captured_launches() as launches:
         y = case.combined(sys.modules[NAMESPACE], leaves, dtype)
-        y.backward(torch.empty_like(y))
+        if case.differentiable:
+            y.backward(torch.empty_like(y))
     return launches
 
 

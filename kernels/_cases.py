@@ -5,6 +5,8 @@ with its arguments and what its mathematics costs. Bytes are what an ideal fused
 large tensor once for every pass that a dependency forces; vectors of a value per channel are left out.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +15,23 @@ from torch import Tensor
 
 from .gather import Gather
 
-Tensors = dict[str, Tensor | None]
+Tensors = dict[str, Tensor | list[Tensor] | None]
+
+Shapes = list[tuple[int, ...]]
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Tensor | list[Tensor] | None):
+    """function of a tensor, or of every tensor of a list; None stays None."""
+    if value is None:
+        return None
+    return [function(v) for v in value] if isinstance(value, list) else function(value)
+
+
+def named(name: str, value: Tensor | list[Tensor] | None) -> dict[str, Tensor]:
+    """A tensor under its name, the tensors of a list as name[0], name[1] and so on."""
+    if value is None:
+        return {}
+    return {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
 
 
 _GATHER = "gather."
@@ -34,8 +52,9 @@ class Case:
 
     make(device, dtype): fresh random arguments by name, activations and weights in `dtype`. Names "gather.*", here and
         in the options, are fields of the op's `gather`: what copies or converts arguments handles tensors only.
-    differentiable: the arguments that get a gradient; buffers: those that the op updates in place.
-    cost(itemsize): of the forward and of the backward pass, for activations of that many bytes.
+    differentiable: the arguments that get a gradient, none if the op is not differentiable; buffers: those that the op
+    updates in place.
+    cost(itemsize): of the forward pass, and of the backward pass if there is one, for activations of that many bytes.
     options: keyword arguments; takes_dtype: whether the op has a `dtype` option for its result.
     combine: of an op that returns a tuple: one tensor that depends on every output that has a gradient.
     """
@@ -53,9 +72,13 @@ class Case:
     def combined(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """One tensor that depends on every output: what is called and compared where one tensor is wanted."""
         y = self.call(ops, tensors, dtype)
+        if y is None or isinstance(y, list):
+            # an op that only updates its buffers, or one of many results
+            values = y or [v for name in self.buffers for v in named(name, tensors[name]).values()]
+            return torch.cat([v.detach().flatten() for v in values])
         return self.combine(*y) if isinstance(y, tuple) else y
 
-    def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
+    def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...] | list[Tensor] | None:
         """Call the op of the package or of its `reference`; dtype is the result's where the op lets one choose."""
         options = {**self.options, "dtype": dtype} if self.takes_dtype else self.options
         arguments = {**tensors, **options}
@@ -421,10 +444,117 @@ def cross_entropy(batch: int, classes: int, label_smoothing: float = 0.2, scale:
     )  # fmt: skip
 
 
+def _weights(device, dtype, shapes: Shapes, scale: float = 1.0) -> list[Tensor]:
+    """Filters in channels_last memory and matrices in `dtype`, vectors in float32, as a network has them."""
+    values = [torch.randn(shape) * scale for shape in shapes]
+    values = [v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for v in values]
+    return [v.to(device=device, dtype=dtype if v.dim() > 1 else torch.float32) for v in values]
+
+
+def _updates(device, dtype, shapes: Shapes, buffer_dtype: torch.dtype | None) -> Tensors:
+    return {
+        "params": _weights(device, dtype, shapes),
+        "grads": _weights(device, dtype, shapes, 0.5),
+        "momentum_buffers": _weights(device, buffer_dtype or dtype, shapes),
+        "lr": torch.full((1,), 0.3, device=device),
+    }
+
+
+def _listed(shapes: Shapes) -> str:
+    """Matrix shapes, equal ones counted: 64x216+3*256x2304."""
+    names = [f"{shape[0]}x{math.prod(shape[1:])}" for shape in shapes]
+    return "+".join(f"{n}*{name}" if n > 1 else name for name, n in Counter(names).items())
+
+
+def sgd_nesterov(shapes: Shapes, weight_decay: float = 0.1, buffer_dtype: torch.dtype | None = None) -> Case:
+    def cost(itemsize):
+        # read weight, gradient and momentum, write weight and momentum
+        return {"fwd": Cost(sum(5 * math.prod(shape) * (itemsize if len(shape) > 1 else 4) for shape in shapes))}
+
+    count = sum(math.prod(shape) for shape in shapes)
+    label = f"{len(shapes)}-tensors-{count}" + (f"-{buffer_dtype}".replace("torch.", "") if buffer_dtype else "")
+    return Case(
+        "sgd_nesterov",
+        label,
+        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype),
+        (),
+        cost,
+        ("params", "momentum_buffers"),
+        {"momentum": 0.85, "weight_decay": weight_decay},
+    )
+
+
+def _iteration_flops(shapes: Shapes, steps: int) -> int:
+    """Of the Gram form, whose products but the last are symmetric, half of a product each."""
+    total = 0
+    for shape in shapes:
+        m, k = sorted((shape[0], math.prod(shape[1:])))
+        # X X^T and Q X; the first step makes P, PR, PRP, each further one PQ too, the last neither PR nor PRP
+        total += m * m * k + 2 * m * m * k + (4 * steps - 3) * m**3
+    return total
+
+
+def newton_schulz(shapes: Shapes, steps: int = 3) -> Case:
+    def make(device, dtype):
+        matrices = [torch.randn(shape[0], math.prod(shape[1:])) for shape in shapes]
+        return {"matrices": [m.to(device=device, dtype=dtype) for m in matrices]}
+
+    def cost(itemsize):
+        count = sum(math.prod(shape) for shape in shapes)
+        # read for the norm, for R = X X^T and for Q X, write Q X
+        return {"fwd": Cost(4 * count * itemsize, _iteration_flops(shapes, steps))}
+
+    label = f"{_listed(shapes)}-{steps}steps"
+    return Case("newton_schulz", label, make, (), cost, options={"steps": steps}, takes_dtype=True)
+
+
+def muon(
+    shapes: Shapes, weight_decay: float = 0.0, renormalize: bool = True, buffer_dtype: torch.dtype | None = None
+) -> Case:
+    def cost(itemsize):
+        count = sum(math.prod(shape) for shape in shapes)
+        # read weight, gradient and momentum, write momentum and X; read X for R; read X and weight, write weight
+        return {"fwd": Cost(9 * count * itemsize, _iteration_flops(shapes, 3))}
+
+    label = _listed(shapes) + ("" if renormalize else "-asis")
+    return Case(
+        "muon",
+        label + (f"-{buffer_dtype}".replace("torch.", "") if buffer_dtype else ""),
+        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype),
+        (),
+        cost,
+        ("params", "momentum_buffers"),
+        {"momentum": 0.6, "weight_decay": weight_decay, "renormalize": renormalize},
+        takes_dtype=True,
+    )
+
+
+def _gate_shapes(channels: int) -> Shapes:
+    hidden = channels // 16
+    return [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
+
+
+# what the hlb network trains: filters, gates, BatchNorm biases, head
+HLB_SHAPES: Shapes = [
+    (32, 12, 1, 1), (128, 32, 3, 3), (128, 128, 3, 3), (128, 128, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3),
+    (512, 512, 3, 3), (512, 512, 3, 3), *_gate_shapes(128), *_gate_shapes(512), (32,), (128,), (128,), (128,), (256,),
+    (512,), (512,), (512,), (10, 512),
+]  # fmt: skip
+# the filters of airbench94_muon
+AIR_FILTERS: Shapes = [(64, 24, 3, 3), (64, 64, 3, 3), (256, 64, 3, 3), *[(256, 256, 3, 3)] * 3]
+
+
+def _narrowed(shapes: Shapes, divisor: int) -> Shapes:
+    return [(*(max(4, size // divisor) for size in shape[:2]), *shape[2:]) for shape in shapes]
+
+
 def network_cases(batch: int = 512) -> list[Case]:
-    """Every call of the hlb network in a training step on 32x32 images; also whiten and cross_entropy as airbench has
-    them, cross_entropy at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
+    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it, cross_entropy
+    at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
+
+    Optimizers do not depend on the batch; below 16, where the interpreter only checks results, they get fewer channels.
     """
+    divisor = 8 if batch < 16 else 1
     return [
         whiten(batch, 32, 32, 24),
         whiten(batch, 32, 32, 12),
@@ -450,6 +580,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         cross_entropy(batch, 10),
         cross_entropy(2000, 10),
         cross_entropy(batch, 1000),
+        sgd_nesterov(_narrowed(HLB_SHAPES, divisor)),
+        newton_schulz(_narrowed(AIR_FILTERS, divisor)),
+        muon(_narrowed(AIR_FILTERS, divisor)),
     ]
 
 
@@ -466,14 +599,20 @@ def small_cases() -> list[Case]:
         excite_norm_act_add(2, 12, 3, 5),
         squeeze_excite(2, 12, 3, 5, 4),
         cross_entropy(5, 7),
+        sgd_nesterov([(12, 3, 3, 3), (7, 5), (9,)]),
+        newton_schulz([(12, 3, 3, 3), (7, 5)]),
+        muon([(12, 3, 3, 3), (7, 5)]),
     ]
 
 
 def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case:
     """The case of `op` for [batch, channels, height, width]; for the whitening ops, images of height x width; for
     cross_entropy, as many classes as channels.
+
+    Optimizer ops take a 3x3 convolution of `channels` with its bias, whatever the batch and the images.
     """
     hidden = max(1, channels // 16)
+    (filters,) = _narrowed([(channels, channels, 3, 3)], 8 if batch < 16 else 1)
     return {
         "whiten": lambda: whiten(batch, height, width, channels),
         "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
@@ -483,6 +622,9 @@ def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case
         "pool_norm_act": lambda: pool_norm_act(batch, channels, height, width),
         "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),
         "cross_entropy": lambda: cross_entropy(batch, channels),
+        "sgd_nesterov": lambda: sgd_nesterov([filters, filters[:1]]),
+        "newton_schulz": lambda: newton_schulz([filters]),
+        "muon": lambda: muon([filters]),
     }[op]()
 
 

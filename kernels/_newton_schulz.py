@@ -37,7 +37,7 @@ _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16:
 @triton.jit
 def _upper_tile(index):
     """(i, j) with i <= j of the index-th tile on or above the diagonal, counted column by column."""
-    j = ((tl.sqrt_rn(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    j = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     # a root that was rounded
     j += (index >= (j + 1) * (j + 2) // 2).to(tl.int32)
     j -= (index < j * (j + 1) // 2).to(tl.int32)
@@ -59,10 +59,11 @@ def _scale_to_unit_rms(
     sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, FIRST: tl.constexpr
 ):
     """What X is multiplied by as an operand: sqrt(m k), over the Frobenius norm where that is not yet divided out."""
-    root = tl.sqrt_rn(select_int(SIZES, matrix).to(tl.float32))
+    # not sqrt_rn and div_rn, whose slow paths are calls and cost registers
+    root = tl.sqrt(select_int(SIZES, matrix).to(tl.float32))
     if FIRST:
-        norm = tl.sqrt_rn(_sum_of(sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
-        return tl.div_rn(root, norm + eps)
+        norm = tl.sqrt(_sum_of(sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
+        return root / (norm + eps)
     return root
 
 
@@ -154,7 +155,7 @@ def _sum_chunks_kernel(
     acc = tl.zeros([_SLICE, _TILE], dtype=tl.float32)
     for chunk in range((k + CHUNK - 1) // CHUNK):
         acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (_TILE * _TILE) + at)
-    acc = acc / select_int(SIZES, matrix).to(tl.float32)
+    acc = acc * (1.0 / select_int(SIZES, matrix).to(tl.float32))
     r = r_ptr + select_int(R_AT, matrix)
     row, col = i * _TILE + inner, j * _TILE + lane
     tl.store(r + row[:, None] * m + col[None, :], acc)
@@ -223,8 +224,7 @@ def _finish_kernel(
         q = tl.load(left + inner[None, :]).to(DTYPE)
         x = (tl.load(right + tl.cast(inner, tl.int64)[:, None] * k) * scale).to(DTYPE)
         u = tl.dot(q, x, u, input_precision="ieee")
-    size = select_int(SIZES, matrix).to(tl.float32)
-    u = tl.div_rn(u, tl.sqrt_rn(size))
+    u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
     if TRANSPOSED:
         u = tl.trans(u)
         row, col = col, row
@@ -236,10 +236,10 @@ def _finish_kernel(
         lr = tl.load(lr_ptr)
         shrink = 1.0 - lr * weight_decay
         if RENORMALIZE:
-            norm = tl.sqrt_rn(_sum_of(p_sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
+            norm = tl.sqrt(_sum_of(p_sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
             # a weight of zeros has no norm to set
             norm = tl.where(norm == 0, 1.0, norm)
-            shrink *= tl.div_rn(tl.sqrt_rn(rows.to(tl.float32)), norm)
+            shrink *= tl.sqrt(rows.to(tl.float32)) / norm
         p = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
         u = shrink * p - lr * u
     tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=mask)
@@ -348,9 +348,11 @@ class Batch:
         self, outs: Tensors, q: Tensor, shapes: dict, lr: Tensor | None = None, weight_decay: float = 0.0, *,
         UPDATE: bool = False, RENORMALIZE: bool = False, **constexprs,
     ) -> None:  # fmt: skip
+        # without tensor cores a program holds a tile's whole depth in registers
+        block_k = 16 if self._dtype == tl.float32 else 32
         launch(
             _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
             q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
-            RENORMALIZE=RENORMALIZE, BLOCK_K=32, **shapes, **self._sizes, **self._padded, **self._x_at, **self._r_at,
-            **self._n, **self._n_at, **constexprs,
+            RENORMALIZE=RENORMALIZE, BLOCK_K=block_k, **shapes, **self._sizes, **self._padded, **self._x_at,
+            **self._r_at, **self._n, **self._n_at, **constexprs,
         )  # fmt: skip

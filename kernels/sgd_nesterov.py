@@ -13,7 +13,7 @@ from torch import Tensor
 from ._launch import launch, opaque_op
 from ._multi_tensor import check_updates, groups, kind, owner_of, running_sums, select, select_int
 
-_BLOCK = 1024
+_BLOCK = 2048
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels._cases import Case
+from kernels._cases import Case, Tensors, mapped, named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # the interpreter computes bfloat16 wrongly, so bfloat16 is judged on a GPU only
@@ -55,8 +55,45 @@ def rms(error: Tensor) -> float:
     return error.square().mean().sqrt().item()
 
 
-def in_float64(tensors: dict) -> dict:
-    return {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
+def in_float64(tensors: Tensors) -> Tensors:
+    return {k: mapped(lambda t: t.double() if t.is_floating_point() else t, v) for k, v in tensors.items()}
+
+
+def copies(tensors: Tensors) -> Tensors:
+    return {k: mapped(lambda t: t.detach().clone(), v) for k, v in tensors.items()}
+
+
+def updated(case: Case, ops, tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The results y[i] and the updated buffers of an op on lists, which is not differentiable."""
+    own = copies(tensors)
+    results = named("y", case.call(ops, own, dtype))
+    for name in case.buffers:
+        results |= named(name, own[name])
+    return results
+
+
+def judge_lists(
+    case: Case, tensors: Tensors, dtype: torch.dtype, tolerance: float, times_pytorch: float | None = 1.0
+) -> None:
+    """Every result of an op on lists against float64: the largest error within tolerance, relative to the result's
+    scale, and the root mean square error within times_pytorch of the reference's in `dtype`, or half a unit in the
+    result's last place."""
+    truth = updated(case, reference, in_float64(tensors), torch.float64)
+    fused = updated(case, kernels, tensors, dtype)
+    pytorch = updated(case, reference, tensors, dtype)
+    assert set(fused) == set(truth)
+    for name, want in truth.items():
+        got = fused[name]
+        assert got.shape == want.shape and got.dtype == pytorch[name].dtype, f"{case.op} {case.label}: {name}"
+        scale = max(want.abs().max().item(), 1e-30)
+        error = (got.double() - want).abs().max().item() / scale
+        what = f"{case.op} {case.label} {name_of(dtype)}: {name} is off by {error:.2e}"
+        # written so that a NaN fails
+        assert error <= tolerance, f"{what}, tolerance {tolerance:.2e}"
+        if times_pytorch is not None and want.numel() >= 8:
+            ours, theirs = (rms(value.double() - want) / scale for value in (got, pytorch[name]))
+            bar = max(times_pytorch * theirs, torch.finfo(got.dtype).eps / 2)
+            assert ours <= bar, f"{what}; its rms error is {ours:.2e}, PyTorch's {theirs:.2e}"
 
 
 def judge(case: Case, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._cases import Case, Tensors
+from .._cases import Case, Tensors, mapped, named
 
 NAMES = ("fused", "eager", "compile")
 # largest error against float64, relative to the result's scale: a few roundings in float32; for 16 bits the error of
@@ -59,15 +59,14 @@ def load(name: str, case: Case):
 
 def fresh(case: Case, tensors: Tensors, dtype: torch.dtype | None = None) -> Tensors:
     """A copy whose differentiable arguments require gradients; floating ones in `dtype` if one is given."""
-    out = {}
-    for name, value in tensors.items():
-        if value is None:
-            out[name] = None
-            continue
+
+    def copied(value: Tensor) -> Tensor:
         copy = value.detach().clone()
-        if dtype is not None and copy.is_floating_point():
-            copy = copy.to(dtype)
-        out[name] = copy.requires_grad_() if name in case.differentiable else copy
+        return copy.to(dtype) if dtype is not None and copy.is_floating_point() else copy
+
+    out = {name: mapped(copied, value) for name, value in tensors.items()}
+    for name in case.differentiable:
+        out[name].requires_grad_()
     return out
 
 
@@ -79,7 +78,8 @@ def results(case: Case, ops, tensors: Tensors, dtype: torch.dtype, upstream: Ten
     leaves = [tensors[name] for name in case.differentiable]
     grads = torch.autograd.grad(y, leaves, upstream.to(y.dtype)) if leaves else ()
     out = {"y": y.detach()}
-    out |= {name: tensors[name] for name in case.buffers if tensors[name] is not None}
+    for name in case.buffers:
+        out |= named(name, tensors[name])
     return out | {f"d{name}": grad for name, grad in zip(case.differentiable, grads)}
 
 
