@@ -549,8 +549,8 @@ def _narrowed(shapes: Shapes, divisor: int) -> Shapes:
 
 
 def network_cases(batch: int = 512) -> list[Case]:
-    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it, cross_entropy
-    at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
+    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it,
+    cross_entropy at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
 
     Optimizers do not depend on the batch; below 16, where the interpreter only checks results, they get fewer channels.
     """

@@ -72,13 +72,16 @@ class _Conv3x3(torch.autograd.Function):
         work = arithmetic_dtype(x)
         dx = dweight = None
         needs_x, needs_weight = ctx.needs_input_grad
-        dy, wide_x, wide = dy.to(work), x.to(work), weight.to(x.dtype).to(work)
-        if needs_x:
-            with record_function("dgrad"):
-                dx = _gradient(dy, wide_x, wide, 0).to(x.dtype)
+        dy = dy.to(work)
+        # of the other operand only the shape matters
         if needs_weight:
             with record_function("wgrad"):
-                dweight = _gradient(dy, wide_x, wide, 1).to(weight.dtype)
+                unread = torch.empty_like(weight, dtype=work)
+                dweight = _gradient(dy, x.to(work), unread, 1).to(weight.dtype)
+        if needs_x:
+            with record_function("dgrad"):
+                unread = torch.empty_like(x, dtype=work)
+                dx = _gradient(dy, unread, weight.to(x.dtype).to(work), 0).to(x.dtype)
         return dx, dweight
 
 

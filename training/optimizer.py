@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,9 @@ class Optimizer:
         self.params = [ps for _, ps in pairs]
         self.buffers = [[torch.zeros_like(p, requires_grad=False) for p in ps] for ps in self.params]
         self._batch_size = batch_size
-        self._rules = {"sgd": backend.sgd_nesterov, "muon": backend.muon}
+        # Newton-Schulz in fp16 where tensor cores are: a CPU is slower in it than in fp32
+        dtype = torch.float16 if self.params[0][0].device.type == "cuda" else torch.float32
+        self._rules = {"sgd": backend.sgd_nesterov, "muon": partial(backend.muon, dtype=dtype)}
         # what a schedule is compressed to is in proportion to the recipe's own epochs
         self.steps = [
             total_steps if g.epochs is None else min(total_steps, max(1, round(g.epochs / recipe.epochs * total_steps)))

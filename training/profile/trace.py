@@ -113,7 +113,7 @@ class Owners:
     def __init__(self, roots: list[Event]):
         self._forward: dict[int, str] = {}
         for event in sorted(_walk(roots), key=lambda e: e.start):
-            if event.sequence is not None and not _is_backward(event):
+            if event.sequence is not None and not any(_is_backward(a) for a in event.ancestors()):
                 # operators that make no graph node carry the next one's number: the last is the node's own
                 self._forward[event.sequence] = _region(event)
 
