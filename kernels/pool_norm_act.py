@@ -321,8 +321,8 @@ def pool_norm_act(
     running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
     activation: "gelu" (erf), "silu", "relu" or None.
     squeeze: whether the mean is wanted; None stands in its place if not.
-    fork: whether y has two users. It is then returned twice, sharing memory (modify neither in place), and backward
-        reads the gradient of each, where autograd would first add them in a pass of its own.
+    fork: whether y has two users. It is then returned twice, sharing memory (autograd refuses to modify either in
+        place), and backward reads the gradient of each, which autograd would otherwise first add in a pass of its own.
     Returns y [B, C, H // 2, W // 2] like x, channels_last (with `fork`, y again) and the squeeze [B, C] float32, the
     mean of y before y is rounded. Arithmetic is float32. Ties go to the first pixel of a window and NaN wins, as in
     PyTorch.
