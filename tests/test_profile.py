@@ -163,8 +163,10 @@ def test_table_fits_80_columns_and_adds_up():
 
 
 def test_race_states_both_speed_ups():
-    first, second = race_lines(Race(500.0, 1000.0, 400.0, 800.0, 5))
-    assert "2.00x" in first and "50.0 %" in second and "2.00x" in second and "100 %" in second
+    lines = race_lines(Race(500.0, 1000.0, 400.0, 800.0, 5))
+    assert all(len(line) <= 80 for line in lines)
+    assert "500.0 ms to 1000.0 ms a step: 2.00x" in lines[1]
+    assert "50.0 %" in lines[2] and "2.00x" in lines[2] and "100 %" in lines[3]
 
 
 @pytest.fixture

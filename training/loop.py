@@ -150,10 +150,8 @@ class Trainer:
         self._whiten()
         network.train()
         for epoch in range(budget.epochs):
-            first = epoch * budget.steps_per_epoch
-            last = min(first + budget.steps_per_epoch, budget.total_steps)
             training_watch.start()
-            self._epoch(epoch, first, last, generator, listener)
+            first, last = self.train_epoch(epoch, generator, listener)
             training_watch.stop()
             watch.stop()
             losses = self.step.losses[first:last]
@@ -212,21 +210,24 @@ class Trainer:
         if self._average is not None:
             self._average.reset()
 
-    def _epoch(self, epoch: int, first: int, last: int, generator: torch.Generator, listener: Listener) -> None:
-        """Steps first..last-1. Nothing here waits for the device."""
-        recipe, average = self._recipe, self._average
-        average_from = self.budget.total_steps - round(recipe.ema_fraction * self.budget.total_steps)
+    def train_epoch(self, epoch: int, generator: torch.Generator, listener: Listener = Listener()) -> tuple[int, int]:
+        """All steps of epoch 0, 1, ...: returns the first and the one after the last. Nothing waits for the device."""
+        recipe, budget, average = self._recipe, self.budget, self._average
+        first = epoch * budget.steps_per_epoch
+        last = min(first + budget.steps_per_epoch, budget.total_steps)
+        average_from = budget.total_steps - round(recipe.ema_fraction * budget.total_steps)
         self._batches.draw(generator, epoch)
         self.step.start_epoch()
         for step in range(first, last):
             self.step(step)
             done = step + 1
-            final = done == self.budget.total_steps
+            final = done == budget.total_steps
             if average is not None and (
                 (done > average_from and done % recipe.ema_every == 0) or (final and not average.started)
             ):
                 average.update()
             listener.on_step(done, self.step.losses)
+        return first, last
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:

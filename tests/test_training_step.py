@@ -1,0 +1,109 @@
+"""The training step: what it counts, that phases freeze what they should, and on a GPU its graph and its asynchrony."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import backend
+from tests.oracle import DEVICE
+from training import precision
+from training.data import synthetic
+from training.data.dataset import assemble
+from training.loop import Listener, Trainer, plan_budget
+from training.recipes import AIR, HLB
+
+RECIPES = pytest.mark.parametrize("recipe", [HLB, AIR], ids=lambda recipe: recipe.name)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    images, labels, test_images, test_labels = synthetic.generate(64, 32)
+    crop = slice(8, 24)
+    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
+    return assemble("generated", synthetic.CLASSES, *halves, generated=True).to(DEVICE)
+
+
+def make(recipe, dataset, which, graph=False, dtype="fp32", **options):
+    budget = plan_budget(recipe, len(dataset.train_images), 16, **options)
+    return Trainer(recipe, dataset, budget, which, precision.choose(dtype, DEVICE, True), graph)
+
+
+@RECIPES
+def test_runs_of_one_trainer_are_those_of_fresh_ones(recipe, dataset):
+    """Nothing of a run is left in the tensors that the next one uses: same seed, same bits."""
+    trainer = make(recipe, dataset, backend.reference(), steps=6)
+    first, other, again = (trainer.run(seed, validate=0) for seed in (3, 4, 3))
+    assert again.losses == first.losses != other.losses
+    fresh = make(recipe, dataset, backend.reference(), steps=6).run(3, validate=0)
+    assert fresh.losses == first.losses and fresh.accuracy == first.accuracy
+    assert all(torch.equal(fresh.state[name], value) for name, value in first.state.items())
+
+
+def test_labels_of_a_warm_up_are_used_once(dataset):
+    trainer = make(AIR, dataset, backend.reference(), steps=4)
+    plain = trainer.run(0, validate=0).losses
+    assert trainer.run(0, validate=0, labels=dataset.train_labels.flip(0)).losses != plain
+    assert trainer.run(0, validate=0).losses == plain
+
+
+def test_training_accuracy_counts_the_epochs_right_answers(dataset):
+    """With rates of 0 the network of every step is the same, so that each epoch's count can be done by hand."""
+    recipe = replace(AIR, groups=tuple(replace(g, lr=0.0, rule="sgd") for g in AIR.groups), flip="none", shift=0)
+    recipe = replace(recipe, network=replace(recipe.network, norm_momentum=0.0))
+    trainer = make(recipe, dataset, backend.reference(), epochs=2)
+    rows = trainer.run(0, validate=0).epochs
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for row in rows:
+        order = torch.randperm(64, generator=generator, device=DEVICE)
+        for _ in range(2):
+            torch.randint(0, 1, (4, 16), generator=generator, device=DEVICE)
+        right = 0
+        trainer.network.train()
+        for index in order.view(4, 16):
+            logits = trainer.network(dataset.train_images[index].permute(0, 3, 1, 2))
+            right += (logits.argmax(1) == dataset.train_labels[index]).sum().item()
+        assert row.train_accuracy == right / 64
+
+
+def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(dataset, monkeypatch):
+    recipe = replace(AIR, groups=(replace(AIR.groups[0], epochs=4), *AIR.groups[1:]))
+    trainer = make(recipe, dataset, backend.reference(), steps=4)
+    seen = []
+    trainer.run(1, Listener(on_step=lambda done, losses: seen.append(trainer.network.stem.bias.detach().clone())), 0)
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+    assert not trainer.network.stem.bias.requires_grad
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@RECIPES
+@pytest.mark.parametrize("which", [backend.fused, backend.reference], ids=["fused", "reference"])
+def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    plain, graphed = (make(recipe, dataset, which(), graph, "fp16", steps=9) for graph in (False, True))
+    for seed in (3, 4):
+        want, got = plain.run(seed, validate=0), graphed.run(seed, validate=0)
+        assert got.losses == want.losses
+        assert all(torch.equal(got.state[name], value) for name, value in want.state.items())
+
+
+@gpu
+@RECIPES
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_nothing_waits_for_the_device_inside_an_epoch(recipe, graph, dataset):
+    trainer = make(recipe, dataset, backend.fused(), graph, "fp16", epochs=2)
+    trainer.run(0, validate=0)
+    trainer.prepare(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for epoch in range(2):
+            trainer.train_epoch(epoch, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step.losses.isfinite().all()
