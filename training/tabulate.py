@@ -1,58 +1,144 @@
-"""`python -m training.tabulate FILE.json ...`: the results table, made from train.py's JSON files and nothing else."""
+"""`python -m training.tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
 
+Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
+table; other JSON files, such as a benchmark's, are left out. `--check` writes nothing and fails where a table is stale.
+"""
+
+import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
+from training.errors import UserError
 from training.report import with_spread
 
+_ROOT = Path(__file__).resolve().parent.parent
 _HEADER = """# Results
 
-Made by `python -m training.tabulate results/*.json > results/README.md`; nothing here is typed in. Accuracy: test
-images, mirror-averaged, of the weight average. Seconds: whitening, training and final evaluation, without compilation.
-A figure on one data set's fingerprint compares with figures on the same fingerprint only.
+Made by `python -m training.tabulate`; nothing here is typed in.
+
+## Trainings
+
+Accuracy: test images, test-time augmented, of the weight average where the recipe keeps one. Seconds: whitening,
+training and final evaluation, without compilation. A figure on one data set's fingerprint compares with figures on the
+same fingerprint only.
+
 """
+_PERFORMANCE = """
+## Training steps
+
+One step, by `train.py --profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
+copy rate and counted FLOPs over the measured matrix product rate; idle is the gaps between pieces of work. Against
+eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but eager's convolutions took no time.
+
+"""
+RUN_COLUMNS = ["run", "data", "recipe; kernels", "steps x batch", "n", "accuracy", "seconds", "machine", "commit"]
+PROFILE_COLUMNS = [
+    "profile", "recipe; kernels", "graph", "batch", "step ms", "convolutions", "all else", "idle", "floor ms",
+    "floor / step", "eager ms", "speed-up", "allowed", "machine", "commit",
+]  # fmt: skip
 
 
-def row(path: Path) -> list[str]:
-    """One table row for a JSON file of train.py. Raises KeyError or ValueError when it is not one."""
-    content = json.loads(path.read_text())
-    environment, data, summary = content["environment"], content["data"], content["summary"]
+def machine_of(content: dict) -> str:
+    environment = content["environment"]
     machine = environment["device"]
     if environment["device_type"] == "cpu":
         machine += f", {environment['threads']} threads"
     else:
         machine += f", {environment['power_limit']}, driver {environment['driver']}"
+    return f"{machine}, {content['dtype']}, torch {environment['torch']}, triton {environment['triton']}"
+
+
+def run_row(path: Path, content: dict, prefix: str) -> list[str]:
+    """A training's row."""
+    data, summary = content["data"], content["summary"]
     return [
-        f"[{path.stem}]({path.name})",
+        f"[{path.stem}]({prefix}{path.name})",
         f"{data['name']} {data['fingerprint']}",
         f"{content['recipe']['name']}; {content['kernels']['name']}; {content['kernels']['stem']}",
         f"{content['budget']['total_steps']} x {content['budget']['batch_size']}",
         str(summary["accuracy"]["n"]),
         with_spread(summary["accuracy"], 4),
         with_spread(summary["seconds"], 2),
-        f"{machine}, {content['dtype']}, torch {environment['torch']}, triton {environment['triton']}",
-        str(environment["commit"]),
+        machine_of(content),
+        str(content["environment"]["commit"]),
     ]
 
 
-def main(arguments: list[str]) -> int:
-    if not arguments:
-        print("training.tabulate: name the JSON files that train.py wrote, e.g. results/*.json", file=sys.stderr)
-        return 2
-    columns = ["run", "data", "recipe; kernels", "steps x batch", "n", "accuracy", "seconds", "machine", "commit"]
-    rows = []
-    for name in arguments:
+def profile_row(path: Path, content: dict, prefix: str) -> list[str]:
+    """A profile's row."""
+    found, race = content["profile"], content["profile"]["race"]
+    convolutions = sum(row["ms"] for row in found["rows"] if "conv" in row["part"])
+    rest = found["parts_ms"] - found["idle_ms"] - convolutions
+    return [
+        f"[{path.stem}]({prefix}{path.name})",
+        f"{content['recipe']['name']}; {content['kernels']['name']}",
+        "on" if content["graph"] else "off",
+        str(content["budget"]["batch_size"]),
+        *(f"{ms:.2f}" for ms in (found["step_ms"], convolutions, rest, found["idle_ms"], found["floor_ms"])),
+        f"{100 * found['floor_ms'] / found['step_ms']:.0f} %",
+        f"{race['eager_ms']:.2f}",
+        f"{race['speedup']:.2f}x",
+        f"{race['allowed']:.2f}x",
+        machine_of(content),
+        str(content["environment"]["commit"]),
+    ]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = (columns, ["---"] * len(columns), *rows)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def tables(folder: Path, prefix: str) -> tuple[str, str]:
+    """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError for a damaged one."""
+    runs, profiles = [], []
+    for path in sorted(folder.glob("*.json")):
         try:
-            rows.append(row(Path(name)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"training.tabulate: {name} is not a finished train.py summary ({error})", file=sys.stderr)
-            return 2
-    print(_HEADER)
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print("| " + " | ".join(cells) + " |")
+            content = json.loads(path.read_text())
+            if "profile" in content:
+                profiles.append(profile_row(path, content, prefix))
+            elif content.get("summary"):
+                runs.append(run_row(path, content, prefix))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path} is no file that train.py wrote whole ({error!r}); delete it or write it again"
+            ) from error
+    return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with what stands between <!-- name --> and <!-- end --> replaced. Raises UserError without these marks."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise UserError(f"README.md lacks the marks <!-- {name} --> and <!-- end --> that its table goes between")
+    return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="training.tabulate", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=_ROOT, help="the checkout (default: this one)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
+    options = parser.parse_args(arguments)
+    folder, readme = options.root / "results", options.root / "README.md"
+    try:
+        runs, profiles = tables(folder, "")
+        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles}
+        near_runs, near_profiles = tables(folder, "results/")
+        wanted[readme] = fill(fill(readme.read_text(), "results", near_runs), "performance", near_profiles)
+        stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+        if options.check:
+            for path in stale:
+                print(f"{path} is stale: run python -m training.tabulate", file=sys.stderr)
+            return 1 if stale else 0
+        for path in stale:
+            path.write_text(wanted[path])
+    except (UserError, OSError) as error:
+        print(f"training.tabulate: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The committed tables are what the committed JSON files say, and damaged files are refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from training import tabulate
+
+ROOT = Path(tabulate.__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """README.md and results/ of this checkout, to be changed."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    return tmp_path
+
+
+def test_committed_tables_are_up_to_date(capsys):
+    assert tabulate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_new_result_makes_the_tables_stale_until_they_are_made_again(copy, capsys):
+    (first,) = sorted((copy / "results").glob("hlb-*.json"))[:1]
+    content = json.loads(first.read_text())
+    content["summary"]["accuracy"]["mean"] = 0.1234
+    (copy / "results" / "another.json").write_text(json.dumps(content))
+    assert tabulate.main(["--root", str(copy), "--check"]) == 1
+    assert "README.md is stale" in capsys.readouterr().err
+    assert tabulate.main(["--root", str(copy)]) == 0
+    assert tabulate.main(["--root", str(copy), "--check"]) == 0
+    for readme in (copy / "README.md", copy / "results" / "README.md"):
+        assert "0.1234" in readme.read_text()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"summary": {"accuracy": 1}}', '{"profile": {}}'])
+def test_a_damaged_file_is_named_in_one_line(copy, capsys, text):
+    (copy / "results" / "bad.json").write_text(text)
+    assert tabulate.main(["--root", str(copy)]) == 2
+    err = capsys.readouterr().err
+    assert "bad.json" in err and err.count("\n") == 1
+
+
+def test_other_json_files_are_left_out(copy):
+    (copy / "results" / "bench.json").write_text('{"rows": []}')
+    assert tabulate.main(["--root", str(copy), "--check"]) == 0
+
+
+def test_a_readme_without_marks_is_refused(copy, capsys):
+    (copy / "README.md").write_text("# nothing\n")
+    assert tabulate.main(["--root", str(copy)]) == 2
+    assert "<!-- results -->" in capsys.readouterr().err
