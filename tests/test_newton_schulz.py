@@ -13,8 +13,9 @@ from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
 # of the largest element. X is rounded once to `dtype`, every 3 steps, and small singular values, which the iteration
 # raises 40-fold meanwhile, raise that rounding with them
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
-# rms error over the standard iteration's in the same dtype: never above at 16 bits; the same iteration in float32
-TIMES_PYTORCH = {torch.float32: 3.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+# rms error over the standard iteration's in the same dtype: never above at 16 bits. In float32 the m x m products
+# have 22 bits instead of 24
+TIMES_PYTORCH = {torch.float32: 6.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
 def judged(case, dtype, change=lambda matrix: matrix):
