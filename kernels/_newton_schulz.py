@@ -7,8 +7,9 @@ gains factors that are polynomials in A, it can as well run on m x m matrices:
 
 where every product is symmetric: the tiles on and above the diagonal are computed and mirrored. X enters the two
 products with it in `dtype`, scaled to a root mean square of 1, which float16 holds for every input. The m x m matrices
-are float32, multiplied on tensor cores as pairs of float16 (22 bits; three products). Rounding makes R drift away from
-X X^T, by most where singular values are small, so X is formed anew every _STEPS_A_GRAM steps.
+are float32, multiplied on tensor cores as pairs of float16 (22 bits; three products), because float32 products proper
+do without tensor cores. Rounding makes R drift away from X X^T, by most where singular values are small, so X is formed
+anew every _STEPS_A_GRAM steps (for float32 every step, which is the standard iteration).
 
 Matrices of all shapes share each launch. They are zero-padded to whole tiles in a float32 workspace: zero rows and
 columns of X stay zero, and a padded P or Q is only ever multiplied with those.
@@ -206,7 +207,8 @@ def _finish_kernel(
     outs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
     R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
-    UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]; UPDATE: outs are weights, and become weights * shrink - lr * U."""
     tile, matrix = tl.program_id(0), tl.program_id(1)
@@ -221,9 +223,13 @@ def _finish_kernel(
     u = tl.zeros([_TILE, _TILE], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        q = tl.load(left + inner[None, :]).to(DTYPE)
+        q = tl.load(left + inner[None, :])
         x = (tl.load(right + tl.cast(inner, tl.int64)[:, None] * k) * scale).to(DTYPE)
-        u = tl.dot(q, x, u, input_precision="ieee")
+        high = q.to(DTYPE)
+        u = tl.dot(high, x, u, input_precision="ieee")
+        if SPLIT:
+            # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
+            u = tl.dot((q - high.to(tl.float32)).to(DTYPE), x, u)
     u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
     if TRANSPOSED:
         u = tl.trans(u)
@@ -250,6 +256,9 @@ class Batch:
 
     def __init__(self, shapes: Sequence[tuple[int, int]], device: torch.device, eps: float, dtype: torch.dtype):
         self._eps, self._dtype, self._first = eps, _DTYPES[dtype], True
+        # float32 is for accuracy: the standard iteration, whose products do without tensor cores and take registers
+        self._full = dtype == torch.float32
+        self._steps_a_gram = 1 if self._full else _STEPS_A_GRAM
         rows, cols = zip(*shapes)
         self._transposed = rows[0] > cols[0]
         tile, part = _TILE.value, _ROWS.value
@@ -287,12 +296,12 @@ class Batch:
 
     def iterate(self, steps: int, coefficients: Sequence[float]) -> Tensor:
         """The Q that is left to be multiplied with X."""
-        while steps > _STEPS_A_GRAM:
-            q = self._polynomial(self._gram(), _STEPS_A_GRAM, coefficients)
+        while steps > self._steps_a_gram:
+            q = self._polynomial(self._gram(), self._steps_a_gram, coefficients)
             x = torch.empty_like(self._x)
             self._finish(x.split(self._x_sizes), q, dict(ROWS=self._m, COLS=self._k), TRANSPOSED=False)
             self._x, self._first = x, False
-            steps -= _STEPS_A_GRAM
+            steps -= self._steps_a_gram
         return self._polynomial(self._gram(), steps, coefficients)
 
     def store(self, outs: Tensors, q: Tensor) -> None:
@@ -309,8 +318,8 @@ class Batch:
     def _gram(self) -> Tensor:
         launch(
             _gram_kernel, self._gram_grid, self._x, self._x_sums, self._partial, self._eps, FIRST=self._first,
-            DTYPE=self._dtype, BLOCK_K=32, **self._sizes, **self._padded, **self._x_at, **self._n, **self._n_at,
-            **self._partial_at,
+            DTYPE=self._dtype, BLOCK_K=32, num_warps=4 if self._full else 8, **self._sizes, **self._padded,
+            **self._x_at, **self._n, **self._n_at, **self._partial_at,
         )  # fmt: skip
         r = self._x.new_empty(self._r_size)
         launch(
@@ -348,11 +357,9 @@ class Batch:
         self, outs: Tensors, q: Tensor, shapes: dict, lr: Tensor | None = None, weight_decay: float = 0.0, *,
         UPDATE: bool = False, RENORMALIZE: bool = False, **constexprs,
     ) -> None:  # fmt: skip
-        # without tensor cores a program holds a tile's whole depth in registers
-        block_k = 16 if self._dtype == tl.float32 else 32
         launch(
             _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
             q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
-            RENORMALIZE=RENORMALIZE, BLOCK_K=block_k, **shapes, **self._sizes, **self._padded, **self._x_at,
-            **self._r_at, **self._n, **self._n_at, **constexprs,
+            RENORMALIZE=RENORMALIZE, SPLIT=not self._full, BLOCK_K=16 if self._full else 32, **shapes, **self._sizes,
+            **self._padded, **self._x_at, **self._r_at, **self._n, **self._n_at, **constexprs,
         )  # fmt: skip

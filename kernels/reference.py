@@ -198,7 +198,7 @@ def sgd_nesterov(
             p = _at_least_fp32(param)
             g = grad + weight_decay * p
             velocity = momentum * buffer + g
-            param.copy_(p - lr * (g + momentum * velocity))
+            param.copy_(p - lr.reshape(()) * (g + momentum * velocity))
             buffer.copy_(velocity)
 
 
@@ -249,5 +249,5 @@ def muon(
             if renormalize:
                 norm = p.norm()
                 p = p * (p.shape[0] ** 0.5 / torch.where(norm == 0, 1, norm))
-            param.copy_(p * (1 - lr * weight_decay) - lr * update.view(p.shape))
+            param.copy_(p * (1 - lr.reshape(()) * weight_decay) - lr.reshape(()) * update.view(p.shape))
             buffer.copy_(velocity)

@@ -92,7 +92,7 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def tables(folder: Path, prefix: str) -> tuple[str, str]:
-    """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError for a damaged one."""
+    """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError."""
     runs, profiles = [], []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -102,9 +102,7 @@ def tables(folder: Path, prefix: str) -> tuple[str, str]:
             elif content.get("summary"):
                 runs.append(run_row(path, content, prefix))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no file that train.py wrote whole ({error!r}); delete it or write it again"
-            ) from error
+            raise UserError(f"{path} is not whole as train.py writes it ({error!r}); delete or remake it") from error
     return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
 
 
