@@ -155,7 +155,7 @@ def profile(
         return make(measure.instrumented(plain) if instrumented else plain, False)
 
     measured = measure.measure(make_trainer, not backend.compile, options.seed, folder)
-    for line in report.table(measured):
+    for line in [*report.table(measured), "", *report.convolution_table(measured), ""]:
         print(line)
     race = measure.race(lambda: make_trainer(False, True), make_eager, options.seed, folder)
     for line in report.race_lines(race):

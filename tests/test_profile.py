@@ -12,7 +12,7 @@ from tests.oracle import DEVICE
 from training.optimizer import Optimizer
 from training.profile.costs import step_costs
 from training.profile.measure import Profile, Race, Row
-from training.profile.report import race_lines, table
+from training.profile.report import convolution_table, race_lines, table
 from training.profile.trace import Work, matched_owners, steps_of
 from training.recipes import AIR, HLB
 
@@ -160,6 +160,18 @@ def test_table_fits_80_columns_and_adds_up():
     text = "\n".join(lines)
     assert "60.0 %" in text and "30.0 %" in text and "10.0 %" in text and "33 %" in text
     assert "the parts differ by +0.0 %" in text and "copy 1,000 GB/s" in text
+
+
+def test_convolution_rates_are_against_the_matrix_product():
+    rows = [
+        Row("groups.0.conv1", "fwd", 4.0, 10**9, 2 * 10**11, 2.0),
+        Row("groups.0.conv1", "dgrad", 8.0, 10**9, 2 * 10**11, 2.0),
+        Row("head", "fwd", 1.0, 10, 10, 0.0),
+    ]
+    lines = convolution_table(profile_of(rows))
+    assert len(lines) == 5 and all(len(line) <= 80 for line in lines)
+    assert "50.000" in lines[2] and "50 %" in lines[2]
+    assert "25.000" in lines[3] and "33 %" in lines[4]
 
 
 def test_race_states_both_speed_ups():

@@ -36,6 +36,22 @@ def table(profile: Profile) -> list[str]:
     return lines
 
 
+def convolution_table(profile: Profile) -> list[str]:
+    """What decides whether own convolution kernels would pay: each pass's rate against the matrix product's."""
+    head = f"{'convolution':<22} {'pass':<6} {'ms':>8} {'TFLOP/s':>8} {'of the matrix product':>22}"
+    lines = [head, "-" * len(head)]
+    rows = [row for row in profile.rows if ".conv" in row.part and row.flops]
+
+    def line(part: str, passed: str, ms: float, flops: int) -> str:
+        rate = flops / (ms * 1e-3)
+        return f"{part:<22} {passed:<6} {ms:8.3f} {rate / 1e12:8.3f} {100 * rate / profile.matmul_rate:>20.0f} %"
+
+    lines += [line(row.part, row.passed, row.ms, row.flops) for row in rows]
+    if rows:
+        lines.append(line("all", "", sum(row.ms for row in rows), sum(row.flops for row in rows)))
+    return lines if rows else []
+
+
 def race_lines(race: Race) -> list[str]:
     share = race.eager_convolution_ms / race.eager_profiled_ms
     gained = (race.speedup - 1) / (race.allowed - 1) if race.allowed > 1 else float("inf")
