@@ -5,6 +5,7 @@ selects. Tensors are flat memory: the entries of one list may have any dense lay
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from typing import List  # noqa: UP035
 
 import torch
 import triton
@@ -12,6 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks
+
+# in an operator's signature: older torch infers no schema from list[Tensor]
+TensorList = List[Tensor]  # noqa: UP006
+FloatList = List[float]  # noqa: UP006
 
 # tensors of one list that a launch takes: three lists of as many pointers stay far below 4 KiB of kernel parameters
 _MOST = 16

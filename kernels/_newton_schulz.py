@@ -360,6 +360,7 @@ class Batch:
         launch(
             _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
             q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
-            RENORMALIZE=RENORMALIZE, SPLIT=not self._full, BLOCK_K=16 if self._full else 32, **shapes, **self._sizes,
-            **self._padded, **self._x_at, **self._r_at, **self._n, **self._n_at, **constexprs,
+            RENORMALIZE=RENORMALIZE, SPLIT=not self._full, BLOCK_K=16 if self._full else 32,
+            num_warps=4 if self._full else 8, **shapes, **self._sizes, **self._padded, **self._x_at, **self._r_at,
+            **self._n, **self._n_at, **constexprs,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._launch import opaque_op
-from ._multi_tensor import check_updates, groups, kind, layout_of
+from ._multi_tensor import FloatList, TensorList, check_updates, groups, kind, layout_of
 from ._newton_schulz import Batch
 from .newton_schulz import check_iteration
 
@@ -24,15 +24,15 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
 
 @opaque_op("muon", mutates=("params", "momentum_buffers"))
 def _step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
+    params: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
     lr: Tensor,
     momentum: float,
     weight_decay: float,
     renormalize: bool,
     steps: int,
-    coefficients: list[float],
+    coefficients: FloatList,
     eps: float,
     dtype: torch.dtype,
 ) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from . import _checks, _launch
 from ._launch import opaque_op
-from ._multi_tensor import groups, kind
+from ._multi_tensor import FloatList, TensorList, groups, kind
 from ._newton_schulz import Batch
 
 
 @opaque_op("newton_schulz")
 def _orthogonalize(
-    matrices: list[Tensor], steps: int, coefficients: list[float], eps: float, dtype: torch.dtype
-) -> list[Tensor]:
+    matrices: TensorList, steps: int, coefficients: FloatList, eps: float, dtype: torch.dtype
+) -> TensorList:
     outs = [torch.empty_like(matrix) for matrix in matrices]
     for indices in groups([(*kind(m), m.shape[0] > m.shape[1]) for m in matrices]):
         batch = Batch([tuple(matrices[i].shape) for i in indices], matrices[0].device, eps, dtype)

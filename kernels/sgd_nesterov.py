@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, opaque_op
-from ._multi_tensor import check_updates, groups, kind, owner_of, running_sums, select, select_int
+from ._multi_tensor import TensorList, check_updates, groups, kind, owner_of, running_sums, select, select_int
 
 _BLOCK = 2048
 
@@ -51,9 +51,9 @@ def _update_kernel(
 
 @opaque_op("sgd_nesterov", mutates=("params", "momentum_buffers"))
 def _step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
+    params: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
     lr: Tensor,
     momentum: float,
     weight_decay: float,
