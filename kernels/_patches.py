@@ -190,14 +190,11 @@ class PatchSource:
 def tile_sizes(source: PatchSource, filters: int, exact: bool, backward: bool) -> dict[str, int]:
     """BLOCK_P positions by BLOCK_O filters a program: as large as stays in registers on every target.
 
-    What a program holds grows with the features, with float32 products, with the backward pass's second product, and
-    there with the sums that a jitter adds.
+    What a program holds grows with the features, with float32 products, and with the backward pass's second product.
     """
     block_o = min(32, max(16, triton.next_power_of_2(filters)))
     block_p = 128 // (source.f_pad // 32 or 1)
     if exact or backward:
-        block_p //= 2
-    if source.jittered and backward:
         block_p //= 2
     return {"BLOCK_P": max(16, block_p), "BLOCK_O": block_o}
 

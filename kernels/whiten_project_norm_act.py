@@ -123,6 +123,9 @@ def _bwd_kernel(
 def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.dtype, backward: bool) -> dict:
     exact = needs_float32(images, out_dtype)
     tile = tile_sizes(source, channels, exact, backward)
+    if backward and source.jittered:
+        # its two more sums take registers
+        tile["BLOCK_P"] = max(16, 512 // source.f_pad)
     return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
 
 

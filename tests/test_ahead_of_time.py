@@ -105,7 +105,7 @@ def test_large_tensors_are_moved_in_16_byte_pieces(cuda_rows):
 
 def test_patch_products_run_on_tensor_cores(cuda_rows):
     names = [f"whiten_project_norm_act._{name}_kernel" for name in ("fwd", "bwd")]
-    names += [f"_moments._{name}_kernel" for name in ("moments", "jittered_moments")]
+    names += [f"_moments._{name}_kernel" for name in ("moments", "image_moments")]
     products = [row for row in cuda_rows if row["dtype"] == "float16" and row["kernel"] in names]
     assert len(products) >= len(names)
     for row in products:

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import Gather
+from kernels.gather import gathered
 from model import backend
 from model.network import Group, Network, NetworkConfig
 from model.whitening import initialize_stem
@@ -181,3 +183,42 @@ def test_padded_stem_matches_a_padded_convolution():
         want = F.conv2d(F.pad(x, (low, high, low, high)), network.stem.whiten.weight)
         torch.testing.assert_close(captured[0], want, rtol=1e-4, atol=1e-4)
         assert captured[0].shape[2:] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"whiten_padding": "same"}, {"whiten_kernel": 3, "whiten_padding": "same"}],
+    ids=["fused", "2x2-same", "3x3-same"],
+)
+@pytest.mark.parametrize(
+    "jitter", [None, torch.tensor([[0.8, 0.1], [1.2, -0.1], [1.1, 0.0]])], ids=["pixels", "jitter"]
+)
+def test_a_gather_is_the_batch_it_makes(changes, jitter):
+    """Both backends, padded and unpadded: the network on the data set equals the network on the built batch."""
+    config = NetworkConfig(**{**vars(SMALL), **changes})
+    data, _ = generated(6)
+    x = data.permute(0, 3, 1, 2)
+    mean, std = torch.full((3,), 0.4), torch.full((3,), 0.2)
+    gather = Gather(
+        torch.tensor([4, 1, 4]),
+        shift=torch.tensor([[1, -2], [0, 3], [-3, 0]]),
+        flip=torch.tensor([True, False, True]),
+        cutout=torch.tensor([[2, 3], [-1, 14], [8, 8]]),
+        cutout_size=4,
+    )
+    gather = Gather(**{k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in vars(gather).items()})
+    batch = gathered(x, gather, mean.to(DEVICE))
+    if jitter is not None:
+        gather = Gather(**{**vars(gather), "jitter": jitter.to(DEVICE)})
+    logits = []
+    for which in (backend.fused(), backend.reference()):
+        network = make(config, which).eval()
+        initialize_stem(network.stem, data, mean, std, config.whiten_eps)
+        logits.append(network(x, gather))
+        assert logits[-1].shape == (3, 10)
+        plain = network(batch)
+        if jitter is None:
+            torch.testing.assert_close(logits[-1], plain)
+        else:
+            assert (logits[-1] - plain).abs().max() > 1e-3 * plain.abs().max(), "the jitter did nothing"
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
