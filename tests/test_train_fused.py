@@ -16,7 +16,7 @@ from training import data, precision
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Trainer, build_network, plan_budget
-from training.recipes import RECIPES, ParamGroup
+from training.recipes import AIR, HLB, RECIPES, ParamGroup
 
 
 @pytest.fixture
@@ -80,22 +80,33 @@ def test_losses_agree_and_weights_move(image_folder, tmp_path, monkeypatch, reci
     assert all(torch.isfinite(value).all() for value in weights["fused"].values())
 
 
-def test_fused_kernels_learn_what_the_reference_learns(monkeypatch):
-    """Narrow networks of both recipes on the generated set's first images: both fit them, alike."""
-    images, labels, *_ = synthetic.generate(48, 8)
-    crop = images[:, 8:20, 8:20]
+def test_fused_kernels_learn_what_the_reference_learns():
+    """A tiny network with every op on 12 images, which both backends begin to fit, step for step alike."""
+    images, labels, *_ = synthetic.generate(12, 8)
+    crop = images[:, 12:20, 12:20]
     dataset = assemble("generated", synthetic.CLASSES, crop, labels, crop, labels, generated=True).to(DEVICE)
-    groups = (Group(8), Group(16, depth=1, residual=False), Group(32))
-    network = replace(RECIPES["hlb"].network, stem_channels=8, groups=groups, se_reduction=4, norm_momentum=0.5)
-    recipe = replace(RECIPES["air"], network=network, groups=(
-        ParamGroup("biases", "sgd", 0.02, 0.85), ParamGroup("filters", "muon", 0.1, 0.6),
-        ParamGroup("weights", "sgd", 0.02, 0.85)), flip="none", shift=0, label_smoothing=0.0)  # fmt: skip
-    budget = plan_budget(recipe, len(images), 16, steps=24)
-    compute = precision.choose("fp32", DEVICE, True)
-    results = [Trainer(recipe, dataset, budget, which, compute, False).run(0, validate=0)
-               for which in (backend.fused(), backend.reference())]  # fmt: skip
-    for result in results:
-        assert result.losses[0] > 2 and sum(result.losses[-3:]) / 3 < 1
-        assert result.accuracy > 0.6
-    fused, plain = results
+    groups = (Group(8, depth=1), Group(16, residual=False))
+    network = replace(HLB.network, stem_channels=8, groups=groups, se_reduction=4, norm_momentum=0.5, logit_scale=1.0)
+    recipe = replace(
+        AIR,
+        network=network,
+        groups=(
+            ParamGroup("biases", "sgd", 0.02, 0.85),
+            ParamGroup("filters", "muon", 0.1, 0.6),
+            ParamGroup("weights", "sgd", 0.02, 0.85),
+        ),
+        flip="none",
+        shift=0,
+        label_smoothing=0.0,
+        tta="mirror",
+    )
+    budget, compute = plan_budget(recipe, len(images), 6, steps=14), precision.choose("fp32", DEVICE, True)
+    fused, plain = (
+        Trainer(recipe, dataset, budget, which, compute, graph=False).run(0, validate=0)
+        for which in (backend.fused(), backend.reference())
+    )
+    for result in (fused, plain):
+        assert sum(result.losses[-3:]) < 0.75 * sum(result.losses[:3]) and result.accuracy >= 0.4
+    for ours, theirs in zip(fused.losses, plain.losses):
+        assert abs(ours - theirs) <= 0.1 * theirs
     assert abs(fused.accuracy - plain.accuracy) <= 0.1
