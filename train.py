@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kernels import environment
 from model import backend as backends
 from training import data, precision
+from training.allocator import keep_freed_memory
 from training.errors import UserError
 from training.loop import Listener, Trainer, plan_budget
 from training.recipes import RECIPES, Recipe
@@ -62,6 +63,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
     graph = choose_graph(options.graph, device)
     set_determinism(options.deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     notes: list[str] = []
     dataset = load_data(options.data, console, notes).limited(options.limit).to(device)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +25,7 @@ from training.optimizer import Optimizer, WeightAverage, group_parameters
 from training.recipes import AIR, HLB, ParamGroup, Schedule
 from training.report import spread, write_json
 
+ROOT = Path(convolution.__file__).resolve().parent.parent
 TINY = NetworkConfig(stem_channels=4, groups=(Group(8), Group(8, depth=0), Group(8)), se_reduction=4)
 
 
@@ -382,3 +385,20 @@ def test_fast_bf16_is_read_from_the_processors_flags(monkeypatch, text, expected
         assert convolution.fast_bf16() is expected
     finally:
         convolution.cpu_flags.cache_clear()
+
+
+def test_freed_memory_is_kept_in_a_process_that_asks_for_it():
+    """The same 64 MB again and again cost page faults once; in a process of its own, because it is for good."""
+    code = (
+        "import resource, torch\n"
+        "from training.allocator import keep_freed_memory\n"
+        "assert keep_freed_memory()\n"
+        "def faults():\n    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.ones(1 << 24)\n"
+        "before = faults()\n"
+        "for _ in range(10):\n    torch.ones(1 << 24)\n"
+        "print(faults() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    # one mapping of 64 MB is 16384 pages
+    assert int(done.stdout) < 16384, done.stderr

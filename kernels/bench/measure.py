@@ -156,7 +156,7 @@ def copy_time(bytes_moved: int, device: torch.device, budget_seconds: float) -> 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, budget_seconds: float) -> float:
     """The arithmetic roof: FLOP/s of a large square product of random numbers in `dtype`."""
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 2048
 
     def prepare() -> list[Call]:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
