@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     package_dir={"blink_kernels": "kernels"},
-    packages=["blink_kernels", "blink_kernels.bench"],
+    packages=["blink_kernels", "blink_kernels._cases", "blink_kernels.bench"],
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -128,6 +128,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         exit_code = 130
     finally:
         # finished runs are never lost, whatever ended the last one
+        if report.runs:
+            # counted last, so that it delays nothing
+            facts["flops"] = count_flops(recipe, budget, dataset)
         if report.runs or exit_code:
             report.summary()
         if report.runs:
@@ -234,6 +237,14 @@ def load_data(source: str | None, console: Console, notes: list[str]):
             bar.update(task, description=line, visible=True)
 
         return data.load(source, progress, note)
+
+
+def count_flops(recipe: Recipe, budget, dataset) -> dict:
+    from training.flops import run_flops
+
+    sizes = (len(dataset.train_images), len(dataset.test_images))
+    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
+    return asdict(flops) | {"total": flops.total}
 
 
 def random_labels(dataset):

@@ -194,12 +194,16 @@ def sgd_nesterov(
 ) -> None:
     """One step of torch.optim.SGD(nesterov=True), computed in float32 at least: see `kernels.sgd_nesterov`."""
     with torch.no_grad():
-        for param, grad, buffer in zip(params, grads, momentum_buffers):
-            p = _at_least_fp32(param)
-            g = grad + weight_decay * p
-            velocity = momentum * buffer + g
-            param.copy_(p - lr.reshape(()) * (g + momentum * velocity))
-            buffer.copy_(velocity)
+        # a float32 tensor is its own copy, and updated in place
+        p, velocity = ([_at_least_fp32(t.detach()) for t in values] for values in (params, momentum_buffers))
+        g = torch._foreach_add([t.to(x.dtype) for t, x in zip(grads, p)], p, alpha=weight_decay)
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, g)
+        torch._foreach_add_(g, velocity, alpha=momentum)
+        torch._foreach_mul_(g, lr.reshape(()))
+        torch._foreach_sub_(p, g)
+        torch._foreach_copy_(params, p)
+        torch._foreach_copy_(momentum_buffers, velocity)
 
 
 def newton_schulz(

@@ -96,6 +96,9 @@ def test_json_of_a_run(two_runs):
     assert content["summary"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
     assert content["summary"]["accuracy"]["std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert content["summary"]["seconds"]["n"] == 2
+    flops = content["flops"]
+    parts = (flops[name] for name in ("whitening", "training", "optimizer", "evaluation"))
+    assert flops["total"] == sum(parts) > 0 and flops["optimizer"] == 0
     data = content["data"]
     assert (data["train"], data["test"], data["classes"], data["image_shape"]) == (32, 32, 4, [3, 12, 12])
     assert data["generated"] is False and len(data["fingerprint"]) == 12
@@ -117,6 +120,7 @@ def test_output_of_two_runs(two_runs):
         "run 1 of 2, seed 5",
         "run 2 of 2, seed 6",
         "95 % +-",
+        "PFLOP a run",
         "n = 2",
     ):
         assert part in done.words

@@ -24,7 +24,7 @@ def _convolution(batch: int, size: tuple[int, int], conv: Conv3x3, itemsize: int
 def step_costs(network: Network, optimizer: Optimizer, batch: int, image_shape: tuple[int, int, int]) -> Costs:
     """Of one step that trains everything. Part names are those that `instrument` gives the regions.
 
-    Bytes of an op are those of an ideal fused one, counted in `kernels/_cases.py`, whatever the backend.
+    Bytes of an op are those of an ideal fused one, counted in `kernels/_cases/`, whatever the backend.
     """
     config, itemsize = network.config, network.head.weight.element_size()
     channels, height, width = image_shape

@@ -1,0 +1,52 @@
+"""FLOPs of a run against a count by hand."""
+
+import pytest
+
+from training.flops import run_flops
+from training.loop import plan_budget
+from training.recipes import AIR, HLB
+
+
+def by_hand(recipe, stem, convolutions, head, views, budget, frozen_from=None):
+    """stem: (positions, multiply-adds each, whether it has a trained projection); convolutions: (side, in, out)."""
+    first = 2 * convolutions[0][0] ** 2 * convolutions[0][1] * convolutions[0][2] * 9
+    convs = sum(2 * side**2 * i * o * 9 for side, i, o in convolutions)
+    positions, whiten, project = stem
+    forward = 2 * positions * (whiten + project) + convs + 2 * head
+    # each convolution and the head give two gradients; the projection one, for its input needs none
+    step = forward + 2 * convs + 2 * 2 * head + 2 * positions * project
+    images = budget.batch_size * budget.total_steps
+    training = images * step
+    if frozen_from is not None:
+        # without a trained stem nobody needs the first convolution's input gradient
+        training -= budget.batch_size * (budget.total_steps - frozen_from) * first
+    return training, 10_000 * views * forward
+
+
+def test_hlb():
+    budget = plan_budget(HLB, 50_000)
+    convolutions = [(31, 32, 128), (15, 128, 128), (15, 128, 128), (15, 128, 256), (7, 256, 512), (3, 512, 512)]
+    convolutions.append(convolutions[-1])
+    training, evaluation = by_hand(HLB, (31**2, 12 * 12, 12 * 32), convolutions, 512 * 10, 2, budget)
+    # gates: two products forward, four backward
+    gates = 2 * 2 * (128 * 8 + 512 * 32)
+    training += 3 * gates * budget.batch_size * budget.total_steps
+    evaluation += 2 * 10_000 * gates
+    flops = run_flops(HLB, budget, (3, 32, 32), 10, 50_000, 10_000)
+    assert (flops.training, flops.evaluation, flops.optimizer) == (training, evaluation, 0)
+    assert flops.whitening == 2 * 50_000 * 31**2 * 12**2
+    assert flops.total == pytest.approx(0.81e15, rel=0.01)
+
+
+def test_air():
+    budget = plan_budget(AIR, 50_000)
+    convolutions = [(31, 24, 64), (15, 64, 64), (15, 64, 256), (7, 256, 256), (7, 256, 256), (3, 256, 256)]
+    stem = (31**2, 12 * 24, 0)
+    training, evaluation = by_hand(AIR, stem, convolutions, 256 * 10, 6, budget, frozen_from=75)
+    flops = run_flops(AIR, budget, (3, 32, 32), 10, 50_000, 10_000)
+    assert (flops.training, flops.evaluation) == (training, evaluation)
+    assert flops.whitening == 2 * 5_000 * 31**2 * 12**2
+    # Newton-Schulz, three steps of 4 m^2 k + 2 m^3
+    shapes = [(64, 216), (64, 576), (256, 576), *[(256, 2304)] * 3]
+    assert flops.optimizer == 200 * 3 * sum(4 * m * m * k + 2 * m**3 for m, k in shapes)
+    assert flops.total == pytest.approx(0.292e15, rel=0.01)
