@@ -150,7 +150,7 @@ def test_convolution_flops_are_those_that_pytorch_counts(recipe):
 
 
 def profile_of(rows, idle=1.0):
-    return Profile(rows, idle, 10.0, 10.0, 1e12, 1e14)
+    return Profile(rows, 10**9, 2 * 10**11, 2.0, idle, 10.0, 10.0, 1e12, 1e14)
 
 
 def test_table_fits_80_columns_and_adds_up():

@@ -46,9 +46,14 @@ class Row:
 @dataclass(frozen=True)
 class Profile:
     """A step's parts. step_ms: its median length without the profiler; profiled_ms: with it; idle_ms: gaps between
-    pieces of work; copy_rate in bytes/s, matmul_rate in FLOP/s: the roofs, measured in the same call."""
+    pieces of work; bytes, flops, floor_ms: of everything that is counted, whether or not it is a row (a compiled step
+    has no parts); copy_rate in bytes/s, matmul_rate in FLOP/s: the roofs, measured in the same call.
+    """
 
     rows: list[Row]
+    bytes: int
+    flops: int
+    floor_ms: float
     idle_ms: float
     profiled_ms: float
     step_ms: float
@@ -59,10 +64,6 @@ class Profile:
     def parts_ms(self) -> float:
         """The sum of all parts, idle included."""
         return sum(row.ms for row in self.rows) + self.idle_ms
-
-    @property
-    def floor_ms(self) -> float:
-        return sum(row.floor_ms or 0.0 for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,9 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
         rows.append(Row(*owner, mean[owner], *counted, floor))
     return Profile(
         rows,
+        sum(cost.bytes for cost in costs.values()),
+        sum(cost.flops for cost in costs.values()),
+        sum(_floor_ms(cost, copy_rate, product_rate) for cost in costs.values()),
         statistics.fmean(step.idle for step in steps) / 1e3,
         statistics.fmean(step.length for step in steps) / 1e3,
         statistics.median(rounds),

@@ -26,8 +26,7 @@ def table(profile: Profile) -> list[str]:
         lines.append(line(row.part, row.passed, row.ms, row.bytes, row.flops, row.floor_ms))
     lines.append(line("idle (gaps)", "", profile.idle_ms))
     lines.append("-" * len(head))
-    moved, flops = (sum(getattr(row, k) or 0 for row in profile.rows) for k in ("bytes", "flops"))
-    lines.append(line("all parts", "", profile.parts_ms, moved, flops, profile.floor_ms))
+    lines.append(line("all parts", "", profile.parts_ms, profile.bytes, profile.flops, profile.floor_ms))
     difference = 100 * (profile.parts_ms / profile.step_ms - 1)
     lines.append(f"a step without the profiler: {profile.step_ms:.3f} ms; the parts differ by {difference:+.1f} %")
     lines.append(
@@ -64,7 +63,7 @@ def race_lines(race: Race) -> list[str]:
 
 
 def as_dict(profile: Profile, race: Race | None) -> dict:
-    out = asdict(profile) | {"parts_ms": profile.parts_ms, "floor_ms": profile.floor_ms}
+    out = asdict(profile) | {"parts_ms": profile.parts_ms}
     if race is not None:
         out["race"] = asdict(race) | {"speedup": race.speedup, "allowed": race.allowed}
     return out
