@@ -16,6 +16,12 @@ from training.recipes import AIR, HLB
 RECIPES = pytest.mark.parametrize("recipe", [HLB, AIR], ids=lambda recipe: recipe.name)
 
 
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
 @pytest.fixture(scope="module")
 def dataset():
     images, labels, test_images, test_labels = synthetic.generate(64, 32)
@@ -66,7 +72,7 @@ def test_training_accuracy_counts_the_epochs_right_answers(dataset):
         assert row.train_accuracy == right / 64
 
 
-def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(dataset, monkeypatch):
+def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(dataset):
     recipe = replace(AIR, groups=(replace(AIR.groups[0], epochs=4), *AIR.groups[1:]))
     trainer = make(recipe, dataset, backend.reference(), steps=4)
     seen = []
@@ -81,9 +87,7 @@ gpu = pytest.mark.gpu
 @gpu
 @RECIPES
 @pytest.mark.parametrize("which", [backend.fused, backend.reference], ids=["fused", "reference"])
-def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset):
     plain, graphed = (make(recipe, dataset, which(), graph, "fp16", steps=9) for graph in (False, True))
     for seed in (3, 4):
         want, got = plain.run(seed, validate=0), graphed.run(seed, validate=0)

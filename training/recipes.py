@@ -1,6 +1,6 @@
 """Recipes: everything that defines a training besides the data, as frozen data. A new one states what differs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.network import Group, NetworkConfig
@@ -122,4 +122,11 @@ AIR = Recipe(
     whiten_images=5000,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (HLB, AIR)}
+HLB_3X3 = replace(
+    HLB,
+    name="hlb-3x3",
+    summary="hlb with the padded 3x3 whitening convolution that the unpadded 2x2 one replaced",
+    network=replace(HLB.network, whiten_kernel=3, whiten_padding="same"),
+)
+
+RECIPES = {recipe.name: recipe for recipe in (HLB, HLB_3X3, AIR)}
