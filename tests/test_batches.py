@@ -147,6 +147,26 @@ def test_epochs_from_one_generator_differ():
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(24))
 
 
+def test_cutout_and_jitter_are_drawn_within_their_bounds():
+    images = torch.full((400, 16, 12, 3), 200, dtype=torch.uint8)
+    batches = Batches(images, torch.arange(400), 100, 0, "none", cutout=4, jitter=(0.3, 0.1))
+    batches.draw(torch.Generator().manual_seed(0), 0)
+    contrast, brightness = batches.jitter.view(-1, 2).unbind(1)
+    for values, middle, deviation in ((contrast, 1.0, 0.3), (brightness, 0.0, 0.1)):
+        assert (values - middle).abs().max() <= deviation + 1e-6
+        assert values.min() < middle - 0.8 * deviation and values.max() > middle + 0.8 * deviation
+    corners = batches.cutout.view(-1, 2)
+    assert corners.min(0).values.tolist() == [-2, -2] and corners.max(0).values.tolist() == [13, 9]
+    gather, _ = batches.take(torch.tensor([1]))
+    cut = gathered(batches.images, gather, torch.full((3,), 0.5)) == 128
+    areas = cut[:, 0].sum((1, 2))
+    assert areas.max() == 16 and 4 <= areas.min() < 16
+    plain = Batches(images, torch.arange(400), 100, 0, "none")
+    plain.draw(torch.Generator().manual_seed(0), 0)
+    gather, _ = plain.take(torch.tensor([0]))
+    assert gather.cutout is None and gather.jitter is None
+
+
 def test_an_epoch_is_drawn_into_the_same_memory():
     """A captured step reads wherever the first epoch was."""
     batches = Batches(random_images(12, 8, 8), torch.arange(12), 4, 2, "alternating")

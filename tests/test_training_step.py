@@ -81,6 +81,17 @@ def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(datase
     assert not trainer.network.stem.bias.requires_grad
 
 
+def test_cutout_and_jitter_reach_the_network(dataset):
+    """Each changes the losses, by as much as it is strong."""
+    base = replace(AIR, flip="none", shift=0)
+    variants = (base, replace(base, cutout=6), replace(base, jitter=(0.3, 0.2)), replace(base, jitter=(0.0, 0.0)))
+    plain, cut, jittered, unjittered = (
+        make(recipe, dataset, backend.reference(), steps=2).run(0, validate=0).losses for recipe in variants
+    )
+    assert cut[0] != plain[0] and jittered[0] != plain[0]
+    assert unjittered == pytest.approx(plain, rel=1e-4)
+
+
 gpu = pytest.mark.gpu
 
 

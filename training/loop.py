@@ -118,8 +118,9 @@ class Trainer:
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
         self._average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._batches = Batches(
-            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip
-        )
+            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, recipe.cutout,
+            recipe.jitter,
+        )  # fmt: skip
         self._optimizer = Optimizer(
             self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
         )

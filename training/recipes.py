@@ -52,8 +52,10 @@ class Recipe:
     """A network and how it is trained.
 
     shift: pixels of random translation, reflected at the borders; flip: "random", "alternating" (each image once at
-    random, then mirrored every other epoch) or "none". tta: "mirror", or "mirror+translate", which adds the two
-    1-pixel diagonal translations. ema_*: the weight average of the last `ema_fraction` of all steps; 0: none.
+    random, then mirrored every other epoch) or "none"; cutout: side of a square set to the pixel mean, 0: none; jitter:
+    the most that contrast differs from 1 and brightness from 0, uniform, in units of the pixel range. tta: "mirror",
+    or "mirror+translate", which adds the two 1-pixel diagonal translations. ema_*: the weight average of the last
+    `ema_fraction` of all steps; 0: none.
     whiten_images: how many training images the whitening statistics are taken of; None: all.
     """
 
@@ -67,6 +69,8 @@ class Recipe:
     label_smoothing: float = 0.2
     shift: int = 2
     flip: Literal["random", "alternating", "none"] = "random"
+    cutout: int = 0
+    jitter: tuple[float, float] | None = None
     tta: Literal["mirror", "mirror+translate"] = "mirror"
     ema_fraction: float = 0.0
     ema_decay: float = 0.986

@@ -1,5 +1,6 @@
 """One training step: batch -> forward -> loss -> gradients -> update, everything it reads and writes on the device."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -45,8 +46,8 @@ class TrainingStep:
     def _make_forward(self, backend: Backend, label_smoothing: float) -> Callable:
         network, cross_entropy, scale = self.network, backend.cross_entropy, self.network.config.logit_scale
 
-        def forward(images: Tensor, index: Tensor, shift: Tensor, flip: Tensor, labels: Tensor):
-            logits = network.raw_logits(images, Gather(index, shift, flip))
+        def forward(images: Tensor, labels: Tensor, *fields: Tensor | int | None):
+            logits = network.raw_logits(images, Gather(*fields))
             return cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
 
         return torch.compile(forward, dynamic=False) if backend.compile else forward
@@ -78,7 +79,8 @@ class TrainingStep:
         self.optimizer.freeze_all_but(active)
         gather, labels = self.batches.take(self._at)
         with self._precision.autocast(labels.device):
-            loss, correct = self._forward(self.batches.images, gather.index, gather.shift, gather.flip, labels)
+            fields = (getattr(gather, field.name) for field in dataclasses.fields(gather))
+            loss, correct = self._forward(self.batches.images, labels, *fields)
         grads = torch.autograd.grad(loss, self.optimizer.parameters(active))
         self.optimizer.update(list(grads), active, self._step)
         with torch.no_grad():
