@@ -100,13 +100,13 @@ def test_fused_kernels_learn_what_the_reference_learns():
         label_smoothing=0.0,
         tta="mirror",
     )
-    budget, compute = plan_budget(recipe, len(images), 6, steps=14), precision.choose("fp32", DEVICE, True)
+    budget, compute = plan_budget(recipe, len(images), 6, steps=9), precision.choose("fp32", DEVICE, True)
     fused, plain = (
         Trainer(recipe, dataset, budget, which, compute, graph=False).run(0, validate=0)
         for which in (backend.fused(), backend.reference())
     )
     for result in (fused, plain):
-        assert sum(result.losses[-3:]) < 0.75 * sum(result.losses[:3]) and result.accuracy >= 0.4
+        assert sum(result.losses[-3:]) < 0.85 * sum(result.losses[:3]) and result.accuracy >= 0.3
     for ours, theirs in zip(fused.losses, plain.losses):
         assert abs(ours - theirs) <= 0.1 * theirs
     assert abs(fused.accuracy - plain.accuracy) <= 0.1
