@@ -39,7 +39,7 @@ from training.report import Report, save_weights, write_json
 
 # a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
 CPU_VALIDATION_IMAGES = 2000
-STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same")}
+STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same"), "none": (None, "same")}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     dataset = load_data(options.data, console, notes).limited(options.limit).to(device)
     budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, options.epochs, options.steps)
     if not recipe.network.fused_stem:
-        notes.append("the padded stem runs the plain convolution, whatever the kernels")
+        notes.append("this stem runs the plain convolution, whatever the kernels")
     validate = options.validate
     if validate is None and device.type == "cpu" and len(dataset.test_images) > CPU_VALIDATION_IMAGES:
         validate = CPU_VALIDATION_IMAGES
@@ -196,7 +196,9 @@ def customize(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 def describe_stem(recipe: Recipe, backend: str) -> str:
     network = recipe.network
     size = f"{network.whiten_kernel}x{network.whiten_kernel}"
-    if not network.fused_stem:
+    if network.whiten_kernel is None:
+        stem = "stem without whitening"
+    elif not network.fused_stem:
         stem = f"{size} 'same' stem as plain convolution"
     else:
         stem = f"{size} unpadded stem {'fused' if backend == 'fused' else 'in PyTorch'}"
@@ -230,7 +232,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="replay each step as a CUDA graph (auto: on a GPU)",
     )
-    add("--stem", choices=STEMS, help="whitening convolution: kernel and padding (default: the recipe's)")
+    add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times, with seeds from --seed on")
     add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")

@@ -1,5 +1,7 @@
 """Layers: nn.Modules over the ops of a backend. A network knows layers only; a layer knows one op."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,22 +68,42 @@ class SEGate(nn.Module):
 
 
 class Stem(nn.Module):
-    """What every whitening stem holds: frozen filters and the pixel statistics that normalize the images.
+    """What every stem holds: the pixel statistics that normalize the images.
 
     Called with images [B, C, H, W] uint8 (or the data set and what `gather` takes of it) and the dtype of its result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.out_channels = out_channels
+        self.register_buffer("mean", torch.zeros(in_channels))
+        self.register_buffer("std", torch.ones(in_channels))
+
+
+class PlainStem(Stem):
+    """images -> normalize -> trained 3x3 'same' convolution -> BatchNorm -> activation: a stem without whitening."""
+
+    def __init__(self, in_channels: int, channels: int, norm: NormAct, conv3x3: Callable):
+        super().__init__(in_channels, channels)
+        self.conv = Conv3x3(in_channels, channels, conv3x3)
+        self.norm = norm
+
+    def forward(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
+        return self.norm(self.conv(normalize(images, self.mean, self.std, dtype, gather)))
+
+
+class FrozenStem(Stem):
+    """A stem whose first convolution has frozen whitening filters.
 
     `padding` 'same' pads with zeros in normalized space, which is no pixel value, so no kernel can fold the
     normalization away: padded stems run the plain convolution on every backend.
     """
 
-    def __init__(self, in_channels: int, filters: int, kernel_size: int, padding: int | str):
-        super().__init__()
+    def __init__(self, in_channels: int, filters: int, kernel_size: int, padding: int | str, out_channels: int):
+        super().__init__(in_channels, out_channels)
         self.whiten = nn.Conv2d(in_channels, filters, kernel_size, padding=padding, bias=False)
         self.whiten.weight.requires_grad_(False)
         self.fusable = padding == 0
-        self.out_channels = filters
-        self.register_buffer("mean", torch.zeros(in_channels))
-        self.register_buffer("std", torch.ones(in_channels))
 
     def padded_convolution(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
         """The 'same' whitening convolution, without bias, as PyTorch pads: an even kernel's extra row at the end."""
@@ -91,16 +113,15 @@ class Stem(nn.Module):
         return F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
 
 
-class ProjectedStem(Stem):
+class ProjectedStem(FrozenStem):
     """images -> normalize -> whitening -> trained 1x1 projection -> BatchNorm -> activation: one op where unpadded."""
 
     def __init__(
         self, in_channels: int, channels: int, kernel_size: int, padding: int | str, norm: NormAct, backend: Backend
     ):
         features = in_channels * kernel_size**2
-        super().__init__(in_channels, features, kernel_size, padding)
+        super().__init__(in_channels, features, kernel_size, padding, channels)
         self.project = nn.Conv2d(features, channels, 1, bias=False)
-        self.out_channels = channels
         self.norm = norm
         self.op = backend.whiten_project_norm_act
 
@@ -123,7 +144,7 @@ class ProjectedStem(Stem):
         )
 
 
-class WhitenStem(Stem):
+class WhitenStem(FrozenStem):
     """images -> normalize -> whitening by each filter and its negative, with a trained bias -> activation: one op.
 
     Source: airbench94. The bias starts uniform in +-1/sqrt(fan in), PyTorch's own.
@@ -131,7 +152,7 @@ class WhitenStem(Stem):
 
     def __init__(self, in_channels: int, kernel_size: int, padding: int | str, activation: str, backend: Backend):
         features = in_channels * kernel_size**2
-        super().__init__(in_channels, 2 * features, kernel_size, padding)
+        super().__init__(in_channels, 2 * features, kernel_size, padding, 2 * features)
         bound = features**-0.5
         self.bias = nn.Parameter(torch.empty(2 * features).uniform_(-bound, bound))
         self.activation = activation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.gather import Gather
 from model.backend import Backend
 from model.convolution import Conv3x3
-from model.layers import ConvGroup, NormAct, ProjectedStem, SEGate, WhitenStem
+from model.layers import ConvGroup, NormAct, PlainStem, ProjectedStem, SEGate, WhitenStem
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class Group:
 class NetworkConfig:
     """Everything that defines a network besides image size and class count.
 
+    whiten_kernel: 2 or 3; None: no whitening, but a trained 3x3 'same' convolution from the normalized pixels.
     stem_channels: what the whitened pixels are projected to; None: no projection, but whitening by every filter and its
     negative with a trained bias. dirac: each convolution starts as the identity of its input as far as it has filters.
     head_std: the standard deviation that the head's random weights are scaled to; None: PyTorch's.
     """
 
-    whiten_kernel: int = 2
+    whiten_kernel: int | None = 2
     whiten_padding: int | str = 0
     whiten_eps: float = 1e-2
     stem_channels: int | None = 32
@@ -47,8 +48,8 @@ class NetworkConfig:
     head_std: float | None = None
 
     def __post_init__(self):
-        if self.whiten_kernel not in (2, 3):
-            raise ValueError(f"the whitening kernel is 2 or 3, not {self.whiten_kernel}")
+        if self.whiten_kernel not in (2, 3, None):
+            raise ValueError(f"the whitening kernel is 2, 3 or None, not {self.whiten_kernel}")
         if self.whiten_padding not in (0, "same"):
             raise ValueError(f"the whitening padding is 0 or 'same', not {self.whiten_padding!r}")
         if self.se_reduction is not None and self.se_reduction < 1:
@@ -57,13 +58,12 @@ class NetworkConfig:
     @property
     def minimum_image_size(self) -> int:
         """The smallest side that leaves at least one pixel after every group's pooling."""
-        lost = self.whiten_kernel - 1 if self.whiten_padding == 0 else 0
-        return 2 ** len(self.groups) + lost
+        return 2 ** len(self.groups) + (self.whiten_kernel - 1 if self.fused_stem else 0)
 
     @property
     def fused_stem(self) -> bool:
-        """Whether the whitening stem can run as one fused op (padded stems cannot)."""
-        return self.whiten_padding == 0
+        """Whether the stem can run as one fused op (padded ones and those without whitening cannot)."""
+        return self.whiten_kernel is not None and self.whiten_padding == 0
 
     def has_gate(self, group: Group) -> bool:
         return self.se_reduction is not None and group.se and group.depth > 0
@@ -96,7 +96,10 @@ class Network(nn.Module):
 
         self.config = config
         size, padding = config.whiten_kernel, config.whiten_padding
-        if config.stem_channels is None:
+        if size is None:
+            channels = config.stem_channels or 2 * in_channels * 2**2
+            self.stem = PlainStem(in_channels, channels, make_norm(channels), backend.conv3x3)
+        elif config.stem_channels is None:
             self.stem = WhitenStem(in_channels, size, padding, config.activation, backend)
         else:
             norm = make_norm(config.stem_channels)
@@ -136,6 +139,6 @@ class Network(nn.Module):
     def to_compute_dtype(self, dtype: torch.dtype) -> "Network":
         """Convolution and linear weights in `dtype`; BatchNorm, whitening and pixel statistics stay float32."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.stem.whiten:
+            if isinstance(module, nn.Conv2d | nn.Linear) and module is not getattr(self.stem, "whiten", None):
                 module.to(dtype)
         return self.to(memory_format=torch.channels_last)

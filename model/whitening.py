@@ -81,15 +81,17 @@ def whitening_weight(moments: PatchMoments, mean: Tensor, std: Tensor, eps: floa
 
 @torch.no_grad()
 def initialize_stem(stem, images: Tensor, mean: Tensor, std: Tensor, eps: float, centered: bool = True) -> None:
-    """Set a stem's frozen filters and pixel statistics from training images [N, H, W, C] uint8.
+    """Set a stem's pixel statistics and, if it whitens, its frozen filters, from training images [N, H, W, C] uint8.
 
     A stem with twice as many filters as the patches have dimensions gets each filter and its negative.
     """
     mean, std = mean.to(images.device), std.to(images.device)
+    stem.mean.copy_(mean)
+    stem.std.copy_(std)
+    if not hasattr(stem, "whiten"):
+        return
     moments = patch_moments(images, stem.whiten.kernel_size[0])
     filters = whitening_weight(moments, mean, std, eps, centered)
     if stem.whiten.out_channels == 2 * len(filters):
         filters = torch.cat([filters, -filters])
     stem.whiten.weight.copy_(filters)
-    stem.mean.copy_(mean)
-    stem.std.copy_(std)

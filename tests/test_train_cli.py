@@ -165,17 +165,19 @@ def test_list_recipes_as_a_process(shared):
 
 
 @pytest.mark.parametrize("recipe", ["hlb", "air"])
-@pytest.mark.parametrize("stem", ["2x2", "3x3", "2x2-same", "3x3-same"])
+@pytest.mark.parametrize("stem", ["2x2", "3x3", "2x2-same", "3x3-same", "none"])
 def test_every_stem_trains(shared, tree, capsys, stem, recipe):
     target = shared / f"{recipe}-{stem}.json"
     code, out, err = inside(capsys, "--data", tree, *QUICK, "--recipe", recipe, "--stem", stem, "--json", target)
     assert (code, err) == (0, "")
-    padded = stem.endswith("same")
+    plain = stem not in ("2x2", "3x3")
     words = " ".join(out.split())
-    assert ("the padded stem runs the plain convolution" in words) == padded
-    assert ("'same' stem as plain convolution" in words.split("summary")[-1]) == padded
+    assert ("this stem runs the plain convolution" in words) == plain
+    shown = "stem without whitening" if stem == "none" else "'same' stem as plain convolution"
+    assert (shown in words.split("summary")[-1]) == plain
     network = json.loads(target.read_text())["recipe"]["network"]
-    assert (network["whiten_kernel"], network["whiten_padding"]) == (int(stem[0]), "same" if padded else 0)
+    kernel = None if stem == "none" else int(stem[0])
+    assert (network["whiten_kernel"], network["whiten_padding"]) == (kernel, "same" if plain else 0)
 
 
 def test_air_says_what_its_accuracy_is_of(shared, tree, capsys):

@@ -71,11 +71,11 @@ def run_flops(
     with torch.no_grad():
         forward = _counted(lambda: network(images)) // 2
     channels, height, width = image_shape
-    k = recipe.network.whiten_kernel
+    k = recipe.network.whiten_kernel or 0
     whitened = min(train_images, recipe.whiten_images or train_images)
     positions = (height - k + 1) * (width - k + 1)
     return RunFlops(
-        2 * whitened * positions * (channels * k * k) ** 2,
+        2 * whitened * positions * (channels * k * k) ** 2 if k else 0,
         training,
         update * budget.total_steps,
         forward * _VIEWS[recipe.tta] * test_images,
