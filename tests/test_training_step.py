@@ -1,13 +1,15 @@
 """The training step: what it counts, that phases freeze what they should, and on a GPU its graph and its asynchrony."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import backend
 from tests.oracle import DEVICE
-from training import precision
+from training import graph, precision
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Listener, Trainer, plan_budget
@@ -30,9 +32,9 @@ def dataset():
     return assemble("generated", synthetic.CLASSES, *halves, generated=True).to(DEVICE)
 
 
-def make(recipe, dataset, which, graph=False, dtype="fp32", **options):
+def make(recipe, dataset, which, captured=False, dtype="fp32", **options):
     budget = plan_budget(recipe, len(dataset.train_images), 16, **options)
-    return Trainer(recipe, dataset, budget, which, precision.choose(dtype, DEVICE, True), graph)
+    return Trainer(recipe, dataset, budget, which, precision.choose(dtype, DEVICE, True), captured)
 
 
 @RECIPES
@@ -92,6 +94,51 @@ def test_cutout_and_jitter_reach_the_network(dataset):
     assert unjittered == pytest.approx(plain, rel=1e-4)
 
 
+class FakeCuda:
+    """What Replay uses of torch.cuda, on the CPU: a capture runs the call too, but takes its effects back."""
+
+    def __init__(self, state):
+        self.state, self.replays = state, 0
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream = Stream
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.replay())
+
+    def replay(self):
+        self.replays += 1
+        self.state += 1
+
+    @contextmanager
+    def graph(self, graph):
+        before = self.state.clone()
+        yield
+        self.state.copy_(before)
+
+
+def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(monkeypatch):
+    """At the last step of an epoch there is no next batch to warm up with."""
+    count, seen = torch.tensor([7]), []
+    fake = FakeCuda(count)
+    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=fake, no_grad=torch.no_grad))
+
+    def call():
+        seen.append(count.item())
+        count.add_(1)
+
+    replay = graph.Replay(call, [count], enabled=True)
+    replay()
+    assert seen == [7] * (graph._WARM_UP_CALLS + 1) and count.item() == 8 and fake.replays == 1
+    replay()
+    assert len(seen) == graph._WARM_UP_CALLS + 1 and count.item() == 9 and fake.replays == 2
+
+
 gpu = pytest.mark.gpu
 
 
@@ -99,7 +146,7 @@ gpu = pytest.mark.gpu
 @RECIPES
 @pytest.mark.parametrize("which", [backend.fused, backend.reference], ids=["fused", "reference"])
 def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset):
-    plain, graphed = (make(recipe, dataset, which(), graph, "fp16", steps=9) for graph in (False, True))
+    plain, graphed = (make(recipe, dataset, which(), captured, "fp16", steps=9) for captured in (False, True))
     for seed in (3, 4):
         want, got = plain.run(seed, validate=0), graphed.run(seed, validate=0)
         assert got.losses == want.losses
@@ -108,9 +155,9 @@ def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset):
 
 @gpu
 @RECIPES
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_nothing_waits_for_the_device_inside_an_epoch(recipe, graph, dataset):
-    trainer = make(recipe, dataset, backend.fused(), graph, "fp16", epochs=2)
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_nothing_waits_for_the_device_inside_an_epoch(recipe, captured, dataset):
+    trainer = make(recipe, dataset, backend.fused(), captured, "fp16", epochs=2)
     trainer.run(0, validate=0)
     trainer.prepare(1)
     generator = torch.Generator(DEVICE).manual_seed(1)

@@ -12,8 +12,8 @@ _WARM_UP_CALLS = 3
 class Replay:
     """`call()` by itself or, where `enabled`, as a graph that its first use captures.
 
-    state: every tensor that the call changes and that outlives it; they are restored after the warm-up that a capture
-    needs, so that the first use changes them once, as every other.
+    state: every tensor that the call changes and that outlives it; they are restored after each warm-up call that a
+    capture needs, so that the first use changes them once, as every other.
     """
 
     def __init__(self, call: Callable[[], None], state: list[Tensor], enabled: bool):
@@ -35,11 +35,13 @@ class Replay:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
                 self._call()
+                # at once: a second call further on could run past the end of what the state counts
+                with torch.no_grad():
+                    for t, value in zip(self._state, saved):
+                        t.copy_(value)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # this records and runs nothing
         with torch.cuda.graph(graph):
             self._call()
-        with torch.no_grad():
-            for t, value in zip(self._state, saved):
-                t.copy_(value)
         return graph
