@@ -171,8 +171,8 @@ def profile(
         return make(measure.instrumented(plain) if instrumented else plain, False)
 
     measured = measure.measure(make_trainer, not backend.compile, options.seed, folder)
-    for line in [*report.table(measured), "", *report.convolution_table(measured), ""]:
-        print(line)
+    for lines in filter(None, (report.table(measured), report.convolution_table(measured))):
+        print(*lines, "", sep="\n")
     race = measure.race(lambda: make_trainer(False, True), make_eager, options.seed, folder)
     for line in report.race_lines(race):
         console.print(line, highlight=False)
