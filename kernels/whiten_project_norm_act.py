@@ -126,6 +126,8 @@ def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.d
     if backward and source.jittered:
         # its two more sums take registers
         tile["BLOCK_P"] = max(16, 512 // source.f_pad)
+        if source.f_pad > 16:
+            tile["BLOCK_O"] = 16
     return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
 
 
