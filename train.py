@@ -117,6 +117,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     exit_code = 0
     try:
         trainer = Trainer(recipe, dataset, budget, backend, compute, graph)
+        # before any run: what writes finished runs must not depend on it
+        facts["flops"] = count_flops(recipe, budget, dataset)
         if device.type == "cuda":
             began = time.perf_counter()
             trainer.run(options.seed, labels=random_labels(dataset))
@@ -138,9 +140,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
         exit_code = 130
     finally:
         # finished runs are never lost, whatever ended the last one
-        if report.runs:
-            # counted last, so that it delays nothing
-            facts["flops"] = count_flops(recipe, budget, dataset)
         if report.runs or exit_code:
             report.summary()
         if report.runs:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -73,3 +74,9 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def has_cxx_compiler() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs on a CPU ($CXX, else g++ or clang++)."""
+    named = os.environ.get("CXX")
+    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))

@@ -1,12 +1,11 @@
 """The one place that decides which implementation of the ops a network and its training run on."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 
+from kernels.environment import has_cxx_compiler
 from model import convolution
 
 CHOICES = ("auto", "fused", "reference", "compiled")
@@ -65,12 +64,6 @@ def fused() -> Backend:
     import kernels as ops
 
     return _collect("fused", ops)
-
-
-def has_cxx_compiler() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs on a CPU ($CXX, else g++ or clang++)."""
-    named = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))
 
 
 def select(choice: str, device: torch.device) -> Backend:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import _cases, reference
+from kernels import _cases, environment, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import measure, providers, report
 from tests.oracle import DEVICE
@@ -145,7 +145,7 @@ def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's compiler needs no C++ compiler")
 def test_missing_compiler_is_noticed(monkeypatch):
-    monkeypatch.setattr(providers.shutil, "which", lambda name: None)
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
         providers.load("compile", _cases.small_cases()[0])
 

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .._cases import Case, Tensors, mapped, named
+from ..environment import has_cxx_compiler
 
 NAMES = ("fused", "eager", "compile")
 # largest error against float64, relative to the result's scale: a few roundings in float32; for 16 bits the error of
@@ -42,10 +42,8 @@ def load(name: str, case: Case):
         if not package.HAS_TRITON:
             raise RuntimeError("triton is not installed")
         return package
-    if not torch.cuda.is_available():
-        compiler = os.environ.get("CXX")
-        if not (compiler and shutil.which(compiler)) and not (shutil.which("g++") or shutil.which("clang++")):
-            raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
+    if not torch.cuda.is_available() and not has_cxx_compiler():
+        raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
     torch._dynamo.reset()
     # by default a compiled backward pass destroys its saved tensors, and could be timed once only
     torch._functorch.config.donated_buffer = False
