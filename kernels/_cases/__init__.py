@@ -26,8 +26,9 @@ __all__ = [
 
 
 def network_cases(batch: int = 512) -> list[Case]:
-    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it,
-    cross_entropy at ImageNet's class count, and the whitening ops with a gather: hlb's, and all that one can do.
+    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it, the first
+    ones of a step on smaller images, cross_entropy at ImageNet's class count, and the whitening ops with a gather:
+    hlb's, and all that one can do.
 
     Optimizers do not depend on the batch; below 16, where the interpreter only checks results, they get fewer channels.
     """
@@ -42,7 +43,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         whiten_project_norm_act(batch, 32, 32, 32, gather=("shift", "flip")),
         whiten_project_norm_act(batch, 32, 32, 32, gather=GATHER_PARTS),
         whiten_project_norm_act(batch, 32, 32, 32, kernel=3, gather=GATHER_PARTS),
+        whiten(batch, 24, 24, 24, gather=("shift", "flip")),
         pool_norm_act(batch, 128, 31, 31, fork=True),
+        pool_norm_act(batch, 64, 23, 23, squeeze=False),
         pool_norm_act(batch, 256, 15, 15, squeeze=False),
         pool_norm_act(batch, 512, 7, 7, fork=True),
         se_gate(batch, 128, 8),
