@@ -32,6 +32,8 @@ class NetworkConfig:
     stem_channels: what the whitened pixels are projected to; None: no projection, but whitening by every filter and its
     negative with a trained bias. dirac: each convolution starts as the identity of its input as far as it has filters.
     head_std: the standard deviation that the head's random weights are scaled to; None: PyTorch's.
+    gates_start_constant: the last weights of every squeeze-and-excite gate start at 0, so that all images get the same
+    gate, which the BatchNorm after it undoes: the network starts as the one without gates.
     """
 
     whiten_kernel: int | None = 2
@@ -46,6 +48,7 @@ class NetworkConfig:
     logit_scale: float = 0.1
     dirac: bool = False
     head_std: float | None = None
+    gates_start_constant: bool = False
 
     def __post_init__(self):
         if self.whiten_kernel not in (2, 3, None):
@@ -119,6 +122,10 @@ class Network(nn.Module):
             for module in self.modules():
                 if isinstance(module, Conv3x3):
                     nn.init.dirac_(module.weight[: module.in_channels])
+        if self.config.gates_start_constant:
+            for module in self.modules():
+                if isinstance(module, SEGate):
+                    nn.init.zeros_(module.fc2.weight)
         if self.config.head_std is not None:
             self.head.weight.mul_(self.config.head_std / self.head.weight.std())
 

@@ -103,6 +103,19 @@ def test_first_gradients_agree_closely():
             assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max(), name
 
 
+def test_gates_that_start_constant_start_as_none():
+    """A gate that is the same for all images is undone by the BatchNorm after it."""
+    images, _ = generated(8)
+    x = images.permute(0, 3, 1, 2)
+    gated = make(replace(SMALL, gates_start_constant=True, norm_eps=1e-12), backend.reference())
+    plain = make(replace(SMALL, se_reduction=None, norm_eps=1e-12), backend.reference())
+    plain.load_state_dict({k: v for k, v in gated.state_dict().items() if ".se." not in k})
+    torch.testing.assert_close(gated(x), plain(x), rtol=1e-4, atol=1e-5)
+    usual = make(SMALL, backend.reference())
+    usual.load_state_dict(gated.state_dict() | {k: v for k, v in usual.state_dict().items() if "fc2" in k})
+    assert not torch.allclose(usual(x), plain(x), rtol=1e-2)
+
+
 def test_backends_share_checkpoints():
     fused, plain = make(SMALL, backend.fused()), make(SMALL, backend.reference())
     assert list(fused.state_dict()) == list(plain.state_dict())
