@@ -1,16 +1,19 @@
 """Training batches against explicit padding, cropping and mirroring; evaluation's mirror and accuracy."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from kernels.gather import augment, gathered, reflect
-from training.batches import Batches
-from training.evaluation import accuracy, logits_of
+from training.batches import Batches, resize
+from training.evaluation import accuracy, logits_of, unsure
 
 
 def random_images(count, height, width, seed=0):
@@ -65,8 +68,8 @@ def coded_images(count, size):
 
 def built(batches):
     """The (images, labels) of every batch of the epoch that `batches` holds."""
-    taken = [batches.take(torch.tensor([i])) for i in range(batches.steps)]
-    return [(gathered(batches.images, gather, None), labels) for gather, labels in taken]
+    taken = [batches.take(torch.tensor([i]), batches.size) for i in range(batches.steps)]
+    return [(gathered(batches.images(batches.size), gather, None), labels) for gather, labels in taken]
 
 
 def epoch(images, batch_size, shift=3, flip="random", seed=0):
@@ -157,13 +160,13 @@ def test_cutout_and_jitter_are_drawn_within_their_bounds():
         assert values.min() < middle - 0.8 * deviation and values.max() > middle + 0.8 * deviation
     corners = batches.cutout.view(-1, 2)
     assert corners.min(0).values.tolist() == [-2, -2] and corners.max(0).values.tolist() == [13, 9]
-    gather, _ = batches.take(torch.tensor([1]))
-    cut = gathered(batches.images, gather, torch.full((3,), 0.5)) == 128
+    gather, _ = batches.take(torch.tensor([1]), batches.size)
+    cut = gathered(batches.images(batches.size), gather, torch.full((3,), 0.5)) == 128
     areas = cut[:, 0].sum((1, 2))
     assert areas.max() == 16 and 4 <= areas.min() < 16
     plain = Batches(images, torch.arange(400), 100, 0, "none")
     plain.draw(torch.Generator().manual_seed(0), 0)
-    gather, _ = plain.take(torch.tensor([0]))
+    gather, _ = plain.take(torch.tensor([0]), plain.size)
     assert gather.cutout is None and gather.jitter is None
 
 
@@ -191,6 +194,60 @@ def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
         flips.append(mirrored)
     assert 15 < flips[0].sum() < 45
     assert torch.equal(flips[2], flips[0]) and torch.equal(flips[1], ~flips[0]) and torch.equal(flips[3], ~flips[0])
+
+
+@pytest.mark.parametrize("size", [(24, 24), (9, 13), (32, 20)])
+def test_resized_images_are_pillows(size):
+    """Pillow's bilinear filter is antialiased too; roundings may differ by one level."""
+    images = random_images(7, 32, 32)
+    out = torch.zeros(7, *size, 3, dtype=torch.uint8)
+    resize(images, out)
+    for image, got in zip(images, out):
+        want = np.asarray(Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BILINEAR))
+        assert np.abs(want.astype(int) - got.numpy()).max() <= 1
+
+
+def test_smaller_batches_are_of_the_same_images_moved_in_proportion():
+    images = random_images(12, 16, 16)
+    batches = Batches(images, torch.arange(12), 4, 4, "random", cutout=8, sizes=[(8, 8), (16, 16)])
+    assert not batches.images((8, 8)).any()
+    batches.resize()
+    small = torch.zeros(12, 8, 8, 3, dtype=torch.uint8)
+    resize(images, small)
+    assert torch.equal(batches.images((8, 8)).permute(0, 2, 3, 1), small)
+    assert torch.equal(batches.images((16, 16)).permute(0, 2, 3, 1), images)
+    batches.draw(torch.Generator().manual_seed(0), 0)
+    (whole, labels), (half, same) = (batches.take(torch.tensor([1]), (side, side)) for side in (16, 8))
+    assert torch.equal(labels, same) and torch.equal(whole.index, half.index) and torch.equal(whole.flip, half.flip)
+    assert (whole.shift.double() / 2 - half.shift).abs().max() <= 0.5
+    assert (whole.cutout.double() / 2 - half.cutout).abs().max() <= 0.5 and half.cutout_size == 4
+    assert half.shift.dtype == half.cutout.dtype == torch.int64
+
+
+def test_an_epoch_keeps_the_hardest_and_those_that_sat_out():
+    """Losses are known here: image i's is i, so that the last are kept, and the first return every other time."""
+    n = 40
+    batches = Batches(random_images(n, 8, 8), torch.arange(n), 10, 0, "alternating", keep=0.75)
+    generator = torch.Generator().manual_seed(0)
+    assert batches.steps == 3
+    seen, flips = [], []
+    for number in range(4):
+        batches.draw(generator, number)
+        index = batches.index.flatten()
+        assert len(index.unique()) == 30
+        seen.append(set(index.tolist()))
+        flips.append({int(i): bool(flip) for i, flip in zip(index, batches.flip.flatten())})
+        batches.hardness[index] = index.float()
+    absent = [set(range(n)) - kept for kept in seen]
+    assert absent[0] != set(range(10)), "the first epoch keeps by chance"
+    for before, now in pairwise(absent):
+        assert not before & now
+        assert now == set(sorted(set(range(n)) - before)[:10])
+    for i in range(n):
+        own = [epoch[i] for epoch in flips if i in epoch]
+        assert all(a != b for a, b in pairwise(own)), "mirrored every other time that it is taken"
+    everything = Batches(random_images(n, 8, 8), torch.arange(n), 10, 0, "none")
+    assert everything.hardness is None and everything.steps == 4
 
 
 class Asymmetric(nn.Module):
@@ -236,6 +293,25 @@ def test_translated_views_are_weighted_as_airbench_does():
         with torch.no_grad():
             want = want + weight * (network(moved) + network(moved.flip(3))) / 2
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("tta", ["mirror", "mirror+translate"])
+def test_only_the_least_sure_are_augmented(tta):
+    network, images = Asymmetric().eval(), random_images(20, 4, 5)
+    with torch.no_grad():
+        network.linear.weight.div_(300)
+    own, everything = logits_of(network, images, None), logits_of(network, images, tta)
+    network.sizes.clear()
+    got = logits_of(network, images, tta, 0.35, batch_size=8)
+    views = {"mirror": 1, "mirror+translate": 5}[tta]
+    assert sum(network.sizes) == 20 + 7 * views and unsure(20, 0.35) == 7
+    top = own.softmax(1).sort(1).values
+    chosen = (top[:, -1] - top[:, -2]).argsort()[:7]
+    assert top[:, -1].min() < 0.9, "the margins are all the same"
+    want = own.clone()
+    want[chosen] = everything[chosen]
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(own[chosen], everything[chosen])
 
 
 def test_accuracy_counts_rows_with_a_nan_as_wrong():

@@ -1,10 +1,12 @@
 """FLOPs of a run against a count by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from training.flops import run_flops
 from training.loop import plan_budget
-from training.recipes import AIR, HLB
+from training.recipes import AIR, HLB, Resolution, freezing
 
 
 def by_hand(recipe, stem, convolutions, head, views, budget, frozen_from=None):
@@ -36,6 +38,36 @@ def test_hlb():
     assert (flops.training, flops.evaluation, flops.optimizer) == (training, evaluation, 0)
     assert flops.whitening == 2 * 50_000 * 31**2 * 12**2
     assert flops.total == pytest.approx(0.81e15, rel=0.01)
+
+
+def test_smaller_images_frozen_layers_and_fewer_views():
+    """Counted phase by phase: 200 steps, the first 50 on 24x24, the last 50 with the first group frozen."""
+    recipe = freezing(replace(AIR, resolutions=(Resolution(0.25, 0.75),), tta_fraction=0.3), 0, 6)
+    recipe = replace(
+        recipe, groups=tuple(replace(g, epochs=2) if g.params == "stem.bias" else g for g in recipe.groups)
+    )
+    budget = plan_budget(recipe, 50_000)
+
+    def forward(sides):
+        a, b, c = (s**2 for s in sides[1:])
+        widths = [(sides[0] ** 2, 24, 64), (a, 64, 64), (a, 64, 256), (b, 256, 256), (b, 256, 256), (c, 256, 256)]
+        return 2 * sides[0] ** 2 * 12 * 24, [2 * 9 * n * i * o for n, i, o in widths], 2 * 2560
+
+    def step(sides, frozen):
+        stem, convs, head = forward(sides)
+        if frozen == "nothing":
+            return stem + 3 * sum(convs) + 3 * head
+        if frozen == "stem":
+            return stem + 3 * sum(convs) - convs[0] + 3 * head
+        # the second group's first convolution still has a weight gradient, but its input needs none
+        return stem + sum(convs[:2]) + 2 * convs[2] + 3 * sum(convs[3:]) + 3 * head
+
+    whole, small = (31, 15, 7, 3), (23, 11, 5, 2)
+    training = 2000 * (50 * step(small, "nothing") + 100 * step(whole, "stem") + 50 * step(whole, "group"))
+    stem, convs, head = forward(whole)
+    flops = run_flops(recipe, budget, (3, 32, 32), 10, 50_000, 10_000)
+    assert flops.training == training
+    assert flops.evaluation == (10_000 + 5 * 3_000) * (stem + sum(convs) + head)
 
 
 def test_air():

@@ -13,9 +13,11 @@ from training import graph, precision
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Listener, Trainer, plan_budget
-from training.recipes import AIR, HLB
+from training.recipes import AIR, HLB, Resolution, freezing
 
-RECIPES = pytest.mark.parametrize("recipe", [HLB, AIR], ids=lambda recipe: recipe.name)
+# every block that makes phases of a run: smaller images, frozen layers, images that sit out
+PHASED = freezing(replace(AIR, name="phased", resolutions=(Resolution(0.4, 0.75),), keep=0.75), 0, 6)
+RECIPES = pytest.mark.parametrize("recipe", [HLB, AIR, PHASED], ids=lambda recipe: recipe.name)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +83,55 @@ def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(datase
     trainer.run(1, Listener(on_step=lambda done, losses: seen.append(trainer.network.stem.bias.detach().clone())), 0)
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
     assert not trainer.network.stem.bias.requires_grad
+
+
+def test_a_frozen_layer_stays_and_nothing_is_propagated_to_it(dataset):
+    recipe = freezing(replace(AIR, groups=(replace(AIR.groups[0], epochs=2), *AIR.groups[1:])), 0, 4)
+    trainer = make(recipe, dataset, backend.reference(), steps=4)
+    names = [name for name, _ in trainer.network.named_parameters() if name.startswith(("groups.0.", "stem.bias"))]
+    assert len(names) == 5
+    seen, wanted = [], []
+
+    def look(done, losses):
+        seen.append({name: p.detach().clone() for name, p in trainer.network.named_parameters()})
+        wanted.append({name for name, p in trainer.network.named_parameters() if p.requires_grad})
+
+    trainer.run(1, Listener(on_step=look), 0)
+    for name in names:
+        assert torch.equal(seen[1][name], seen[3][name]), name
+        assert name not in wanted[2]
+    assert not torch.equal(seen[0]["groups.0.conv1.weight"], seen[1]["groups.0.conv1.weight"])
+    assert not torch.equal(seen[2]["groups.1.conv1.weight"], seen[3]["groups.1.conv1.weight"])
+    assert wanted[3] == set(seen[3]) - set(names) - {"stem.whiten.weight"}
+
+
+def test_the_first_steps_are_on_smaller_images(dataset):
+    recipe = replace(AIR, resolutions=(Resolution(0.25, 0.6), Resolution(0.5, 0.75)))
+    trainer = make(recipe, dataset, backend.reference(), steps=8)
+    seen = []
+    trainer.network.stem.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    trainer.run(0, validate=0)
+    assert seen[:8] == [(10, 10)] * 2 + [(12, 12)] * 2 + [(16, 16)] * 4
+    # too small for three poolings: the least that the network takes
+    assert replace(AIR, resolutions=(Resolution(1.0, 0.1),)).image_sizes((16, 16)) == {(9, 9), (16, 16)}
+
+
+def test_losses_of_single_images_choose_who_sits_out(dataset):
+    trainer = make(replace(AIR, keep=0.5), dataset, backend.reference(), epochs=2)
+    assert trainer.budget.steps_per_epoch == 2
+    trainer.prepare(0)
+    generator, batches = torch.Generator(DEVICE).manual_seed(0), trainer.step.batches
+    trainer.train_epoch(0, generator)
+    hardness = batches.hardness.clone()
+    taken = batches.index.flatten()
+    sat_out = torch.ones(64, dtype=torch.bool, device=DEVICE)
+    sat_out[taken] = False
+    assert hardness[taken].max() < 100 and (hardness[sat_out] == hardness.max()).all()
+    means = trainer.step.losses[:2]
+    # without smoothing the loss differs from the one trained on, but not by much before anything is learnt
+    assert hardness[taken].mean().item() == pytest.approx(means.mean().item(), rel=0.2)
+    batches.draw(generator, 1)
+    assert set(batches.index.flatten().tolist()) == set(sat_out.nonzero()[:, 0].tolist())
 
 
 def test_cutout_and_jitter_reach_the_network(dataset):

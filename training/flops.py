@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import backend
 from model.network import Network
+from training.evaluation import unsure
 from training.loop import Budget
 from training.optimizer import Optimizer
 from training.recipes import Recipe
+from training.step import phase_of
 
 _VIEWS = {"mirror": 2, "mirror+translate": 6}
 
@@ -54,12 +56,13 @@ def run_flops(
     images = torch.zeros(2, *image_shape, dtype=torch.uint8)
     training, phases = 0, {}
     for step in range(budget.total_steps):
-        active = optimizer.active(step)
-        if active not in phases:
-            optimizer.freeze_all_but(active)
-            params = optimizer.parameters(active)
-            phases[active] = _counted(lambda ps=params: torch.autograd.grad(network(images).sum(), ps))
-        training += phases[active] * budget.batch_size // 2
+        phase = phase_of(recipe, optimizer, step, budget.total_steps, image_shape[1:])
+        if phase not in phases:
+            optimizer.freeze_all_but(phase.active)
+            params = optimizer.parameters(phase.active)
+            small = torch.zeros(2, image_shape[0], *phase.size, dtype=torch.uint8)
+            phases[phase] = _counted(lambda x=small, ps=params: torch.autograd.grad(network(x).sum(), ps))
+        training += phases[phase] * budget.batch_size // 2
     update = 0
     for group, params in zip(optimizer.groups, optimizer.params):
         if group.rule == "muon":
@@ -78,5 +81,5 @@ def run_flops(
         2 * whitened * positions * (channels * k * k) ** 2 if k else 0,
         training,
         update * budget.total_steps,
-        forward * _VIEWS[recipe.tta] * test_images,
+        forward * (test_images + (_VIEWS[recipe.tta] - 1) * unsure(test_images, recipe.tta_fraction)),
     )

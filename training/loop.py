@@ -1,6 +1,7 @@
 """One training run, from random weights to accuracy."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -41,7 +42,10 @@ class Budget:
 def plan_budget(
     recipe: Recipe, images: int, batch_size: int | None = None, epochs: float | None = None, steps: int | None = None
 ) -> Budget:
-    """The batch size is clamped to the data set: a stated one to its size, the recipe's own to 16 steps an epoch."""
+    """The batch size is clamped to the images that an epoch takes: a stated one to their number, the recipe's own to 16
+    steps an epoch.
+    """
+    images = max(1, round(recipe.keep * images))
     if batch_size is None:
         roomy = 2 ** int(math.log2(max(1, images // MIN_STEPS_PER_EPOCH)))
         batch_size = min(recipe.batch_size, max(roomy, min(images, 2)))
@@ -112,21 +116,20 @@ class Trainer:
         self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool
     ):
         check_batch(recipe, dataset, budget)
-        self._recipe, self._dataset, self._backend, self._precision = recipe, dataset, backend, precision
+        self._recipe, self._dataset, self._backend, self.precision = recipe, dataset, backend, precision
         self.budget, self.graph = budget, graph
         self.device, self.image_shape = dataset.device, dataset.image_shape
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
         self._average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._batches = Batches(
             dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, recipe.cutout,
-            recipe.jitter,
+            recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
         )  # fmt: skip
         self._optimizer = Optimizer(
             self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
         )
         self.step = TrainingStep(
-            self.network, self._optimizer, self._batches, backend, precision, recipe.label_smoothing,
-            budget.total_steps, graph,
+            self.network, self._optimizer, self._batches, backend, precision, recipe, budget.total_steps, graph,
         )  # fmt: skip
 
     def run(
@@ -149,6 +152,7 @@ class Trainer:
 
         watch.start()
         self._whiten()
+        self._batches.resize()
         network.train()
         for epoch in range(budget.epochs):
             training_watch.start()
@@ -171,7 +175,7 @@ class Trainer:
             watch.start()
 
         with self._evaluated():
-            logits = logits_of(network, dataset.test_images, recipe.tta)
+            logits = logits_of(network, dataset.test_images, recipe.tta, recipe.tta_fraction)
             watch.stop()
             state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         images_per_second = budget.batch_size * budget.total_steps / max(training_watch.seconds, 1e-9)
@@ -185,10 +189,26 @@ class Trainer:
             state,
         )
 
+    def warm_up(self, seed: int) -> float:
+        """One run that nobody counts, on random labels: what compiles, captures or picks algorithms does so in it.
+
+        Returns its seconds.
+        """
+        labels, classes = self._dataset.train_labels, len(self._dataset.classes)
+        generator = torch.Generator(self.device).manual_seed(0)
+        began = time.perf_counter()
+        self.run(
+            seed, labels=torch.randint(classes, labels.shape, generator=generator, device=self.device), validate=None
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
     def prepare(self, seed: int) -> None:
         """Ready for the first step of a run that somebody else drives: a profile's."""
         self._restart(seed, self._dataset.train_labels)
         self._whiten()
+        self._batches.resize()
         self.network.train()
 
     def _whiten(self) -> None:
@@ -204,7 +224,7 @@ class Trainer:
 
     def _restart(self, seed: int, labels: Tensor) -> None:
         """Everything as before the first step of a run; the tensors stay where captured graphs know them."""
-        fresh = build_network(self._recipe, self._dataset, self._backend, self._precision, seed)
+        fresh = build_network(self._recipe, self._dataset, self._backend, self.precision, seed)
         self.network.load_state_dict(fresh.state_dict())
         self._batches.labels.copy_(labels)
         self.step.start_run()
@@ -234,7 +254,7 @@ class Trainer:
     def _evaluated(self) -> Iterator[None]:
         """Inside, the network is what a run ends with: the weight average where the recipe keeps one."""
         averaged = nullcontext() if self._average is None else self._average.applied()
-        with averaged, self._precision.autocast(self.device):
+        with averaged, self.precision.autocast(self.device):
             yield
 
     def _validate(self, limit: int | None) -> tuple[float | None, float | None]:
@@ -242,7 +262,7 @@ class Trainer:
         if limit == 0:
             return None, None
         images, labels = self._dataset.test_images[:limit], self._dataset.test_labels[:limit]
-        with self._precision.autocast(self.device):
+        with self.precision.autocast(self.device):
             live = accuracy(logits_of(self.network, images, None), labels)
         if self._average is None or not self._average.started:
             return live, None
@@ -253,7 +273,8 @@ class Trainer:
 def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
     """Batch normalization needs two values per channel after the last pooling."""
     poolings = 2 ** len(recipe.network.groups)
-    _, height, width = dataset.image_shape
+    _, *whole = dataset.image_shape
+    height, width = min(recipe.image_sizes(tuple(whole)))
     lost = recipe.network.minimum_image_size - poolings
     if budget.batch_size == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
         raise UserError(

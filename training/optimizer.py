@@ -20,6 +20,7 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
     filters = {id(module.weight) for module in network.modules() if isinstance(module, Conv3x3)}
     belongs = {
         "filters": lambda name, p: id(p) in filters,
+        "gates": lambda name, p: ".se." in name,
         "head": lambda name, p: name == "head.weight",
         "stem.bias": lambda name, p: name == "stem.bias",
         "biases": lambda name, p: name.endswith("bias"),
@@ -29,7 +30,15 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
     for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
-        at = next((i for i, group in enumerate(groups) if belongs[group.params](name, p)), None)
+        layer = int(name.split(".")[1]) if name.startswith("groups.") else None
+        at = next(
+            (
+                i
+                for i, group in enumerate(groups)
+                if belongs[group.params](name, p) and (group.layers is None or layer in group.layers)
+            ),
+            None,
+        )
         if at is None:
             raise ValueError(f"no parameter group of the recipe trains {name}")
         members[at].append(p)

@@ -32,19 +32,29 @@ class Schedule:
 class ParamGroup:
     """Which parameters an update rule trains, and how.
 
-    params: "filters" (3x3 convolutions), "head", "stem.bias" (the whitening bias), "biases" (all others) or "weights"
-    (all other weights); each parameter belongs to the first group of a recipe that names it.
+    params: "filters" (3x3 convolutions), "head", "stem.bias" (the whitening bias), "gates" (weights and biases of
+    squeeze-and-excite), "biases" (all others) or "weights" (all other weights); each parameter belongs to the first
+    group of a recipe that names it. layers: only those in these convolution groups of the network; None: anywhere.
     rule: "sgd" (Nesterov) or "muon". lr is for a loss summed over the batch; mean_lr: for its mean, so that lr / B is
     used. decay: multiplied by B. epochs: how long the group is trained, its schedule compressed to that; None: always.
     """
 
-    params: Literal["filters", "head", "stem.bias", "biases", "weights"]
+    params: Literal["filters", "head", "stem.bias", "gates", "biases", "weights"]
     rule: Literal["sgd", "muon"]
     lr: float
     momentum: float
     decay: float = 0.0
     mean_lr: bool = False
     epochs: float | None = None
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Smaller images for the first steps: `scale` times the side, until the fraction `until` of all steps."""
+
+    until: float
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,10 @@ class Recipe:
     shift: pixels of random translation, reflected at the borders; flip: "random", "alternating" (each image once at
     random, then mirrored every other epoch) or "none"; cutout: side of a square set to the pixel mean, 0: none; jitter:
     the most that contrast differs from 1 and brightness from 0, uniform, in units of the pixel range. tta: "mirror",
-    or "mirror+translate", which adds the two 1-pixel diagonal translations. ema_*: the weight average of the last
-    `ema_fraction` of all steps; 0: none.
+    or "mirror+translate", which adds the two 1-pixel diagonal translations; tta_fraction: for that share of the test
+    images of which the network is least sure. resolutions: by rising `until`; after the last one images are whole.
+    keep: which fraction of the training images an epoch takes: the others, on which the loss was least, sit it out, and
+    are taken in the next. ema_*: the weight average of the last `ema_fraction` of all steps; 0: none.
     whiten_images: how many training images the whitening statistics are taken of; None: all.
     """
 
@@ -72,11 +84,56 @@ class Recipe:
     cutout: int = 0
     jitter: tuple[float, float] | None = None
     tta: Literal["mirror", "mirror+translate"] = "mirror"
+    tta_fraction: float = 1.0
+    resolutions: tuple[Resolution, ...] = ()
+    keep: float = 1.0
     ema_fraction: float = 0.0
     ema_decay: float = 0.986
     ema_every: int = 2
     centered_whitening: bool = True
     whiten_images: int | None = None
+
+    def image_size(self, step: int, total_steps: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the images at step 0, 1, ... of total_steps, where those of the data set are `size`."""
+        scale = next((r.scale for r in self.resolutions if step < round(r.until * total_steps)), 1.0)
+        return self._scaled(scale, size)
+
+    def image_sizes(self, size: tuple[int, int]) -> set[tuple[int, int]]:
+        """Every size that images of `size` are trained at, which is never below what the network can take."""
+        return {self._scaled(r.scale, size) for r in self.resolutions} | {size}
+
+    def _scaled(self, scale: float, size: tuple[int, int]) -> tuple[int, int]:
+        least = self.network.minimum_image_size
+        return tuple(min(side, max(least, round(scale * side))) for side in size)
+
+
+def with_network(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with changes in its network."""
+    return replace(recipe, network=replace(recipe.network, **changes))
+
+
+def with_group(recipe: Recipe, params: str, **changes) -> Recipe:
+    """The recipe with changes in its parameter groups of this name."""
+    groups = tuple(replace(group, **changes) if group.params == params else group for group in recipe.groups)
+    return replace(recipe, groups=groups)
+
+
+def freezing(recipe: Recipe, layer: int, epochs: float) -> Recipe:
+    """The recipe with one convolution group, filters and biases, trained in its first `epochs` only.
+
+    With everything before it frozen too, nothing is propagated back to it any more. Source: FreezeOut, Brock et al.
+    2017.
+    """
+    early = (group for group in recipe.groups if group.params in ("filters", "biases"))
+    groups = tuple(replace(group, layers=(layer,), epochs=epochs) for group in early)
+    return replace(recipe, groups=groups + recipe.groups)
+
+
+def gated(recipe: Recipe, reduction: int, layers: tuple[int, ...], gates: ParamGroup) -> Recipe:
+    """The recipe with squeeze-and-excite in these convolution groups, trained by a parameter group of its own."""
+    groups = tuple(replace(group, se=i in layers) for i, group in enumerate(recipe.network.groups))
+    recipe = with_network(recipe, groups=groups, se_reduction=reduction, gates_start_constant=True)
+    return replace(recipe, groups=(gates, *recipe.groups))
 
 
 _HLB_LR, _HLB_DECAY = 1.15 * 1.35, 0.85 * 4.8e-4
@@ -133,4 +190,20 @@ HLB_3X3 = replace(
     network=replace(HLB.network, whiten_kernel=3, whiten_padding="same"),
 )
 
-RECIPES = {recipe.name: recipe for recipe in (HLB, HLB_3X3, AIR)}
+# each part's worth is in results/README.md, plan blink; how they were found in results/search.md
+BLINK = freezing(
+    replace(
+        with_group(AIR, "filters", lr=0.17),
+        name="blink",
+        summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
+        epochs=8.5,
+        batch_size=1000,
+        keep=0.8,
+        resolutions=(Resolution(0.25, 0.75),),
+        tta_fraction=0.25,
+    ),
+    layer=0,
+    epochs=5.25,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (BLINK, HLB, HLB_3X3, AIR)}

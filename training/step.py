@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gather import Gather
@@ -13,13 +15,27 @@ from training.batches import Batches
 from training.graph import Replay
 from training.optimizer import Optimizer
 from training.precision import Precision
+from training.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What all steps that one graph can replay have in common: the groups that are trained, the images' size."""
+
+    active: tuple[int, ...]
+    size: tuple[int, int]
+
+
+def phase_of(recipe: Recipe, optimizer: Optimizer, step: int, total_steps: int, size: tuple[int, int]) -> Phase:
+    """The phase that step 0, 1, ... of total_steps belongs to, on images whose own size is `size`."""
+    return Phase(optimizer.active(step), recipe.image_size(step, total_steps, size))
 
 
 class TrainingStep:
     """Called, does the next step of the epoch that `batches` holds.
 
     losses [total steps] float32: mean loss of each step's batch; correct [] int64: right answers since it was last
-    zeroed. A phase, the groups of parameters that are trained, has a graph of its own.
+    zeroed. Each phase has a graph of its own.
     """
 
     def __init__(
@@ -29,7 +45,7 @@ class TrainingStep:
         batches: Batches,
         backend: Backend,
         precision: Precision,
-        label_smoothing: float,
+        recipe: Recipe,
         total_steps: int,
         graph: bool,
     ):
@@ -39,16 +55,16 @@ class TrainingStep:
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._precision, self._graph = precision, graph
-        self._forward = self._make_forward(backend, label_smoothing)
-        self._phases: dict[tuple[int, ...], Replay] = {}
+        self._precision, self._graph, self._recipe = precision, graph, recipe
+        self._forward = self._make_forward(backend, recipe.label_smoothing)
+        self._replays: dict[Phase, Replay] = {}
 
     def _make_forward(self, backend: Backend, label_smoothing: float) -> Callable:
         network, cross_entropy, scale = self.network, backend.cross_entropy, self.network.config.logit_scale
 
         def forward(images: Tensor, labels: Tensor, *fields: Tensor | int | None):
             logits = network.raw_logits(images, Gather(*fields))
-            return cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
+            return logits, *cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
 
         return torch.compile(forward, dynamic=False) if backend.compile else forward
 
@@ -65,26 +81,36 @@ class TrainingStep:
 
     def __call__(self, step: int) -> None:
         """Step 0, 1, ... of the run: the host's count only chooses the phase."""
-        active = self.optimizer.active(step)
-        if active not in self._phases:
-            self._phases[active] = Replay(lambda: self._run(active), self._state(), self._graph)
-        self._phases[active]()
+        self.replay(phase_of(self._recipe, self.optimizer, step, len(self.losses), self.batches.size))
+
+    def replay(self, phase: Phase) -> None:
+        """The next step of the epoch, in this phase."""
+        if phase not in self._replays:
+            self._replays[phase] = Replay(lambda: self._run(phase), self._state(), self._graph)
+        self._replays[phase]()
 
     def _state(self) -> list[Tensor]:
         own = [self.losses, self.correct, self._step, self._at]
+        if self.batches.hardness is not None:
+            own.append(self.batches.hardness)
         momenta = [b for buffers in self.optimizer.buffers for b in buffers]
         return [*self.network.state_dict().values(), *momenta, *own]
 
-    def _run(self, active: tuple[int, ...]) -> None:
+    def _run(self, phase: Phase) -> None:
+        active = phase.active
         self.optimizer.freeze_all_but(active)
-        gather, labels = self.batches.take(self._at)
+        gather, labels = self.batches.take(self._at, phase.size)
         with self._precision.autocast(labels.device):
             fields = (getattr(gather, field.name) for field in dataclasses.fields(gather))
-            loss, correct = self._forward(self.batches.images, labels, *fields)
+            logits, loss, correct = self._forward(self.batches.images(phase.size), labels, *fields)
         grads = torch.autograd.grad(loss, self.optimizer.parameters(active))
         self.optimizer.update(list(grads), active, self._step)
         with torch.no_grad():
             self.losses.index_copy_(0, self._step, loss.detach()[None] / len(labels))
             self.correct += correct
+            if self.batches.hardness is not None:
+                scaled = logits.detach().float() * self.network.config.logit_scale
+                losses = F.cross_entropy(scaled, labels, reduction="none")
+                self.batches.hardness.index_copy_(0, gather.index, losses)
             self._step += 1
             self._at += 1
