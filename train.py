@@ -14,28 +14,26 @@ from pathlib import Path
 # cuBLAS needs this before it starts to be repeatable under --deterministic, and it costs nothing measurable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import torch
 from rich.console import Console
 
-from kernels import environment
 from model import backend as backends
-from training import precision
-from training.allocator import keep_freed_memory
 from training.command import (
     Parser,
-    choose_backend,
-    choose_device,
-    choose_graph,
+    Setting,
+    add_setting_arguments,
+    choose_setting,
+    count_flops,
+    describe,
     load_data,
     make_folder,
     natural,
     positive,
-    set_determinism,
 )
+from training.data.dataset import Dataset
 from training.errors import UserError
 from training.loop import Listener, Trainer, plan_budget
 from training.recipes import RECIPES, Recipe
-from training.report import Report, save_weights, write_json
+from training.report import Report, save_weights, spread, write_json
 
 # a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
 CPU_VALIDATION_IMAGES = 2000
@@ -65,16 +63,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         make_folder(path)
     if options.json is not None and options.json.is_dir():
         raise UserError(f"--json {options.json} is a folder; name a file")
-    device = choose_device(options.device)
-    backend = choose_backend(options.kernels, device)
-    interpreted = backend.name == "fused" and device.type != "cuda"
-    compute = precision.choose(options.dtype, device, interpreted)
-    if interpreted and compute.name == "bf16":
-        raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
-    graph = choose_graph(options.graph, device)
-    set_determinism(options.deterministic)
-    if device.type == "cpu":
-        keep_freed_memory()
+    setting = choose_setting(options)
+    device = setting.device
 
     notes: list[str] = []
     dataset = load_data(options.data, console, notes).limited(options.limit).to(device)
@@ -88,42 +78,28 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
     facts = {
         "command": ["train.py", *sys.argv[1:]],
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "generated": dataset.generated,
-            "train": len(dataset.train_images),
-            "test": len(dataset.test_images),
-            "image_shape": dataset.image_shape,
-            "classes": len(dataset.classes),
-        },
-        "recipe": asdict(recipe),
-        "kernels": {"name": backend.name, "interpreted": interpreted, "stem": describe_stem(recipe, backend.name)},
-        "dtype": compute.name,
-        "graph": graph,
-        "deterministic": options.deterministic,
-        "budget": asdict(budget),
+        **describe(setting, recipe, dataset, budget),
         "steps_given": options.steps is not None,
-        "environment": environment.describe(device),
         "startup_seconds": time.perf_counter() - _STARTED,
         "compile_seconds": None,
     }
     report = Report(console, facts)
     report.header(recipe, dataset, budget, notes)
     if options.profile is not None:
-        return profile(options, console, facts, backend, lambda on, g: Trainer(recipe, dataset, budget, on, compute, g))
+        return profile(
+            options, console, facts, setting, lambda on, g: Trainer(recipe, dataset, budget, on, setting.compute, g)
+        )
+    if options.until is not None:
+        return train_until(options, console, facts, setting, recipe, dataset)
     listener = Listener(report.on_step, report.on_epoch)
 
     exit_code = 0
     try:
-        trainer = Trainer(recipe, dataset, budget, backend, compute, graph)
+        trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
         # before any run: what writes finished runs must not depend on it
         facts["flops"] = count_flops(recipe, budget, dataset)
         if device.type == "cuda":
-            began = time.perf_counter()
-            trainer.run(options.seed, labels=random_labels(dataset))
-            torch.cuda.synchronize()
-            facts["compile_seconds"] = time.perf_counter() - began
+            facts["compile_seconds"] = trainer.warm_up(options.seed)
         for number in range(options.runs):
             seed = options.seed + number
             report.start_run(number + 1, options.runs, seed, budget)
@@ -150,20 +126,61 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return exit_code
 
 
+def train_until(
+    options: argparse.Namespace, console: Console, facts: dict, setting: Setting, recipe: Recipe, dataset: Dataset
+) -> int:
+    """Find the smallest budget that reaches --until; what was found is written after each budget."""
+    from training import until
+
+    tried: list[until.Trial] = []
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def train(epochs: float) -> until.Trial:
+        budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs)
+        trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
+        if setting.device.type == "cuda":
+            trainer.warm_up(options.seed)
+        results = [trainer.run(options.seed + number, validate=0) for number in range(options.runs)]
+        accuracy, seconds = (spread([getattr(r, k) for r in results]) for k in ("accuracy", "seconds"))
+        pflop = count_flops(recipe, budget, dataset)["total"] / 1e15
+        tried.append(until.Trial(epochs, budget.total_steps, accuracy, seconds, pflop))
+        write(None)
+        return tried[-1]
+
+    def write(smallest: until.Trial | None) -> None:
+        if options.json is not None:
+            found = {"target": options.until, "trials": [asdict(trial) for trial in tried]}
+            found["smallest"] = None if smallest is None else asdict(smallest)
+            write_json(options.json, {**facts, "until": found})
+
+    say(f"the smallest budget whose mean of {options.runs} run(s) reaches {options.until:.4f}")
+    smallest = until.search(options.until, options.epochs or recipe.epochs, train, say)
+    write(smallest)
+    if smallest is None:
+        most = max(trial.epochs for trial in tried)
+        raise UserError(
+            f"no budget up to {most:g} epochs reached {options.until:g}; lower --until, or begin at more --epochs"
+        )
+    say(f"smallest: {smallest.epochs:g} epochs, {smallest.seconds['mean']:.2f} s, {smallest.pflop:.4f} PFLOP")
+    return 0
+
+
 def profile(
     options: argparse.Namespace,
     console: Console,
     facts: dict,
-    backend: backends.Backend,
+    setting: Setting,
     make: Callable[[backends.Backend, bool], Trainer],
 ) -> int:
     """Profile the training step; make(backend, graph) makes a trainer of this configuration."""
     from training.profile import measure, report
 
-    graph, folder = facts["graph"], options.profile
+    backend, folder = setting.backend, options.profile
 
     def make_trainer(instrumented: bool, allow_graph: bool) -> Trainer:
-        return make(measure.instrumented(backend) if instrumented else backend, graph and allow_graph)
+        return make(measure.instrumented(backend) if instrumented else backend, setting.graph and allow_graph)
 
     def make_eager(instrumented: bool) -> Trainer:
         plain = backends.eager()
@@ -192,57 +209,23 @@ def customize(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     return replace(recipe, network=network)
 
 
-def describe_stem(recipe: Recipe, backend: str) -> str:
-    network = recipe.network
-    size = f"{network.whiten_kernel}x{network.whiten_kernel}"
-    if network.whiten_kernel is None:
-        stem = "stem without whitening"
-    elif not network.fused_stem:
-        stem = f"{size} 'same' stem as plain convolution"
-    else:
-        stem = f"{size} unpadded stem {'fused' if backend == 'fused' else 'in PyTorch'}"
-    return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
-
-
-def count_flops(recipe: Recipe, budget, dataset) -> dict:
-    from training.flops import run_flops
-
-    sizes = (len(dataset.train_images), len(dataset.test_images))
-    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
-    return asdict(flops) | {"total": flops.total}
-
-
-def random_labels(dataset):
-    """Labels that teach nothing, for the warm-up."""
-    generator = torch.Generator(dataset.device).manual_seed(0)
-    return torch.randint(len(dataset.classes), dataset.train_labels.shape, generator=generator, device=dataset.device)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description="Train a CIFAR-10 classifier from random weights.", allow_abbrev=False)
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="hlb", help="what to train (default: %(default)s)")
+    add("--recipe", choices=RECIPES, default="blink", help="what to train (default: %(default)s)")
     add("--list-recipes", action="store_true", help="print the recipes and stop")
     add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic")
-    add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
-    add(
-        "--graph",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="replay each step as a CUDA graph (auto: on a GPU)",
-    )
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times, with seeds from --seed on")
+    add("--until", type=fraction, metavar="A", help="find the smallest budget whose mean accuracy reaches A, as 0.94")
     add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")
     add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
     add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
     add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
     add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
     add("--seed", type=natural, default=0, metavar="S")
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
-    add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
+    add_setting_arguments(parser)
     add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
     add("--profile", type=Path, nargs="?", const=Path("runs/profile"), metavar="DIR",
         help="time one step by part instead of training; traces go to DIR (default: %(const)s)")  # fmt: skip
@@ -250,7 +233,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps is not None and options.epochs is not None:
         parser.error("--steps and --epochs both set the budget; give one of them")
+    for other in ("steps", "out", "profile"):
+        if options.until is not None and getattr(options, other) is not None:
+            parser.error(f"--until tries many budgets and cannot go with --{other}; leave one out")
     return options
+
+
+def fraction(text: str) -> float:
+    value = positive(float)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction as 0.94, not {text!r}")
+    return value
 
 
 def se_reduction(text: str) -> int | str:

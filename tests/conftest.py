@@ -44,3 +44,20 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def image_folder(tmp_path, monkeypatch):
+    """A folder of 40 training and 20 test images of 12x12, with a cache of its own."""
+    from PIL import Image
+
+    from training.data import synthetic
+
+    monkeypatch.setenv("BLINK_CACHE", str(tmp_path / "cache"))
+    images, labels, test_images, test_labels = synthetic.generate(40, 20)
+    for half, pixels, numbers in (("train", images, labels), ("test", test_images, test_labels)):
+        for i, (image, label) in enumerate(zip(pixels, numbers)):
+            folder = tmp_path / "images" / half / synthetic.CLASSES[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[8:20, 8:20]).save(folder / f"{i:04}.png")
+    return tmp_path / "images"

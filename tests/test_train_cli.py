@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import train
 
 ROOT = Path(train.__file__).resolve().parent
-QUICK = ["--steps", "2", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32"]
+QUICK = ["--recipe", "hlb", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32"]
 
 
 def make_tree(root, size=12, classes=4, images=8):
@@ -161,7 +161,7 @@ def test_deterministic_twice_gives_identical_losses_and_weights(shared, tree, tw
 
 def test_list_recipes_as_a_process(shared):
     done = process(shared, "--list-recipes")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("hlb: ")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("blink: ")
 
 
 @pytest.mark.parametrize("recipe", ["hlb", "air"])

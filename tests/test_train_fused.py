@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -19,19 +18,7 @@ from training.loop import Trainer, build_network, plan_budget
 from training.recipes import AIR, HLB, RECIPES, ParamGroup
 
 
-@pytest.fixture
-def image_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("BLINK_CACHE", str(tmp_path / "cache"))
-    images, labels, test_images, test_labels = synthetic.generate(40, 20)
-    for half, pixels, numbers in (("train", images, labels), ("test", test_images, test_labels)):
-        for i, (image, label) in enumerate(zip(pixels, numbers)):
-            folder = tmp_path / "images" / half / synthetic.CLASSES[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[8:20, 8:20]).save(folder / f"{i:04}.png")
-    return tmp_path / "images"
-
-
-@pytest.mark.parametrize(("recipe", "rate"), [("hlb", 10), ("air", 4)])
+@pytest.mark.parametrize(("recipe", "rate"), [("hlb", 10), ("air", 4), ("blink", 4)])
 def test_losses_agree_and_weights_move(image_folder, tmp_path, monkeypatch, recipe, rate):
     """Per-image losses to 1e-4 relative at every step, with weights that moved by more than 1e-3 relative."""
     # so few steps have no warm-up, and at the recipe's rate on tiny batches each multiplies any rounding by hundreds

@@ -1,16 +1,22 @@
-"""What the commands that train share: arguments, device, kernels, data, and a mistake's one line."""
+"""What the commands that train share: arguments, device, kernels, data, facts, and a mistake's one line."""
 
 import argparse
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kernels import environment
 from model import backend as backends
-from training import data
+from training import data, precision
+from training.allocator import keep_freed_memory
+from training.data.dataset import Dataset
 from training.errors import UserError
+from training.loop import Budget
+from training.recipes import Recipe
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +44,97 @@ def natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., not {text!r}")
     return int(text)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what and how a command trains, whatever the recipe."""
+
+    device: torch.device
+    backend: backends.Backend
+    compute: precision.Precision
+    graph: bool
+    deterministic: bool
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend.name == "fused" and self.device.type != "cuda"
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
+    add(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="replay each step as a CUDA graph (auto: on a GPU)",
+    )
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
+    add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
+
+
+def choose_setting(options: argparse.Namespace) -> Setting:
+    """What `add_setting_arguments` was given, made effective in this process. Raises UserError for what cannot be."""
+    device = choose_device(options.device)
+    backend = choose_backend(options.kernels, device)
+    interpreted = backend.name == "fused" and device.type != "cuda"
+    compute = precision.choose(options.dtype, device, interpreted)
+    if interpreted and compute.name == "bf16":
+        raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
+    graph = choose_graph(options.graph, device)
+    set_determinism(options.deterministic)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Setting(device, backend, compute, graph, options.deterministic)
+
+
+def describe_stem(recipe: Recipe, backend: str) -> str:
+    network = recipe.network
+    size = f"{network.whiten_kernel}x{network.whiten_kernel}"
+    if network.whiten_kernel is None:
+        stem = "stem without whitening"
+    elif not network.fused_stem:
+        stem = f"{size} 'same' stem as plain convolution"
+    else:
+        stem = f"{size} unpadded stem {'fused' if backend == 'fused' else 'in PyTorch'}"
+    return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
+
+
+def count_flops(recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
+    """FLOPs of a run by what they are spent on, and their total, ready for JSON."""
+    from training.flops import run_flops
+
+    sizes = (len(dataset.train_images), len(dataset.test_images))
+    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
+    return asdict(flops) | {"total": flops.total}
+
+
+def describe(setting: Setting, recipe: Recipe, dataset: Dataset, budget: Budget) -> dict:
+    """What a result must name besides its command and its seed, ready for JSON."""
+    return {
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "generated": dataset.generated,
+            "train": len(dataset.train_images),
+            "test": len(dataset.test_images),
+            "image_shape": dataset.image_shape,
+            "classes": len(dataset.classes),
+        },
+        "recipe": asdict(recipe),
+        "kernels": {
+            "name": setting.backend.name,
+            "interpreted": setting.interpreted,
+            "stem": describe_stem(recipe, setting.backend.name),
+        },
+        "dtype": setting.compute.name,
+        "graph": setting.graph,
+        "deterministic": setting.deterministic,
+        "budget": asdict(budget),
+        "environment": environment.describe(setting.device),
+    }
 
 
 def choose_device(name: str | None) -> torch.device:

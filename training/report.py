@@ -56,7 +56,8 @@ class Report:
         say(f"         fingerprint {dataset.fingerprint}")
         say(f"device   {environment['device']}, {self.facts['dtype']}")
         say(f"kernels  {kernels['name']}: {kernels['stem']}")
-        say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({budget.epochs} epochs)")
+        share = "" if recipe.keep == 1 else f" of {recipe.keep:.0%} of them"
+        say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({budget.epochs} epochs{share})")
         for note in notes:
             say(f"note     {note}", style="yellow")
 
@@ -129,6 +130,8 @@ class Report:
     def _evaluated_as(self) -> str:
         recipe = self.facts["recipe"]
         views = "mirrored and translated" if recipe["tta"] == "mirror+translate" else "mirrored"
+        if recipe["tta_fraction"] < 1:
+            views += " where least sure"
         return f"EMA, {views}" if recipe["ema_fraction"] else views
 
     def as_dict(self) -> dict:

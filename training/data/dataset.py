@@ -55,6 +55,23 @@ class Dataset:
             test_labels=self.test_labels[:count],
         )
 
+    def tuning_split(self, per_class: int = 500) -> "Dataset":
+        """A fixed stratified split of the training images: the first `per_class` of each class, in the fixed order, are
+        the test half (at most half of the class), the others are trained on. What is tuned on it never saw a test image.
+        """
+        held = torch.zeros_like(self.train_labels, dtype=torch.bool)
+        for label in range(len(self.classes)):
+            members = (self.train_labels == label).nonzero()[:, 0]
+            held[members[: min(per_class, len(members) // 2)]] = True
+        return replace(
+            self,
+            name=f"{self.name}, tuning split",
+            train_images=self.train_images[~held],
+            train_labels=self.train_labels[~held],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
+        )
+
 
 def fixed_order(count: int) -> np.ndarray:
     """The order every data set of `count` images is held in; it depends on nothing else.
