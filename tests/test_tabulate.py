@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_ablate import record
 from training import tabulate
 
 ROOT = Path(tabulate.__file__).resolve().parent.parent
@@ -49,7 +50,24 @@ def test_other_json_files_are_left_out(copy):
     assert tabulate.main(["--root", str(copy), "--check"]) == 0
 
 
+def test_runs_of_a_plan_become_its_table(copy):
+    lines = [json.dumps(record(name, seed, 0.9123, 10.0)) for name in ("air", "blink") for seed in (0, 1)]
+    (copy / "results" / "recipes-there.jsonl").write_text("\n".join(lines).replace('"plan": "p"', '"plan": "recipes"'))
+    assert tabulate.main(["--root", str(copy)]) == 0
+    for readme in (copy / "README.md", copy / "results" / "README.md"):
+        text = readme.read_text()
+        assert "91.23 +-0.00" in text and "10 training and 5 test images" in text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])
+def test_a_damaged_file_of_runs_is_named_in_one_line(copy, capsys, text):
+    (copy / "results" / "bad.jsonl").write_text(text)
+    assert tabulate.main(["--root", str(copy)]) == 2
+    err = capsys.readouterr().err
+    assert "bad.jsonl" in err and err.count("\n") == 1
+
+
 def test_a_readme_without_marks_is_refused(copy, capsys):
     (copy / "README.md").write_text("# nothing\n")
     assert tabulate.main(["--root", str(copy)]) == 2
-    assert "<!-- results -->" in capsys.readouterr().err
+    assert "<!-- record -->" in capsys.readouterr().err

@@ -1,16 +1,22 @@
 """`python -m training.tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
 
 Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
-table; other JSON files, such as a benchmark's, are left out. `--check` writes nothing and fails where a table is stale.
+table, JSON lines of `training.ablate` tables of their plans; other JSON files, such as a benchmark's, are left out.
+`--check` writes nothing and fails where a table is stale.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from training import compare, records
+from training.compare import table
 from training.errors import UserError
+from training.plans import PLANS
 from training.report import with_spread
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +38,13 @@ One step, by `train.py --profile`: its floor is the sum over its parts of the la
 copy rate and counted FLOPs over the measured matrix product rate; idle is the gaps between pieces of work. Against
 eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but eager's convolutions took no time.
 
+"""
+_PLANS = """
+# Plans
+
+Variants of a plan against its first one, by `python -m training.ablate`: interleaved, with the same seeds. "difference"
+is of accuracy, in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is
+half of a 95 % t interval of the mean, which one run does not have.
 """
 RUN_COLUMNS = ["run", "data", "recipe; kernels", "steps x batch", "n", "accuracy", "seconds", "machine", "commit"]
 PROFILE_COLUMNS = [
@@ -86,24 +99,41 @@ def profile_row(path: Path, content: dict, prefix: str) -> list[str]:
     ]
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = (columns, ["---"] * len(columns), *rows)
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def tables(folder: Path, prefix: str) -> tuple[str, str]:
     """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError."""
     runs, profiles = [], []
     for path in sorted(folder.glob("*.json")):
-        try:
+        with whole(path):
             content = json.loads(path.read_text())
             if "profile" in content:
                 profiles.append(profile_row(path, content, prefix))
             elif content.get("summary"):
                 runs.append(run_row(path, content, prefix))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not whole as train.py writes it ({error!r}); delete or remake it") from error
     return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
+
+
+def plan_tables(folder: Path) -> tuple[str, str]:
+    """(every plan's tables, the rows of the recipes against each other) of every file of JSON lines in `folder`."""
+    plans, rows = "", []
+    for path in sorted(folder.glob("*.jsonl")):
+        with whole(path):
+            for shared, group in compare.comparable(records.read(path)):
+                name = shared["plan"]
+                plan = PLANS[name]
+                plans += f"\n## {name}: {plan.summary}\n\n[{path.name}]({path.name}): "
+                plans += compare.markdown(shared, group, plan)
+                if name == "recipes":
+                    rows += compare.record_rows(shared, group, plan)
+    return plans, table(compare.RECORD_COLUMNS, rows)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Inside, a file that is not as a command of this project wrote it raises UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not whole as it was written ({error!r}); delete or remake it") from error
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -122,9 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
     folder, readme = options.root / "results", options.root / "README.md"
     try:
         runs, profiles = tables(folder, "")
-        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles}
+        plans, record = plan_tables(folder)
+        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
         near_runs, near_profiles = tables(folder, "results/")
-        wanted[readme] = fill(fill(readme.read_text(), "results", near_runs), "performance", near_profiles)
+        text = readme.read_text()
+        for name, content in (("record", record), ("results", near_runs), ("performance", near_profiles)):
+            text = fill(text, name, content)
+        wanted[readme] = text
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
         if options.check:
             for path in stale:

@@ -1,0 +1,230 @@
+"""Plans, the runs on file, what is compared with what, and the command itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from training import ablate, compare, records
+from training.errors import UserError
+from training.loop import plan_budget
+from training.plans import PLANS, Plan, narrowed, stretched
+from training.recipes import AIR, HLB, Resolution
+
+
+def record(variant, seed, accuracy, seconds=10.0, recipe=None, epochs=4, **changes):
+    return {
+        "plan": "p",
+        "variant": variant,
+        "seed": seed,
+        "width": 0.5,
+        "epochs_factor": 1.0,
+        "data": {"name": "d", "fingerprint": "f", "train": 10, "test": 5},
+        "environment": {"device": "cpu", "threads": 1, "torch": "2", "triton": "3"},
+        "kernels": {"name": "reference"},
+        "dtype": "fp32",
+        "graph": False,
+        "recipe": recipe or {"name": variant},
+        "budget": {"total_steps": epochs * 2, "steps_per_epoch": 2},
+        "flops": {"total": 2e12},
+        "accuracy": accuracy,
+        "seconds": seconds,
+        **changes,
+    }
+
+
+RUNS = [
+    record("base", 0, 0.80, 10.0),
+    record("other", 0, 0.84, 5.0),
+    record("base", 1, 0.82, 12.0),
+    record("other", 1, 0.83, 8.0),
+    record("other", 2, 0.99, 8.0),
+]
+ASKED = Plan("asked", {"base": AIR, "absent": AIR, "other": HLB})
+
+
+def test_differences_are_paired_by_seed():
+    other, base = RUNS[1], RUNS[0]
+    base, other = compare.compare([other, base, *RUNS[2:]], ASKED)
+    assert (base.variant, base.difference, base.ratio) == ("base", None, None)
+    assert other.accuracy["n"] == 3 and other.accuracy["mean"] == pytest.approx((0.84 + 0.83 + 0.99) / 3)
+    assert other.difference["n"] == 2 and other.difference["mean"] == pytest.approx((0.04 + 0.01) / 2)
+    # t(0.975, 1) = 12.7062, std of (0.04, 0.01) = 0.03 / sqrt 2
+    assert other.difference["ci95"] == pytest.approx(12.7062047 * 0.03 / 2)
+    assert other.ratio["mean"] == pytest.approx((10 / 5 + 12 / 8) / 2)
+    assert other.pflop == 0.002
+
+
+def test_only_runs_under_the_same_conditions_are_compared():
+    elsewhere = record("base", 0, 0.5, environment={"device": "gpu", "threads": 1, "torch": "2", "triton": "3"})
+    groups = compare.comparable([*RUNS, elsewhere, record("base", 0, 0.5, width=1.0)])
+    assert [len(group) for _, group in groups] == [5, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (record("base", 1, 0.5), "seed 1 of 'base' twice"),
+        (record("base", 5, 0.5, recipe={"name": "changed"}), "'base' are of two recipes"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(extra, message):
+    with pytest.raises(UserError, match=message):
+        compare.compare([*RUNS, extra], ASKED)
+
+
+def test_table_names_n_and_fits_80_columns():
+    (shared, group), *_ = compare.comparable(RUNS)
+    _, head, *lines = compare.lines(shared, group, ASKED)
+    assert head.startswith("n = 2 to 3; d f, 10 training and 5 test images; 0.5 x the channels")
+    assert all(len(line) <= 80 for line in lines)
+    assert "+2.50 +-19.06" in lines[2] and "1.75x" in lines[2]
+    assert "| other | 3 |" in compare.markdown(shared, group, ASKED)
+
+
+def test_equal_epochs_interpolates_between_rungs():
+    ladder = [record(f"off {e}", 0, 0.8 + e / 100, epochs=e) for e in (4, 6)]
+    plan = Plan("asked", {}, ladder=("with", ("off 4", "off 6")))
+
+    def footer(accuracy):
+        rows = compare.compare([*ladder, record("with", 0, accuracy)], plan)
+        return compare.footers(rows, plan)
+
+    assert footer(0.855) == [
+        "with: the accuracy of 4 epochs, for which 'off 4' takes 5.5 (linear interpolation of the means)"
+    ]
+    assert "outside" in footer(0.9)[0]
+    assert compare.footers(compare.compare(ladder, plan), plan) == []
+
+
+def test_lines_are_appended_and_a_damaged_one_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "runs.jsonl"
+    assert records.read(path) == []
+    for number in range(2):
+        records.append(path, {"n": number})
+    assert records.read(path) == [{"n": 0}, {"n": 1}]
+    path.write_text(path.read_text() + '{"n": ')
+    with pytest.raises(UserError, match=r"line 3 of .*runs\.jsonl is no run"):
+        records.read(path)
+    with pytest.raises(UserError, match="could not write"):
+        records.append(tmp_path / "missing" / "runs.jsonl", {})
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path):
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError):
+        full.write(b"x")
+    with pytest.raises(UserError, match=r"could not write /dev/full"):
+        records.append("/dev/full", {"n": 1})
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_variants_of_a_plan_differ_and_can_be_scaled(plan):
+    recipes = list(plan.variants.values())
+    assert len({str(recipe) for recipe in recipes}) == len(recipes) > 1
+    for recipe in recipes:
+        budget = plan_budget(stretched(narrowed(recipe, 0.25), 0.5), 50_000)
+        full = plan_budget(recipe, 50_000)
+        assert budget.total_steps == pytest.approx(full.total_steps / 2, abs=1)
+    if plan.ladder is not None:
+        assert {plan.ladder[0], *plan.ladder[1]} <= set(plan.variants)
+
+
+def test_narrowed_and_stretched():
+    recipe = stretched(narrowed(AIR, 0.3), 0.5)
+    assert [group.channels for group in recipe.network.groups] == [16, 80, 80]
+    assert recipe.epochs == 4 and [group.epochs for group in recipe.groups] == [1.5, None, None, None]
+    assert narrowed(HLB, 0.01).network.stem_channels == 8
+    assert narrowed(HLB, 1.0) == HLB and stretched(HLB, 1.0) == HLB
+
+
+def tiny(recipe):
+    """Small enough for a test, with every block that a plan's recipe may have."""
+    return replace(recipe, resolutions=(Resolution(0.5, 0.6),), keep=0.75)
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    made = Plan("what a test asks", {"first": tiny(AIR), "second": tiny(HLB)}, stem=True)
+    monkeypatch.setitem(PLANS, "test", made)
+    return made
+
+
+@pytest.fixture
+def call(plan, image_folder):
+    """Calls the command on the test's plan and images."""
+
+    def call(*arguments):
+        options = ["--data", image_folder, "--batch-size", "8", "--width", "0.1", "--epochs", "0.1"]
+        return ablate.main(["test", *map(str, (*options, "--kernels", "reference", *arguments))])
+
+    return call
+
+
+def test_a_plan_is_interleaved_written_run_by_run_and_gone_on_with(call, tmp_path, capsys):
+    path = tmp_path / "new" / "runs.jsonl"
+    assert call("--json", path, "--runs", "1") == 0
+    assert [(r["variant"], r["seed"]) for r in records.read(path)] == [("first", 0), ("second", 0)]
+    before = path.read_text()
+    assert call("--json", path, "--runs", "2") == 0
+    assert path.read_text().startswith(before)
+    runs = records.read(path)
+    assert [(r["variant"], r["seed"]) for r in runs[2:]] == [("first", 1), ("second", 1)]
+    for run in runs:
+        assert 0 <= run["accuracy"] <= 1 and run["seconds"] > 0 and run["flops"]["total"] > 0
+        assert run["stem"]["output"] == [11, 11] and run["stem"]["milliseconds"] > 0
+        assert run["recipe"]["network"]["groups"][0]["channels"] in (8, 16)
+    assert runs[0]["stem"]["macs"] == 11 * 11 * 12 * 24 and runs[1]["stem"]["macs"] == 11 * 11 * (12 * 12 + 12 * 8)
+    out = capsys.readouterr().out
+    assert "n = 2;" in out and "what a test asks" in out
+
+
+def test_runs_of_a_recipe_that_changed_are_not_gone_on_with(call, plan, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "runs.jsonl"
+    assert call("--json", path, "--only", "second") == 0
+    changed = replace(plan, variants={**plan.variants, "second": replace(plan.variants["second"], shift=1)})
+    monkeypatch.setitem(PLANS, "test", changed)
+    assert call("--json", path, "--only", "second", "--runs", "2") == 2
+    err = capsys.readouterr().err
+    assert "holds runs of 'second' from when its recipe was another" in err and err.count("\n") == 1
+    assert len(records.read(path)) == 1
+
+
+def test_no_run_begins_that_the_minutes_would_not_hold(call, tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    assert call("--json", path, "--runs", "3", "--minutes", "0.0001") == 0
+    assert "stopped before run" in capsys.readouterr().out and len(records.read(path)) < 6
+
+
+def test_tuning_split_is_what_is_tested_on(call, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert call("--json", path, "--only", "second", "--tuning-split") == 0
+    (run,) = records.read(path)
+    assert "tuning split" in run["data"]["name"] and run["variant"] == "second"
+    assert run["data"]["train"] + run["data"]["test"] == 40 and run["data"]["test"] <= 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "third"], "no variant 'third'; it has 'first', 'second'"),
+        (["--json", "/dev/null/x"], "could not make the folder /dev/null"),
+        (["--data", "nowhere"], "there is no nowhere"),
+        (["--kernels", "compiled", "--graph", "on", "--device", "cpu"], "--graph on needs a GPU"),
+    ],
+)
+def test_mistakes_are_one_line(call, capsys, arguments, message):
+    assert call(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_without_a_plan_the_plans_are_listed(capsys):
+    assert ablate.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: " in out for name in PLANS)
+
+
+def test_records_are_json_lines(call, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    call("--json", path, "--only", "first")
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())
