@@ -156,7 +156,11 @@ def train_until(
             write_json(options.json, {**facts, "until": found})
 
     say(f"the smallest budget whose mean of {options.runs} run(s) reaches {options.until:.4f}")
-    smallest = until.search(options.until, options.epochs or recipe.epochs, train, say)
+    try:
+        smallest = until.search(options.until, options.epochs or recipe.epochs, train, say)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     write(smallest)
     if smallest is None:
         most = max(trial.epochs for trial in tried)

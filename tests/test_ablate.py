@@ -24,6 +24,7 @@ def record(variant, seed, accuracy, seconds=10.0, recipe=None, epochs=4, **chang
         "kernels": {"name": "reference"},
         "dtype": "fp32",
         "graph": False,
+        "deterministic": False,
         "recipe": recipe or {"name": variant},
         "budget": {"total_steps": epochs * 2, "steps_per_epoch": 2},
         "flops": {"total": 2e12},
@@ -65,7 +66,7 @@ def test_only_runs_under_the_same_conditions_are_compared():
     ("extra", "message"),
     [
         (record("base", 1, 0.5), "seed 1 of 'base' twice"),
-        (record("base", 5, 0.5, recipe={"name": "changed"}), "'base' are of two recipes"),
+        (record("base", 5, 0.5, recipe={"name": "changed"}), "'base' are of two recipes or budgets"),
     ],
 )
 def test_runs_that_do_not_belong_together_are_refused(extra, message):
@@ -185,7 +186,7 @@ def test_runs_of_a_recipe_that_changed_are_not_gone_on_with(call, plan, tmp_path
     monkeypatch.setitem(PLANS, "test", changed)
     assert call("--json", path, "--only", "second", "--runs", "2") == 2
     err = capsys.readouterr().err
-    assert "holds runs of 'second' from when its recipe was another" in err and err.count("\n") == 1
+    assert "holds runs of 'second' with another recipe or budget" in err and err.count("\n") == 1
     assert len(records.read(path)) == 1
 
 

@@ -22,7 +22,7 @@ from training import precision
 from training.errors import UserError
 from training.loop import Budget, check_finite, plan_budget
 from training.optimizer import Optimizer, WeightAverage, group_parameters
-from training.recipes import AIR, HLB, ParamGroup, Schedule
+from training.recipes import AIR, HLB, ParamGroup, Resolution, Schedule, freezing, gated
 from training.report import spread, write_json
 
 ROOT = Path(convolution.__file__).resolve().parent.parent
@@ -92,6 +92,32 @@ def test_hlb_optimizer_has_the_published_rates(batch_size):
 def names_of(network, recipe):
     names = {id(p): name for name, p in network.named_parameters()}
     return [{names[id(p)] for p in members} for members in group_parameters(network, recipe.groups)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(keep=0.0), "keep is a fraction above 0"),
+        (dict(tta_fraction=1.1), "tta_fraction is a fraction"),
+        (dict(resolutions=(Resolution(0.5, 0.5), Resolution(0.5, 0.75))), "rising ends"),
+        (dict(resolutions=(Resolution(0.5, 0.0),)), "scales up to 1"),
+    ],
+)
+def test_impossible_recipes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(AIR, **changes)
+
+
+def test_groups_of_gates_and_of_single_layers():
+    gates = ParamGroup("gates", "sgd", 0.1, 0.9)
+    config = replace(AIR.network, groups=tuple(Group(8, depth=1, residual=False) for _ in range(3)), se_reduction=4)
+    recipe = gated(freezing(replace(AIR, network=config), 1, 2), 4, (0, 2), gates)
+    own, filters1, biases1, *_ = names_of(tiny_network(config=recipe.network), recipe)
+    assert own == {f"groups.{i}.se.fc{j}.{kind}" for i in (0, 2) for j in (1, 2) for kind in ("weight", "bias")}
+    assert {frozenset(filters1), frozenset(biases1)} == {
+        frozenset({"groups.1.conv1.weight", "groups.1.conv2.weight"}),
+        frozenset({"groups.1.norm1.bias", "groups.1.norm2.bias"}),
+    }
 
 
 def test_every_trained_parameter_is_in_exactly_one_group():

@@ -99,6 +99,7 @@ class Runner:
         self._options, self._setting, self._dataset, self._stem = options, setting, dataset, stem
         self._trainers: dict[str, Trainer] = {}
         self._stems: dict[str, dict] = {}
+        self._flops: dict[str, dict] = {}
 
     def _scaled(self, recipe: Recipe) -> Recipe:
         return stretched(narrowed(recipe, self._options.width), self._options.epochs)
@@ -134,13 +135,15 @@ class Runner:
 
             shape = stem.shape_of(trainer.network, dataset.image_shape[1:])
             self._stems[name] = shape | {"milliseconds": stem.milliseconds(trainer)}
+        if name not in self._flops:
+            self._flops[name] = count_flops(recipe, budget, dataset)
         result = trainer.run(seed, validate=0)
         record = {
             "accuracy": result.accuracy,
             "seconds": result.seconds,
             "images_per_second": result.images_per_second,
             "epoch_losses": [row.train_loss for row in result.epochs],
-            "flops": count_flops(recipe, budget, dataset),
+            "flops": self._flops[name],
         }
         return record | ({"stem": self._stems[name]} if self._stem else {})
 
@@ -152,9 +155,9 @@ def same_run(record: dict, old: dict, path: Path) -> bool:
     """
     if record["variant"] != old["variant"] or compare.conditions(record) != compare.conditions(old):
         return False
-    if record["recipe"] != old["recipe"]:
+    if not compare.same_recipe(record, old):
         raise UserError(
-            f"{path} holds runs of {record['variant']!r} from when its recipe was another; name another --json"
+            f"{path} holds runs of {record['variant']!r} with another recipe or budget; name another --json"
         )
     return record["seed"] == old["seed"]
 

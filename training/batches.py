@@ -33,9 +33,10 @@ class Batches:
     "random", "alternating" (each image at random the first time, then mirrored every other time) or "none"; cutout:
     side of a square that is set to the pixel mean, its centre anywhere in the image, 0: none; jitter: most deviation
     of contrast and of brightness; sizes: other heights and widths that batches are taken at, shift and cutout shrinking
-    with them.
-    keep: the fraction of the images that an epoch takes, those with the largest losses in the one before (`hardness`)
-    and those that sat it out. The partial last batch of an epoch is dropped.
+    with them; keep: the fraction of the images that an epoch takes, those that sat out the one before and those with
+    the largest losses in it. The partial last batch of an epoch is dropped.
+
+    hardness [N] float32: each image's loss in this epoch, which the training step writes; None where all are kept.
     """
 
     def __init__(
@@ -59,7 +60,6 @@ class Batches:
         self.labels = labels.clone()
         self._kept = max(1, round(keep * n))
         self.steps = self._kept // batch_size
-        # [N] float32: each image's last loss; without filtering nobody needs it
         self.hardness = torch.empty(n, device=device) if self._kept < n else None
         self._limits = min(shift, height - 1), min(shift, width - 1)
         self._flip = flip
@@ -123,6 +123,8 @@ class Batches:
         cutout_size = self.cutout_size
         if size != self.size:
             scale = size[0] / self.size[0]
-            shift, cutout = (t if t is None else (t * scale).round().long() for t in (shift, cutout))
+            most = min(size) - 1
+            shift = (shift * scale).round().clamp(-most, most).long()
+            cutout = None if cutout is None else (cutout * scale).round().long()
             cutout_size = round(cutout_size * scale)
         return Gather(index, shift, flip, jitter, cutout, cutout_size), self.labels.index_select(0, index)

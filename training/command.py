@@ -55,6 +55,7 @@ class Setting:
     compute: precision.Precision
     graph: bool
     deterministic: bool
+    environment: dict
 
     @property
     def interpreted(self) -> bool:
@@ -87,7 +88,7 @@ def choose_setting(options: argparse.Namespace) -> Setting:
     set_determinism(options.deterministic)
     if device.type == "cpu":
         keep_freed_memory()
-    return Setting(device, backend, compute, graph, options.deterministic)
+    return Setting(device, backend, compute, graph, options.deterministic, environment.describe(device))
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:
@@ -133,7 +134,7 @@ def describe(setting: Setting, recipe: Recipe, dataset: Dataset, budget: Budget)
         "graph": setting.graph,
         "deterministic": setting.deterministic,
         "budget": asdict(budget),
-        "environment": environment.describe(setting.device),
+        "environment": setting.environment,
     }
 
 

@@ -40,8 +40,14 @@ def conditions(record: dict) -> dict:
         "kernels": record["kernels"]["name"],
         "dtype": record["dtype"],
         "graph": record["graph"],
+        "deterministic": record["deterministic"],
         **machine,
     }
+
+
+def same_recipe(a: dict, b: dict) -> bool:
+    """Whether two runs trained the same recipe for as many steps."""
+    return a["recipe"] == b["recipe"] and a["budget"] == b["budget"]
 
 
 def comparable(records: Iterable[dict]) -> list[tuple[dict, list[dict]]]:
@@ -64,8 +70,8 @@ def compare(records: list[dict], plan: Plan) -> list[Row]:
         seen = runs.setdefault(name, {})
         if seed in seen:
             raise UserError(f"the runs hold seed {seed} of {name!r} twice; keep one")
-        if seen and next(iter(seen.values()))["recipe"] != record["recipe"]:
-            raise UserError(f"the runs of {name!r} are of two recipes; keep those of one")
+        if seen and not same_recipe(next(iter(seen.values())), record):
+            raise UserError(f"the runs of {name!r} are of two recipes or budgets; keep those of one")
         seen[seed] = record
     runs = {name: seen for name, seen in runs.items() if seen}
     baseline = next(iter(runs.values()))

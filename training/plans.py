@@ -96,6 +96,7 @@ _BLINK = Plan(
         "all images augmented": replace(BLINK, tta_fraction=1.0),
         "no augmented test": replace(BLINK, tta="mirror", tta_fraction=0.0),
         "random flip": replace(BLINK, flip="random"),
+        "translation of air": replace(BLINK, shift=2),
         "no translation": replace(BLINK, shift=0),
         "no label smoothing": replace(BLINK, label_smoothing=0.0),
         "no Dirac start": with_network(BLINK, dirac=False),

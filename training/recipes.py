@@ -1,6 +1,7 @@
 """Recipes: everything that defines a training besides the data, as frozen data. A new one states what differs."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from model.network import Group, NetworkConfig
@@ -92,6 +93,15 @@ class Recipe:
     ema_every: int = 2
     centered_whitening: bool = True
     whiten_images: int | None = None
+
+    def __post_init__(self):
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a fraction above 0, not {self.keep}")
+        if not 0 <= self.tta_fraction <= 1:
+            raise ValueError(f"tta_fraction is a fraction, not {self.tta_fraction}")
+        ends = [0.0, *(resolution.until for resolution in self.resolutions)]
+        if any(a >= b for a, b in pairwise(ends)) or any(not 0 < r.scale <= 1 for r in self.resolutions):
+            raise ValueError(f"resolutions have rising ends and scales up to 1, unlike {self.resolutions}")
 
     def image_size(self, step: int, total_steps: int, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the images at step 0, 1, ... of total_steps, where those of the data set are `size`."""
@@ -198,6 +208,7 @@ BLINK = freezing(
         summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
         epochs=8.5,
         batch_size=1000,
+        shift=3,
         keep=0.8,
         resolutions=(Resolution(0.25, 0.75),),
         tta_fraction=0.25,
