@@ -98,6 +98,31 @@ def test_equal_epochs_interpolates_between_rungs():
     assert compare.footers(compare.compare(ladder, plan), plan) == []
 
 
+def test_claims_stand_beside_what_is_measured():
+    def stem(features, side, macs, milliseconds):
+        return {
+            "features": features,
+            "channels": 32,
+            "output": [side, side],
+            "macs": macs,
+            "milliseconds": milliseconds,
+        }
+
+    runs = [
+        record("base", 0, 0.80, 10.0, stem=stem(27, 32, 1000, 4.0)),
+        record("other", 0, 0.79, 8.5, stem=stem(12, 31, 250, 3.0)),
+    ]
+    plan = Plan("asked", ASKED.variants, stems=("base", "other"))
+    said = compare.footers(compare.compare(runs, plan), plan)
+    assert "- 27 -> 12 features: 27 -> 12" in said
+    assert any("0.25x the stem's multiply-adds, 0.75x its time" in line for line in said)
+    assert any("1024 -> 961, 0.94x" in line for line in said)
+    assert any("1.5 s of 10.0 s, 15.0 %" in line for line in said) and "here -1.00 points" in said[-1]
+    assert all(len(line) <= 80 for line in compare.lines(*compare.comparable(runs)[0], plan)[2:]), said
+    text = compare.markdown(*compare.comparable(runs)[0], plan)
+    assert "| other | 12 | 32 | 31x31 | 0 | 3.00 | 0.75x |" in text and "- 27 -> 12" in text
+
+
 def test_lines_are_appended_and_a_damaged_one_is_named(tmp_path, monkeypatch):
     path = tmp_path / "runs.jsonl"
     assert records.read(path) == []
@@ -145,7 +170,7 @@ def tiny(recipe):
 
 @pytest.fixture
 def plan(monkeypatch):
-    made = Plan("what a test asks", {"first": tiny(AIR), "second": tiny(HLB)}, stem=True)
+    made = Plan("what a test asks", {"first": tiny(AIR), "second": tiny(HLB)}, stems=("first", "second"))
     monkeypatch.setitem(PLANS, "test", made)
     return made
 

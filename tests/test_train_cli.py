@@ -191,6 +191,19 @@ def test_air_says_what_its_accuracy_is_of(shared, tree, capsys):
     assert all(0 <= row["train_accuracy"] <= 1 for row in run["epochs"])
 
 
+def test_blink_is_the_default_and_says_what_it_leaves_out(shared, tree, capsys):
+    target = shared / "blink.json"
+    options = ("--steps", "9", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32", "--json", target)
+    code, out, err = inside(capsys, "--data", tree, *options)
+    assert (code, err) == (0, "")
+    words = " ".join(out.split())
+    assert "Blink: blink on" in words and "(3 epochs of 80% of them)" in words
+    assert "(mirrored and translated where least sure, 32 images)" in words
+    content = json.loads(target.read_text())
+    assert content["budget"] == {"batch_size": 8, "steps_per_epoch": 3, "total_steps": 9}
+    assert content["recipe"]["resolutions"] == [{"until": 0.25, "scale": 0.75}]
+
+
 def test_compiled_reference_trains_as_eager_does(shared, tree, capsys):
     losses = {}
     for kernels in ("compiled", "reference"):

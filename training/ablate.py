@@ -67,7 +67,7 @@ def run(options: Namespace, console: Console) -> int:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     say(f"{options.plan}: {plan.summary}")
-    runner = Runner(options, setting, dataset, plan.stem)
+    runner = Runner(options, setting, dataset, plan.stems is not None)
     queue = [(seed, name) for seed in range(options.seed, options.seed + options.runs) for name in chosen]
     longest = 0.0
     for number, (seed, name) in enumerate(queue, 1):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from training.errors import UserError
 from training.plans import Plan
@@ -105,7 +106,7 @@ def _share(value: dict | None, signed: bool = False) -> str:
 
 
 COLUMNS = ("variant", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
-STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC an image", "stem ms", "of baseline")
+STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -163,15 +164,11 @@ def equal_epochs(rows: list[Row], name: str, ladder: list[str]) -> float | None:
     return None
 
 
-def footers(rows: list[Row], plan: Plan) -> list[str]:
-    """What a plan says below its table."""
-    if plan.ladder is None:
-        return []
-    name, rungs = plan.ladder
+def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[str]:
     row = next((row for row in rows if row.variant == name), None)
-    needed = equal_epochs(rows, name, list(rungs))
     if row is None:
         return []
+    needed = equal_epochs(rows, name, list(rungs))
     if needed is None:
         return [f"{name}: its accuracy lies outside that of {', '.join(rungs)}, so no equal budget can be named"]
     return [
@@ -180,18 +177,44 @@ def footers(rows: list[Row], plan: Plan) -> list[str]:
     ]
 
 
+def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
+    """What hlb-CIFAR10's author said of the change, and what was measured here."""
+    by_name = {row.variant: row for row in rows}
+    if before not in by_name or after not in by_name:
+        return []
+    old, new = by_name[before], by_name[after]
+    pixels = [prod(row.stem["output"]) for row in (old, new)]
+    seconds, saved = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
+    lost = "" if new.difference is None else f", here {_share(new.difference, signed=True)} points"
+    return [
+        f"claimed of {before} -> {after}, beside what is measured here:",
+        f"- 27 -> 12 features: {old.stem['features']} -> {new.stem['features']}",
+        f"- 4/9 of the kernel's cost: {new.stem['macs'] / old.stem['macs']:.2f}x the stem's multiply-adds, "
+        f"{new.stem['milliseconds'] / old.stem['milliseconds']:.2f}x its time",
+        f"- fewer pixels: {pixels[0]} -> {pixels[1]}, {pixels[1] / pixels[0]:.2f}x",
+        f"- over a second saved of about ten: {saved:.1f} s of {seconds:.1f} s, {100 * saved / seconds:.1f} %",
+        f"- accuracy lost, which squeeze-and-excite pays back{lost}",
+    ]
+
+
+def footers(rows: list[Row], plan: Plan) -> list[str]:
+    """What a plan says below its table."""
+    out = _stem_claims(rows, *plan.stems) if plan.stems else []
+    return out + (_epochs_saved(rows, *plan.ladder) if plan.ladder else [])
+
+
 def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
     """One comparable group as text of at most 80 columns but for its heading."""
     rows = compare(records, plan)
-    sizes = (22, 3, 13, 13, 8, 6, 7)
 
-    def line(values: Iterable[str]) -> str:
-        first, *rest = (f"{value:>{size}}" for value, size in zip(values, sizes))
-        return " ".join((f"{first.strip():<{sizes[0]}}", *rest))
+    def line(values: Iterable[str], sizes: tuple[int, ...] = (3, 13, 13, 8, 6, 7)) -> str:
+        first, *rest = values
+        return " ".join((f"{first:<22}", *(f"{value:>{size}}" for value, size in zip(rest, sizes))))
 
     out = ["", heading(shared, rows), line(COLUMNS), *(line(cells(row)) for row in rows)]
-    if plan.stem:
-        out += ["", line(STEM_COLUMNS), *(line(stem_cells(row, rows[0])) for row in rows)]
+    if plan.stems:
+        sizes = tuple(max(8, len(name)) for name in STEM_COLUMNS[1:])
+        out += ["", *(line(c, sizes) for c in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
     return out + footers(rows, plan)
 
 
@@ -199,9 +222,9 @@ def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
     """The same as Markdown tables under their heading."""
     rows = compare(records, plan)
     out = f"{heading(shared, rows)}\n\n{table(COLUMNS, [cells(row) for row in rows])}"
-    if plan.stem:
+    if plan.stems:
         out += f"\n{table(STEM_COLUMNS, [stem_cells(row, rows[0]) for row in rows])}"
-    return out + "".join(f"\n{line}\n" for line in footers(rows, plan))
+    return out + "".join(f"\n{line}" for line in footers(rows, plan)) + ("\n" if footers(rows, plan) else "")
 
 
 RECORD_COLUMNS = ("recipe", "data", "machine", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
