@@ -69,6 +69,11 @@ def kind(*tensors: Tensor) -> tuple:
     return (*(t.dtype for t in tensors), all(t.data_ptr() % 16 == 0 for t in tensors))
 
 
+def rates_at(lr: Tensor, indices: Sequence[int]) -> tuple[int, ...]:
+    """Where in `lr`, of one element or of one for each tensor of the whole list, the rates of these tensors are."""
+    return tuple(indices) if lr.numel() > 1 else (0,) * len(indices)
+
+
 def running_sums(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
     """(where each entry begins, the total)"""
     starts, total = [], 0
@@ -105,10 +110,14 @@ def check_updates(
     if not params:
         raise ValueError(f"{op}: params is empty; expected at least one tensor")
     if not isinstance(lr, Tensor):
-        raise TypeError(f"{op}: lr must be a float32 tensor of one element on the parameters' device, found {lr!r}")
+        raise TypeError(
+            f"{op}: lr must be a float32 tensor on the parameters' device, of one element or one for each, found {lr!r}"
+        )
     _checks.dtype(op, "lr", lr, (torch.float32,))
-    if lr.numel() != 1:
-        raise ValueError(f"{op}: lr must have one element, found {list(lr.shape)}")
+    if lr.numel() != 1 and lr.shape != (len(params),):
+        raise ValueError(f"{op}: lr must have one element, or one for each of {len(params)}, found {list(lr.shape)}")
+    if not is_dense(lr):
+        raise ValueError(f"{op}: lr must be dense memory, found strides {list(lr.stride())}")
     for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers)):
         if param.numel() == 0:
             raise ValueError(f"{op}: params[{i}] is empty: {list(param.shape)}")

@@ -207,7 +207,7 @@ def _finish_kernel(
     outs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
     R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
-    UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
+    LR_AT: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]; UPDATE: outs are weights, and become weights * shrink - lr * U."""
@@ -239,7 +239,7 @@ def _finish_kernel(
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     at = row[:, None] * cols + col[None, :]
     if UPDATE:
-        lr = tl.load(lr_ptr)
+        lr = tl.load(lr_ptr + select_int(LR_AT, matrix))
         shrink = 1.0 - lr * weight_decay
         if RENORMALIZE:
             norm = tl.sqrt(_sum_of(p_sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
@@ -308,11 +308,13 @@ class Batch:
         """outs = Q X."""
         self._finish(outs, q, self._shapes, TRANSPOSED=self._transposed)
 
-    def update(self, params: Tensors, q: Tensor, lr: Tensor, weight_decay: float, renormalize: bool) -> None:
-        """params = params * shrink - lr * Q X."""
+    def update(
+        self, params: Tensors, q: Tensor, lr: Tensor, lr_at: tuple[int, ...], weight_decay: float, renormalize: bool
+    ) -> None:
+        """params = params * shrink - lr * Q X, each weight's rate being lr[lr_at]."""
         self._finish(
             params, q, self._shapes, lr, weight_decay,
-            TRANSPOSED=self._transposed, UPDATE=True, RENORMALIZE=renormalize,
+            TRANSPOSED=self._transposed, UPDATE=True, RENORMALIZE=renormalize, LR_AT=lr_at,
         )  # fmt: skip
 
     def _gram(self) -> Tensor:
@@ -355,12 +357,12 @@ class Batch:
 
     def _finish(
         self, outs: Tensors, q: Tensor, shapes: dict, lr: Tensor | None = None, weight_decay: float = 0.0, *,
-        UPDATE: bool = False, RENORMALIZE: bool = False, **constexprs,
+        UPDATE: bool = False, RENORMALIZE: bool = False, LR_AT: tuple[int, ...] = (0,), **constexprs,
     ) -> None:  # fmt: skip
         launch(
             _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
             q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
-            RENORMALIZE=RENORMALIZE, SPLIT=not self._full, BLOCK_K=16 if self._full else 32,
+            RENORMALIZE=RENORMALIZE, LR_AT=LR_AT, SPLIT=not self._full, BLOCK_K=16 if self._full else 32,
             num_warps=4 if self._full else 8, **shapes, **self._sizes, **self._padded, **self._x_at, **self._r_at,
             **self._n, **self._n_at, **constexprs,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._launch import opaque_op
-from ._multi_tensor import FloatList, TensorList, check_updates, groups, kind, layout_of
+from ._multi_tensor import FloatList, TensorList, check_updates, groups, kind, layout_of, rates_at
 from ._newton_schulz import Batch
 from .newton_schulz import check_iteration
 
@@ -41,7 +41,8 @@ def _step(
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         batch = Batch([_matrix_shape(t) for t in p], lr.device, eps, dtype)
         batch.gather(g, buffer, p if renormalize else None, momentum)
-        batch.update(p, batch.iterate(steps, coefficients), lr, weight_decay, renormalize)
+        q = batch.iterate(steps, coefficients)
+        batch.update(p, q, lr, rates_at(lr, indices), weight_decay, renormalize)
 
 
 @_step.register_fake
@@ -73,7 +74,8 @@ def muon(
     parameter's first.
     momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
     step.
-    lr: one float32 element on the parameters' device, read by the kernels, so that a captured CUDA graph follows it.
+    lr: float32 on the parameters' device, one element or [len(params)], one for each; read by the kernels, so that a
+    captured CUDA graph follows it.
     weight_decay: decoupled. renormalize: first bring each weight to the Frobenius norm sqrt(O); zeros stay zeros.
     steps, coefficients, eps, dtype: see `newton_schulz`.
     Computes buf = momentum * buf + grad, g = grad + momentum * buf, U = newton_schulz(g),

@@ -200,7 +200,10 @@ def sgd_nesterov(
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, g)
         torch._foreach_add_(g, velocity, alpha=momentum)
-        torch._foreach_mul_(g, lr.reshape(()))
+        if lr.numel() == 1:
+            torch._foreach_mul_(g, lr.reshape(()))
+        else:
+            torch._foreach_mul_(g, list(lr.unbind()))
         torch._foreach_sub_(p, g)
         torch._foreach_copy_(params, p)
         torch._foreach_copy_(momentum_buffers, velocity)
@@ -245,7 +248,7 @@ def muon(
 ) -> None:
     """One Muon step, computed in float32 at least but for the iteration: see `kernels.muon`."""
     with torch.no_grad():
-        for param, grad, buffer in zip(params, grads, momentum_buffers):
+        for param, grad, buffer, rate in zip(params, grads, momentum_buffers, lr.reshape(-1).expand(len(params))):
             p, g = _at_least_fp32(param), _at_least_fp32(grad)
             velocity = momentum * buffer + g
             g = (g + momentum * velocity).flatten(1)
@@ -253,5 +256,5 @@ def muon(
             if renormalize:
                 norm = p.norm()
                 p = p * (p.shape[0] ** 0.5 / torch.where(norm == 0, 1, norm))
-            param.copy_(p * (1 - lr.reshape(()) * weight_decay) - lr.reshape(()) * update.view(p.shape))
+            param.copy_(p * (1 - rate * weight_decay) - rate * update.view(p.shape))
             buffer.copy_(velocity)

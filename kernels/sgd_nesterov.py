@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, opaque_op
-from ._multi_tensor import TensorList, check_updates, groups, kind, owner_of, running_sums, select, select_int
+from ._multi_tensor import TensorList, check_updates, groups, kind, owner_of, rates_at, running_sums, select, select_int
 
 _BLOCK = 2048
 
@@ -19,7 +19,7 @@ _BLOCK = 2048
 @triton.jit
 def _update_kernel(
     params, grads, buffers, lr_ptr, momentum, weight_decay,
-    FIRST: tl.constexpr, SIZES: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program updates BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
     program = tl.program_id(0)
@@ -32,7 +32,7 @@ def _update_kernel(
         select(buffers, index) + start,
     )
     at = tl.arange(0, BLOCK)
-    lr = tl.load(lr_ptr)
+    lr = tl.load(lr_ptr + select_int(LR_AT, index))
     # a mask of any length would cost the 16-byte accesses: only a tensor's last program has one
     if left >= BLOCK:
         p = tl.load(p_ptr + at).to(tl.float32)
@@ -64,7 +64,7 @@ def _step(
         first, programs = running_sums([triton.cdiv(size, _BLOCK) for size in sizes])
         launch(
             _update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay,
-            FIRST=first, SIZES=sizes, BLOCK=_BLOCK,
+            FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, indices), BLOCK=_BLOCK,
         )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def sgd_nesterov(
     parameter's first.
     momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
     step.
-    lr: one float32 element on the parameters' device, read by the kernels, so that a captured CUDA graph follows it.
+    lr: float32 on the parameters' device, one element or [len(params)], one for each; read by the kernels, so that a
+    captured CUDA graph follows it.
     With g = grad + weight_decay * p:  buf = momentum * buf + g,  p -= lr * (g + momentum * buf).
     Arithmetic is float32, each result rounded once. Tensors of equal dtypes share a launch, 16 at a time.
     Deterministic. Not differentiable.

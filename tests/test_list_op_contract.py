@@ -147,11 +147,13 @@ def test_lists_that_do_not_match_are_refused(case):
 
 
 @every_update
-def test_a_rate_that_is_no_device_scalar_is_refused(case):
+def test_rates_that_are_not_on_the_device_one_or_one_for_each_are_refused(case):
     tensors = case.make(DEVICE, torch.float32)
+    count = len(tensors["params"])
     for lr, error, message in (
-        (0.1, TypeError, "lr must be a float32 tensor of one element"),
-        (torch.ones(2, device=DEVICE), ValueError, "lr must have one element"),
+        (0.1, TypeError, "lr must be a float32 tensor on the parameters' device"),
+        (torch.ones(9, device=DEVICE), ValueError, "lr must have one element, or one for each of"),
+        (torch.ones(2 * count, device=DEVICE)[::2], ValueError, "lr must be dense memory"),
         (torch.ones(1, device=DEVICE).half(), TypeError, "lr must be float32"),
     ):
         with pytest.raises(error, match=message):

@@ -17,7 +17,7 @@ TOLERANCES = {dtype: 0.5 * ITERATION[dtype] + 0.51 * torch.finfo(dtype).eps for 
 CASES = [
     # channels_last, padded both ways; a matrix; taller than wide; of one element
     muon([(12, 5, 3, 3), (40, 7), (30, 2, 3, 1), (1, 1)]),
-    muon([(70, 3, 3, 3), (7, 24, 1, 1)], weight_decay=0.2, renormalize=False, buffer_dtype=torch.float32),
+    muon([(70, 3, 3, 3), (7, 24, 1, 1)], weight_decay=0.2, renormalize=False, buffer_dtype=torch.float32, rates=True),
 ]
 
 

@@ -18,7 +18,7 @@ CASES = [
     sgd_nesterov([(33, 7), (12, 5, 3, 3), (2047,), (2048,), (2049,), (1, 1, 1, 1)]),
     sgd_nesterov([(64, 32), (4, 8, 3, 3), (10,)], weight_decay=0.0, buffer_dtype=torch.float32),
     # more than one launch takes
-    sgd_nesterov([(size, 3) for size in range(1, 20)]),
+    sgd_nesterov([(size, 3) for size in range(1, 20)], rates=True),
 ]
 
 

@@ -150,6 +150,37 @@ def test_a_group_stops_after_its_epochs_and_its_rate_reaches_0_there():
     assert network.stem.bias.requires_grad and not network.stem.whiten.weight.requires_grad
 
 
+def test_groups_that_differ_in_their_rates_only_are_one_call():
+    """Each call gets every parameter's own gradient, buffer and rate, before and after a group has ended."""
+    recipe = freezing(AIR, 0, 4)
+    network = tiny_network(config=AIR.network)
+    seen = []
+
+    def rule(name):
+        return lambda ps, gs, bs, lr, **options: seen.append((name, ps, gs, bs, lr, options))
+
+    optimizer = Optimizer(
+        network, recipe, 10, 20, 160, replace(reference(), sgd_nesterov=rule("sgd"), muon=rule("muon"))
+    )
+    for step, calls, still in ((0, 3, 14), (70, 3, 13), (100, 3, 9)):
+        active = optimizer.active(step)
+        params = optimizer.parameters(active)
+        grads = [torch.full_like(p, float(i)) for i, p in enumerate(params)]
+        seen.clear()
+        optimizer.update(grads, active, torch.tensor([step]))
+        assert len(seen) == calls and sum(len(ps) for _, ps, *_ in seen) == len(params) == still
+        own = {id(p): (i, g) for i in active for p, g in zip(optimizer.params[i], optimizer.buffers[i])}
+        for name, ps, gs, bs, lr, options in seen:
+            assert len(ps) == len(gs) == len(bs) == len(lr) and lr.is_contiguous()
+            for p, g, b, rate in zip(ps, gs, bs, lr):
+                index = next(i for i, other in enumerate(params) if other is p)
+                group = optimizer.groups[own[id(p)][0]]
+                assert g.flatten()[0] == index and b is own[id(p)][1]
+                assert rate == optimizer.rates[step, own[id(p)][0]] > 0
+                assert (group.rule, group.momentum) == (name, options["momentum"])
+                assert options["weight_decay"] == pytest.approx(group.decay * 10)
+
+
 def test_updates_are_those_of_torch_sgd():
     """Five steps with a schedule, decay and Nesterov momentum, two groups; then again after a reset."""
     recipe = replace(

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +47,26 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
     return members
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Groups that one call of a rule updates, because they differ in their learning rates only.
+
+    members: the longest trained first, so that those that still are come first; first: where the rates of the first
+    one's first parameter are in a row of the table, those of the others following.
+    """
+
+    rule: str
+    momentum: float
+    decay: float
+    members: tuple[int, ...]
+    first: int
+
+
 class Optimizer:
     """Updates every parameter by its group's rule, with learning rates read from a table on the device.
 
     Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `groups` are those of
-    the recipe that train anything in this network.
+    the recipe that train anything in this network; rates [steps, groups].
     """
 
     def __init__(
@@ -82,8 +99,23 @@ class Optimizer:
             for g, own in zip(self.groups, self.steps)
         ]
         device = self.params[0][0].device
-        # [steps, groups]
         self.rates = torch.tensor(rates, dtype=torch.float32, device=device).t().contiguous()
+        self._calls, columns = self._plan_calls()
+        # [steps, parameters], those of a call side by side
+        self._rates = self.rates[:, columns].contiguous()
+
+    def _plan_calls(self) -> tuple[list[_Call], list[int]]:
+        """The calls of a step, and of which group each parameter is, in the calls' order."""
+        alike: dict[tuple, list[int]] = {}
+        for i, group in enumerate(self.groups):
+            alike.setdefault((group.rule, group.momentum, group.decay), []).append(i)
+        calls: list[_Call] = []
+        columns: list[int] = []
+        for key, members in alike.items():
+            members.sort(key=lambda i: -self.steps[i])
+            calls.append(_Call(*key, tuple(members), len(columns)))
+            columns += [i for i in members for _ in self.params[i]]
+        return calls, columns
 
     def active(self, step: int) -> tuple[int, ...]:
         """The groups that are trained at `step`: the phase it belongs to."""
@@ -101,18 +133,21 @@ class Optimizer:
     @torch.no_grad()
     def update(self, grads: list[Tensor], active: tuple[int, ...], step: Tensor) -> None:
         """One step with gradients in the order of `parameters(active)`; step [1] int64 on the device."""
-        rates = self.rates.index_select(0, step)[0]
-        grads = iter(grads)
-        for i in active:
-            group, params = self.groups[i], self.params[i]
-            self._rules[group.rule](
-                params,
-                [next(grads) for _ in params],
-                self.buffers[i],
-                rates[i : i + 1],
-                momentum=group.momentum,
-                weight_decay=group.decay * self._batch_size,
-            )
+        rates = self._rates.index_select(0, step)[0]
+        remaining = iter(grads)
+        grads_of = {i: list(islice(remaining, len(self.params[i]))) for i in active}
+        for call in self._calls:
+            members = [i for i in call.members if i in grads_of]
+            params = [p for i in members for p in self.params[i]]
+            if params:
+                self._rules[call.rule](
+                    params,
+                    [g for i in members for g in grads_of[i]],
+                    [b for i in members for b in self.buffers[i]],
+                    rates[call.first : call.first + len(params)],
+                    momentum=call.momentum,
+                    weight_decay=call.decay * self._batch_size,
+                )
 
     def reset(self) -> None:
         """As before the first step."""

@@ -60,9 +60,9 @@ def network_cases(batch: int = 512) -> list[Case]:
         cross_entropy(batch, 10),
         cross_entropy(2000, 10),
         cross_entropy(batch, 1000),
-        sgd_nesterov(narrowed(HLB_SHAPES, divisor)),
+        sgd_nesterov(narrowed(HLB_SHAPES, divisor), rates=True),
         newton_schulz(narrowed(AIR_FILTERS, divisor)),
-        muon(narrowed(AIR_FILTERS, divisor)),
+        muon(narrowed(AIR_FILTERS, divisor), rates=True),
     ]
 
 

@@ -18,12 +18,12 @@ def _weights(device, dtype, shapes: Shapes, scale: float = 1.0) -> list[Tensor]:
     return [v.to(device=device, dtype=dtype if v.dim() > 1 else torch.float32) for v in values]
 
 
-def _updates(device, dtype, shapes: Shapes, buffer_dtype: torch.dtype | None) -> Tensors:
+def _updates(device, dtype, shapes: Shapes, buffer_dtype: torch.dtype | None, rates: bool) -> Tensors:
     return {
         "params": _weights(device, dtype, shapes),
         "grads": _weights(device, dtype, shapes, 0.5),
         "momentum_buffers": _weights(device, buffer_dtype or dtype, shapes),
-        "lr": torch.full((1,), 0.3, device=device),
+        "lr": torch.linspace(0.1, 0.3, len(shapes), device=device) if rates else torch.full((1,), 0.3, device=device),
     }
 
 
@@ -33,7 +33,11 @@ def _listed(shapes: Shapes) -> str:
     return "+".join(f"{n}*{name}" if n > 1 else name for name, n in Counter(names).items())
 
 
-def sgd_nesterov(shapes: Shapes, weight_decay: float = 0.1, buffer_dtype: torch.dtype | None = None) -> Case:
+def sgd_nesterov(
+    shapes: Shapes, weight_decay: float = 0.1, buffer_dtype: torch.dtype | None = None, rates: bool = False
+) -> Case:
+    """rates: a learning rate for each tensor."""
+
     def cost(itemsize):
         # read weight, gradient and momentum, write weight and momentum
         return {"fwd": Cost(sum(5 * math.prod(shape) * (itemsize if len(shape) > 1 else 4) for shape in shapes))}
@@ -42,8 +46,8 @@ def sgd_nesterov(shapes: Shapes, weight_decay: float = 0.1, buffer_dtype: torch.
     label = f"{len(shapes)}-tensors-{count}" + (f"-{buffer_dtype}".replace("torch.", "") if buffer_dtype else "")
     return Case(
         "sgd_nesterov",
-        label,
-        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype),
+        label + ("-rates" if rates else ""),
+        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype, rates),
         (),
         cost,
         ("params", "momentum_buffers"),
@@ -76,18 +80,24 @@ def newton_schulz(shapes: Shapes, steps: int = 3) -> Case:
 
 
 def muon(
-    shapes: Shapes, weight_decay: float = 0.0, renormalize: bool = True, buffer_dtype: torch.dtype | None = None
+    shapes: Shapes,
+    weight_decay: float = 0.0,
+    renormalize: bool = True,
+    buffer_dtype: torch.dtype | None = None,
+    rates: bool = False,
 ) -> Case:
+    """rates: a learning rate for each tensor."""
+
     def cost(itemsize):
         count = sum(math.prod(shape) for shape in shapes)
         # read weight, gradient and momentum, write momentum and X; read X for R; read X and weight, write weight
         return {"fwd": Cost(9 * count * itemsize, _iteration_flops(shapes, 3))}
 
-    label = _listed(shapes) + ("" if renormalize else "-asis")
+    label = _listed(shapes) + ("" if renormalize else "-asis") + ("-rates" if rates else "")
     return Case(
         "muon",
         label + (f"-{buffer_dtype}".replace("torch.", "") if buffer_dtype else ""),
-        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype),
+        lambda device, dtype: _updates(device, dtype, shapes, buffer_dtype, rates),
         (),
         cost,
         ("params", "momentum_buffers"),
