@@ -14,6 +14,7 @@ from pathlib import Path
 # cuBLAS needs this before it starts to be repeatable under --deterministic, and it costs nothing measurable
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import torch
 from rich.console import Console
 
 from model import backend as backends
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "steps_given": options.steps is not None,
         "startup_seconds": time.perf_counter() - _STARTED,
         "compile_seconds": None,
+        "peak_bytes": None,
     }
     report = Report(console, facts)
     report.header(recipe, dataset, budget, notes)
@@ -108,6 +110,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 result = trainer.run(seed, listener, validate)
             finally:
                 report.end_run(result)
+            if device.type == "cuda":
+                facts["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             if options.out is not None:
                 name = f"{recipe.name}-seed{seed}.safetensors"
                 save_weights(options.out / name, result.state, {"recipe": recipe.name, "data": dataset.name})

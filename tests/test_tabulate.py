@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_ablate import record
+from tests.test_race import block
 from training import tabulate
 
 ROOT = Path(tabulate.__file__).resolve().parent.parent
@@ -57,6 +58,15 @@ def test_runs_of_a_plan_become_its_table(copy):
     for readme in (copy / "README.md", copy / "results" / "README.md"):
         text = readme.read_text()
         assert "91.23 +-0.00" in text and "10 training and 5 test images" in text
+
+
+def test_a_race_becomes_its_table(copy):
+    found = [block("blink", 0, [1.0, 1.2]), block("peer", 0, [2.0, 2.2], note="peer is a stand-in")]
+    (copy / "results" / "race-there.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
+    assert tabulate.main(["--root", str(copy)]) == 0
+    text = (copy / "results" / "README.md").read_text()
+    assert "# Races" in text and "| peer | 2 | 94.00 +-0.00 | 2.100 | 2.200 | 1.83 | 0.2000 |" in text
+    assert "Note: peer is a stand-in." in text
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])

@@ -97,7 +97,7 @@ def compare(records: list[dict], plan: Plan) -> list[Row]:
     return rows
 
 
-def _share(value: dict | None, signed: bool = False) -> str:
+def percent(value: dict | None, signed: bool = False) -> str:
     """A spread of fractions in percent, with its interval."""
     if value is None:
         return "-"
@@ -114,8 +114,8 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.variant,
         str(row.accuracy["n"]),
-        _share(row.accuracy),
-        _share(row.difference, signed=True),
+        percent(row.accuracy),
+        percent(row.difference, signed=True),
         f"{row.seconds['mean']:.1f}",
         "1" if row.ratio is None else f"{row.ratio['mean']:.2f}x",
         f"{row.pflop:.4f}",
@@ -185,7 +185,7 @@ def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
     old, new = by_name[before], by_name[after]
     pixels = [prod(row.stem["output"]) for row in (old, new)]
     seconds, saved = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
-    lost = "" if new.difference is None else f", here {_share(new.difference, signed=True)} points"
+    lost = "" if new.difference is None else f", here {percent(new.difference, signed=True)} points"
     return [
         f"claimed of {before} -> {after}, beside what is measured here:",
         f"- 27 -> 12 features: {old.stem['features']} -> {new.stem['features']}",

@@ -1,8 +1,8 @@
 """`python -m training.tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
 
 Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
-table, JSON lines of `training.ablate` tables of their plans; other JSON files, such as a benchmark's, are left out.
-`--check` writes nothing and fails where a table is stale.
+table, JSON lines of `training.ablate` and `training.race` tables of theirs; other JSON files, such as a benchmark's,
+are left out. `--check` writes nothing and fails where a table is stale.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from training import compare, records
 from training.compare import table
 from training.errors import UserError
 from training.plans import PLANS
+from training.race import table as race
 from training.report import with_spread
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,14 @@ _PLANS = """
 Variants of a plan against its first one, by `python -m training.ablate`: interleaved, with the same seeds. "difference"
 is of accuracy, in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is
 half of a 95 % t interval of the mean, which one run does not have.
+"""
+_RACES = """
+# Races
+
+Against others' unmodified scripts, by `python -m training.race`: blocks of runs in processes of their own alternate,
+the first run of each does not count. "seconds" by each script's own rules, "our clock" by the wall clock around the
+same spans; "times blink's" is of our clock, block by block; "cold s" and "again s" are whole processes of one counted
+run, first with empty compiler caches, then with those.
 """
 RUN_COLUMNS = ["run", "data", "recipe; kernels", "steps x batch", "n", "accuracy", "seconds", "machine", "commit"]
 PROFILE_COLUMNS = [
@@ -114,17 +123,33 @@ def tables(folder: Path, prefix: str) -> tuple[str, str]:
 
 def plan_tables(folder: Path) -> tuple[str, str]:
     """(every plan's tables, the rows of the recipes against each other) of every file of JSON lines in `folder`."""
-    plans, rows = "", []
+    plans: dict[str, str] = {}
+    rows = []
     for path in sorted(folder.glob("*.jsonl")):
         with whole(path):
-            for shared, group in compare.comparable(records.read(path)):
+            found = records.read(path)
+            if found and "contestant" in found[0]:
+                continue
+            for shared, group in compare.comparable(found):
                 name = shared["plan"]
-                plan = PLANS[name]
-                plans += f"\n## {name}: {plan.summary}\n\n[{path.name}]({path.name}): "
-                plans += compare.markdown(shared, group, plan)
+                text = f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
+                plans[name] = plans.get(name, "") + text
                 if name == "recipes":
-                    rows += compare.record_rows(shared, group, plan)
-    return plans, table(compare.RECORD_COLUMNS, rows)
+                    rows += compare.record_rows(shared, group, PLANS[name])
+    # in the order of the plans, whatever their files are called
+    text = "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
+    return text, table(compare.RECORD_COLUMNS, rows)
+
+
+def race_tables(folder: Path) -> str:
+    """Every race of the files of JSON lines in `folder`."""
+    out = ""
+    for path in sorted(folder.glob("*.jsonl")):
+        with whole(path):
+            found = records.read(path)
+            if found and "contestant" in found[0]:
+                out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+    return out
 
 
 @contextmanager
@@ -154,6 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs, profiles = tables(folder, "")
         plans, record = plan_tables(folder)
         wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
+        races = race_tables(folder)
+        if races:
+            wanted[folder / "README.md"] += _RACES + races
         near_runs, near_profiles = tables(folder, "results/")
         text = readme.read_text()
         for name, content in (("record", record), ("results", near_runs), ("performance", near_profiles)):

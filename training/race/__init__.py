@@ -1,0 +1,1 @@
+"""`python -m training.race`: this project against others' unmodified scripts, on one machine and one data set."""
