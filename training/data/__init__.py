@@ -1,13 +1,17 @@
-"""Data sets: what `--data` names is found, read by the reader that fits, cached, and held in one fixed order."""
+"""Data sets: what `--data` names is found, read by the reader that fits, cached, and held in one fixed order.
+
+The published data sets' reader is imported where it is needed only: torchvision takes two seconds of every start.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from training.data import cache, cifar, image_tree
+from training.data import cache, image_tree
 from training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
 from training.errors import UserError
 
 DEFAULT_ROOT = Path("data")
+PUBLISHED = ("cifar10", "cifar100")
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
@@ -20,12 +24,12 @@ def load(source: str | None, progress: Progress, note: Note) -> Dataset:
     """
     if source == "synthetic":
         return generated()
-    if source in cifar.LAYOUTS:
-        return _published(cifar.LAYOUTS[source], progress, note)
+    if source in PUBLISHED:
+        return _published(source, progress, note)
     if source is not None:
         return read(Path(source), progress, note)
     try:
-        return _published(cifar.LAYOUTS["cifar10"], progress, note)
+        return _published("cifar10", progress, note)
     except _NoDownload as error:
         note(str(error))
         return generated()
@@ -35,7 +39,10 @@ class _NoDownload(UserError):
     pass
 
 
-def _published(layout: cifar.Layout, progress: Progress, note: Note) -> Dataset:
+def _published(source: str, progress: Progress, note: Note) -> Dataset:
+    from training.data import cifar
+
+    layout = cifar.LAYOUTS[source]
     for name in (layout.folder, layout.binary_folder):
         if (DEFAULT_ROOT / name).is_dir():
             return read(DEFAULT_ROOT / name, progress, note)
@@ -74,6 +81,11 @@ def read(path: Path, progress: Progress, note: Note) -> Dataset:
 
 def _recognize(path: Path, progress: Progress):
     """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds."""
+    tree = (path / "train").is_dir() or (path / "test").is_dir()
+    if tree and not any(path.glob("cifar-*")):
+        return _image_tree(path, progress)
+    from training.data import cifar
+
     for layout in cifar.LAYOUTS.values():
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
         kinds = (
@@ -84,11 +96,14 @@ def _recognize(path: Path, progress: Progress):
             for root in (path, path / folder):
                 if (root / first).is_file() or (root / meta).is_file():
                     return root, layout.name, lambda r=root, f=reader, lay=layout: f(r, lay), statistics
-    if (path / "train").is_dir() or (path / "test").is_dir():
-        name = path.resolve().name
-        return path, name, lambda: image_tree.read_image_tree(path, progress), None
+    if tree:
+        return _image_tree(path, progress)
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
         f"{path} holds neither train/<class>/* and test/<class>/* nor CIFAR batches; it holds {listed}"
     )
+
+
+def _image_tree(path: Path, progress: Progress):
+    return path, path.resolve().name, lambda: image_tree.read_image_tree(path, progress), None

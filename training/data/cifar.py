@@ -17,13 +17,12 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
+from training.data.dataset import Arrays
 from training.errors import UserError
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
 SOCKET_TIMEOUT_SECONDS = 5
-
-Arrays = tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)

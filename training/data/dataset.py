@@ -10,6 +10,9 @@ from torch import Tensor
 # the per-channel statistics that CIFAR-10 recipes were tuned with
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
+# what a reader gives: class names, then images [N, H, W, 3] and labels [N] of both halves
+Arrays = tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True)
 class Dataset:

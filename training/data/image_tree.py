@@ -2,18 +2,25 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from os import cpu_count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from training.data.cifar import Arrays
+from training.data.dataset import Arrays
 from training.errors import UserError
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _CHUNK = 500
+
+
+@cache
+def extensions() -> tuple[str, ...]:
+    """Of the files that are taken for images: torchvision's, and GIF."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # imported with the first decoding, not with every start
+
+    return (*IMG_EXTENSIONS, ".gif")
 
 
 def list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int], list[Path], list[int]]:
@@ -36,7 +43,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int], lis
             found = sorted(p for p in (root / half / name).iterdir() if _is_image(p))
             if not found:
                 raise UserError(
-                    f"{root / half / name} holds no image; expected files ending in {', '.join(EXTENSIONS)}"
+                    f"{root / half / name} holds no image; expected files ending in {', '.join(extensions())}"
                 )
             files += found
             labels += [label] * len(found)
@@ -111,7 +118,7 @@ def _classes(half: Path) -> tuple[str, ...]:
 
 
 def _is_image(path: Path) -> bool:
-    return has_file_allowed_extension(path.name, EXTENSIONS) and not path.name.startswith(".")
+    return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
 
 
 def _quoted(names: list[str]) -> str:
