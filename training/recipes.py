@@ -205,16 +205,14 @@ BLINK = freezing(
     replace(
         with_group(AIR, "filters", lr=0.17),
         name="blink",
-        summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
-        epochs=8.5,
+        summary="air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images",
+        epochs=9,
         batch_size=1000,
-        shift=3,
-        keep=0.8,
         resolutions=(Resolution(0.25, 0.75),),
         tta_fraction=0.25,
     ),
     layer=0,
-    epochs=5.25,
+    epochs=5.5,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (BLINK, HLB, HLB_3X3, AIR)}
