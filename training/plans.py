@@ -114,6 +114,11 @@ _LOW = (Resolution(0.4, 0.75),)
 _FAST = freezing(replace(_SMALL_BATCH, resolutions=_LOW), 0, 6)
 _TUNED = with_group(replace(_SMALL_BATCH, tta_fraction=0.25), "filters", lr=0.17)
 _KEEP = freezing(replace(_TUNED, keep=0.8), 0, 5)
+_DRAFT = replace(
+    freezing(replace(_TUNED, epochs=8.5, keep=0.8, resolutions=(Resolution(0.25, 0.75),), shift=3), 0, 5.25),
+    name="blink",
+    summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
+)
 
 
 def _gates(rule: str, lr: float) -> ParamGroup:
@@ -134,6 +139,7 @@ _SEARCH = Plan(
         "B: keep 0.8, freeze 5": _KEEP,
         "B, keep 1, 24 px": freezing(replace(_TUNED, resolutions=_LOW), 0, 5),
         "B, 24 px for 0.25": replace(_KEEP, resolutions=(Resolution(0.25, 0.75),)),
+        "C: first blink": _DRAFT,
         "B, keep 0.7": replace(_KEEP, keep=0.7),
         "B, SiLU": with_network(_KEEP, activation="silu"),
         "B, smoothing 0.1": replace(_KEEP, label_smoothing=0.1),

@@ -205,7 +205,9 @@ BLINK = freezing(
     replace(
         with_group(AIR, "filters", lr=0.17),
         name="blink",
-        summary="air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images",
+        summary=(
+            "air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images"
+        ),
         epochs=9,
         batch_size=1000,
         resolutions=(Resolution(0.25, 0.75),),
