@@ -92,13 +92,13 @@ _BLINK = Plan(
     {
         "blink": BLINK,
         "batch and lr of air": with_group(replace(BLINK, batch_size=2000), "filters", lr=0.24),
-        "easy images sit out": replace(BLINK, keep=0.8),
+        "nobody sits out": stretched(replace(BLINK, keep=1.0), BLINK.keep),
         "whole images": replace(BLINK, resolutions=()),
         "nothing frozen": replace(BLINK, groups=_UNFROZEN),
         "all images augmented": replace(BLINK, tta_fraction=1.0),
         "no augmented test": replace(BLINK, tta="mirror", tta_fraction=0.0),
         "random flip": replace(BLINK, flip="random"),
-        "translation by 3": replace(BLINK, shift=3),
+        "translation of air": replace(BLINK, shift=2),
         "no translation": replace(BLINK, shift=0),
         "no label smoothing": replace(BLINK, label_smoothing=0.0),
         "no Dirac start": with_network(BLINK, dirac=False),
@@ -114,10 +114,10 @@ _LOW = (Resolution(0.4, 0.75),)
 _FAST = freezing(replace(_SMALL_BATCH, resolutions=_LOW), 0, 6)
 _TUNED = with_group(replace(_SMALL_BATCH, tta_fraction=0.25), "filters", lr=0.17)
 _KEEP = freezing(replace(_TUNED, keep=0.8), 0, 5)
-_DRAFT = replace(
-    freezing(replace(_TUNED, epochs=8.5, keep=0.8, resolutions=(Resolution(0.25, 0.75),), shift=3), 0, 5.25),
+_LONG = replace(
+    freezing(replace(_TUNED, epochs=9, resolutions=(Resolution(0.25, 0.75),)), 0, 5.5),
     name="blink",
-    summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
+    summary="air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images",
 )
 
 
@@ -139,7 +139,9 @@ _SEARCH = Plan(
         "B: keep 0.8, freeze 5": _KEEP,
         "B, keep 1, 24 px": freezing(replace(_TUNED, resolutions=_LOW), 0, 5),
         "B, 24 px for 0.25": replace(_KEEP, resolutions=(Resolution(0.25, 0.75),)),
-        "C: first blink": _DRAFT,
+        "blink": BLINK,
+        "blink, all, 9 epochs": _LONG,
+        "air, 24 px, freeze 6": freezing(replace(AIR, resolutions=(Resolution(0.25, 0.75),)), 0, 6),
         "B, keep 0.7": replace(_KEEP, keep=0.7),
         "B, SiLU": with_network(_KEEP, activation="silu"),
         "B, smoothing 0.1": replace(_KEEP, label_smoothing=0.1),

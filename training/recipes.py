@@ -200,21 +200,21 @@ HLB_3X3 = replace(
     network=replace(HLB.network, whiten_kernel=3, whiten_padding="same"),
 )
 
-# each part's worth is in results/README.md, plan blink; how they were found in results/search.md
+# how it was found, and what it lacks, is in results/search.md
 BLINK = freezing(
     replace(
         with_group(AIR, "filters", lr=0.17),
         name="blink",
-        summary=(
-            "air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images"
-        ),
-        epochs=9,
+        summary="air with less: smaller batches, easy images sit out, small images first, early layers frozen",
+        epochs=8.5,
         batch_size=1000,
+        shift=3,
+        keep=0.8,
         resolutions=(Resolution(0.25, 0.75),),
         tta_fraction=0.25,
     ),
     layer=0,
-    epochs=5.5,
+    epochs=5.25,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (BLINK, HLB, HLB_3X3, AIR)}
