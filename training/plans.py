@@ -121,6 +121,15 @@ _LONG = replace(
 )
 
 
+_COARSE = replace(AIR, resolutions=_LOW)
+
+
+def _deeper(recipe: Recipe) -> Recipe:
+    """With one more convolution in the last group, where pixels are fewest, and a residual around the two."""
+    *groups, last = recipe.network.groups
+    return with_network(recipe, groups=(*groups, replace(last, depth=2, residual=True)))
+
+
 def _gates(rule: str, lr: float) -> ParamGroup:
     return ParamGroup("gates", rule, lr, 0.6 if rule == "muon" else 0.85)
 
@@ -131,7 +140,12 @@ _SEARCH = Plan(
     {
         "air": AIR,
         "7 epochs": replace(AIR, epochs=7),
-        "24 px for 0.4": replace(AIR, resolutions=_LOW),
+        "24 px for 0.4": _COARSE,
+        "24 px, deeper": _deeper(_COARSE),
+        "24 px, deeper, shift 3": replace(_deeper(_COARSE), shift=3),
+        "24 px, deeper, SE": gated(_deeper(_COARSE), 16, (2,), _gates("sgd", 0.05)),
+        "24 px, deeper, jitter": replace(_deeper(_COARSE), jitter=(0.14, 0.13)),
+        "24 px, deeper, SiLU": with_network(_deeper(_COARSE), activation="silu"),
         "batch 1000": _SMALL_BATCH,
         "A: + 24 px, freeze 6": _FAST,
         "A, lr 0.18": with_group(_FAST, "filters", lr=0.18),
