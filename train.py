@@ -84,6 +84,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "startup_seconds": time.perf_counter() - _STARTED,
         "compile_seconds": None,
         "peak_bytes": None,
+        "flops": None,
     }
     report = Report(console, facts)
     report.header(recipe, dataset, budget, notes)
@@ -98,8 +99,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     exit_code = 0
     try:
         trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
-        # before any run: what writes finished runs must not depend on it
-        facts["flops"] = count_flops(recipe, budget, dataset)
         if device.type == "cuda":
             facts["compile_seconds"] = trainer.warm_up(options.seed)
         for number in range(options.runs):
@@ -110,6 +109,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 result = trainer.run(seed, listener, validate)
             finally:
                 report.end_run(result)
+            if facts["flops"] is None:
+                # after a run, which need not wait for what only describes it
+                facts["flops"] = count_flops(recipe, budget, dataset)
             if device.type == "cuda":
                 facts["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             if options.out is not None:

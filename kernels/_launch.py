@@ -6,8 +6,8 @@ runs and each launch is recorded with its arguments, which is what the ahead-of-
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,14 +18,25 @@ NAMESPACE = __name__.split(".")[0]
 _recording: list["Launch"] | None = None
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps."""
 
     kernel: triton.JITFunction
     arguments: tuple
     constexprs: dict
     num_warps: int
+
+    @property
+    def options(self) -> dict:
+        """The keywords of the launch."""
+        # fusing a multiply and an add rounds once instead of twice; stated, because Triton's default is changing
+        return dict(num_warps=self.num_warps, enable_fp_fusion=True, **self.constexprs)
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors, which are all on one."""
+        flat = (b for a in self.arguments for b in (a if isinstance(a, tuple) else (a,)))
+        return next(a.device for a in flat if isinstance(a, torch.Tensor))
 
 
 @contextmanager
@@ -53,17 +64,19 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
     """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device."""
+    this = Launch(kernel, arguments, constexprs, num_warps)
     if _recording is not None:
-        _recording.append(Launch(kernel, arguments, constexprs, num_warps))
+        _recording.append(this)
         return
-    flat = (b for a in arguments for b in (a if isinstance(a, tuple) else (a,)))
-    device = next(a.device for a in flat if isinstance(a, torch.Tensor))
+    with on_device(this.device):
+        kernel[grid](*arguments, **this.options)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Inside, Triton works for this device; nothing to do where it is the current one."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True, **constexprs)
-        return
-    # fusing a multiply and an add rounds once instead of twice; stated, because Triton's default is changing
-    kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=True, **constexprs)
+        return torch.cuda.device(device)
+    return nullcontext()
 
 
 def opaque_op(name: str, mutates: tuple[str, ...] = ()) -> Callable:

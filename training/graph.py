@@ -1,12 +1,25 @@
 """A call on memory that never moves, captured once as a CUDA graph and replayed: no launch from Python after that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 # cuDNN tries its algorithms and Triton compiles in the first call; the later ones find the allocator settled
 _WARM_UP_CALLS = 3
+
+
+@contextmanager
+def restored(state: list[Tensor]) -> Iterator[None]:
+    """Whatever is done to these tensors inside is undone afterwards."""
+    saved = [t.detach().clone() for t in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, value in zip(state, saved):
+                t.copy_(value)
 
 
 class Replay:
@@ -29,16 +42,13 @@ class Replay:
         self._graph.replay()
 
     def _capture(self) -> "torch.cuda.CUDAGraph":
-        saved = [t.detach().clone() for t in self._state]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
-                self._call()
-                # at once: a second call further on could run past the end of what the state counts
-                with torch.no_grad():
-                    for t, value in zip(self._state, saved):
-                        t.copy_(value)
+                # each by itself: a second call further on could run past the end of what the state counts
+                with restored(self._state):
+                    self._call()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # this records and runs nothing

@@ -197,12 +197,27 @@ class Trainer:
         labels, classes = self._dataset.train_labels, len(self._dataset.classes)
         generator = torch.Generator(self.device).manual_seed(0)
         began = time.perf_counter()
+        if self._backend.name == "fused":
+            self.compile_ahead(seed)
         self.run(
             seed, labels=torch.randint(classes, labels.shape, generator=generator, device=self.device), validate=None
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
+
+    def compile_ahead(self, seed: int) -> None:
+        """Compile every kernel that a run launches, in parallel, where a run would compile them one after another."""
+        from kernels.compile_ahead import compiled_ahead
+
+        self.prepare(seed)
+        self._batches.draw(torch.Generator(self.device).manual_seed(seed), 0)
+        with compiled_ahead():
+            for phase in self.step.phases():
+                self.step.rehearse(phase)
+            # an average's kernels are those of the live weights
+            with self.precision.autocast(self.device):
+                logits_of(self.network, self._dataset.test_images, self._recipe.tta, self._recipe.tta_fraction)
 
     def prepare(self, seed: int) -> None:
         """Ready for the first step of a run that somebody else drives: a profile's."""

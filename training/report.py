@@ -120,7 +120,9 @@ class Report:
         table.add_row("accuracy", f"{with_spread(accuracy, 4)}  ({self._evaluated_as()}, {data['test']:,} images)")
         table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, evaluation)")
         table.add_row("training", f"{rate['mean']:,.0f} images/s")
-        table.add_row("FLOPs", f"{facts['flops']['total'] / 1e15:.4g} PFLOP a run (whitening, training, evaluation)")
+        if facts["flops"] is not None:
+            total = facts["flops"]["total"] / 1e15
+            table.add_row("FLOPs", f"{total:.4g} PFLOP a run (whitening, training, evaluation)")
         table.add_row("compile", facts_seconds(facts["compile_seconds"]))
         table.add_row("start-up", f"{facts['startup_seconds']:.1f} s (imports, data)")
         table.add_row("kernels", f"{facts['kernels']['name']}: {facts['kernels']['stem']}")

@@ -12,7 +12,7 @@ from kernels.gather import Gather
 from model.backend import Backend
 from model.network import Network
 from training.batches import Batches
-from training.graph import Replay
+from training.graph import Replay, restored
 from training.optimizer import Optimizer
 from training.precision import Precision
 from training.recipes import Recipe
@@ -82,6 +82,16 @@ class TrainingStep:
     def __call__(self, step: int) -> None:
         """Step 0, 1, ... of the run: the host's count only chooses the phase."""
         self.replay(phase_of(self._recipe, self.optimizer, step, len(self.losses), self.batches.size))
+
+    def phases(self) -> list[Phase]:
+        """All phases of a run, in order."""
+        total, size = len(self.losses), self.batches.size
+        return list(dict.fromkeys(phase_of(self._recipe, self.optimizer, s, total, size) for s in range(total)))
+
+    def rehearse(self, phase: Phase) -> None:
+        """A step in this phase, not captured, of which nothing stays."""
+        with restored(self._state()):
+            self._run(phase)
 
     def replay(self, phase: Phase) -> None:
         """The next step of the epoch, in this phase."""

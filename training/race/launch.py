@@ -62,7 +62,7 @@ class OnCpu(TorchFunctionMode):
     """Turns every device to the CPU and every float16 to bfloat16, in arguments and methods alike."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.half:
             return args[0].bfloat16()

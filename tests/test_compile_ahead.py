@@ -1,0 +1,105 @@
+"""Compiling ahead: every kernel that a run launches is among those compiled, each once, and nothing else changes."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels import _launch, compile_ahead
+from kernels._launch import Launch
+from model import backend
+from tests.oracle import DEVICE
+from training import precision
+from training.data import synthetic
+from training.data.dataset import assemble
+from training.loop import Trainer, plan_budget
+from training.plans import narrowed
+from training.recipes import AIR, BLINK, HLB, Recipe, Resolution, freezing
+
+PHASED = freezing(replace(BLINK, name="phased", resolutions=(Resolution(0.5, 0.75),), tta_fraction=0.3), 0, 1.5)
+
+
+def make(recipe: Recipe) -> Trainer:
+    recipe = narrowed(recipe, 0.05)
+    images, labels, test_images, test_labels = synthetic.generate(16, 16)
+    crop = slice(10, 22)
+    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
+    dataset = assemble("generated", synthetic.CLASSES, *halves, generated=True).to(DEVICE)
+    budget = plan_budget(recipe, len(dataset.train_images), 8, epochs=2)
+    return Trainer(recipe, dataset, budget, backend.fused(), precision.choose("fp32", DEVICE, True), False)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[Launch]:
+    """Every launch, whether it runs or is recorded."""
+    seen = []
+
+    def noted(*fields):
+        seen.append(Launch(*fields))
+        return seen[-1]
+
+    monkeypatch.setattr(_launch, "Launch", noted)
+    return seen
+
+
+@pytest.mark.parametrize("recipe", [HLB, AIR, PHASED], ids=lambda recipe: recipe.name)
+def test_a_run_launches_nothing_that_was_not_compiled_ahead(recipe, launched, monkeypatch, poisoned_memory):
+    ahead = []
+    monkeypatch.setattr(compile_ahead, "compile_launches", ahead.extend)
+    trainer = make(recipe)
+    trainer.compile_ahead(seed=3)
+    # the whitening statistics, which the rest depends on, were launched for good
+    ready = {compile_ahead.specialization(launch) for launch in launched}
+    assert ready >= {compile_ahead.specialization(launch) for launch in ahead} and len(ahead) > 20
+    launched.clear()
+    losses = trainer.run(3, validate=0).losses
+    assert {compile_ahead.specialization(launch) for launch in launched} <= ready
+    assert losses == make(recipe).run(3, validate=0).losses and torch.tensor(losses).isfinite().all()
+
+
+class Kernel:
+    """A stand-in that notes what it is warmed up with, once `together` threads are at it."""
+
+    def __init__(self, together: int = 1):
+        self.calls, self._barrier = [], threading.Barrier(together)
+
+    def warmup(self, *arguments, grid, **options):
+        self._barrier.wait(timeout=30)
+        self.calls.append((arguments, options))
+
+
+def test_each_specialization_is_compiled_once():
+    kernel, x = Kernel(), torch.zeros(64)
+    options = {"BLOCK": 16}
+    same = [Launch(kernel, (x, (x, 32)), options, 4), Launch(kernel, (torch.zeros(8), (x, 48)), options, 4)]
+    others = [
+        Launch(kernel, (x.double(), (x, 32)), options, 4),
+        Launch(kernel, (x[1:], (x, 32)), options, 4),
+        Launch(kernel, (x, (x, 33)), options, 4),
+        Launch(kernel, (x, (x, 1)), options, 4),
+        Launch(kernel, (x, (x, 2**32)), options, 4),
+        Launch(kernel, (x, (x, 32.0)), options, 4),
+        Launch(kernel, (x, (x, 32)), {"BLOCK": 32}, 4),
+        Launch(kernel, (x, (x, 32)), options, 8),
+        Launch(Kernel(), (x, (x, 32)), options, 4),
+    ]
+    assert len({compile_ahead.specialization(launch) for launch in same}) == 1
+    assert len({compile_ahead.specialization(launch) for launch in same + others}) == 1 + len(others)
+    compile_ahead.compile_launches(same)
+    ((arguments, given),) = kernel.calls
+    assert arguments == same[1].arguments and given == {"num_warps": 4, "enable_fp_fusion": True, "BLOCK": 16}
+
+
+def test_kernels_compile_side_by_side_and_a_failure_is_told(monkeypatch):
+    monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 2)
+    kernel, x = Kernel(together=2), torch.zeros(64)
+    compile_ahead.compile_launches([Launch(kernel, (x,), {"BLOCK": n}, 4) for n in (16, 32)])
+    assert len(kernel.calls) == 2
+
+    class Failing(Kernel):
+        def warmup(self, *arguments, grid, **options):
+            raise RuntimeError("does not fit")
+
+    with pytest.raises(RuntimeError, match="does not fit"):
+        compile_ahead.compile_launches([Launch(Failing(), (x,), {}, 4)])
