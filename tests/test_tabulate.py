@@ -60,13 +60,17 @@ def test_runs_of_a_plan_become_its_table(copy):
         assert "91.23 +-0.00" in text and "10 training and 5 test images" in text
 
 
-def test_a_race_becomes_its_table(copy):
-    found = [block("blink", 0, [1.0, 1.2]), block("peer", 0, [2.0, 2.2], note="peer is a stand-in")]
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_race_becomes_its_table_and_on_a_gpu_the_record(copy, device):
+    where = {"environment": {"device_type": device}}
+    found = [block("blink", 0, [1.0, 1.2], **where), block("peer", 0, [2.0, 2.2], note="peer is a stand-in", **where)]
     (copy / "results" / "race-there.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
     assert tabulate.main(["--root", str(copy)]) == 0
     text = (copy / "results" / "README.md").read_text()
     assert "# Races" in text and "| peer | 2 | 94.00 +-0.00 | 2.100 | 2.200 | 1.83 | 0.2000 |" in text
     assert "Note: peer is a stand-in." in text
+    record = (copy / "README.md").read_text().split("<!-- record -->")[1].split("<!-- end -->")[0]
+    assert ("results/race-there.jsonl" in record and "| peer | 2 | 94.00" in record) == (device == "cuda")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])

@@ -142,14 +142,14 @@ def plan_tables(folder: Path) -> tuple[str, str]:
     return text, table(compare.RECORD_COLUMNS, rows)
 
 
-def race_tables(folder: Path) -> str:
-    """Every race of the files of JSON lines in `folder`."""
+def race_tables(folder: Path, prefix: str = "", on: tuple[str, ...] = ("cuda", "cpu")) -> str:
+    """Every race of the files of JSON lines in `folder` that was run on a device of these types."""
     out = ""
     for path in sorted(folder.glob("*.jsonl")):
         with whole(path):
             found = records.read(path)
-            if found and "contestant" in found[0]:
-                out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+            if found and "contestant" in found[0] and found[0]["environment"]["device_type"] in on:
+                out += f"\n[{path.name}]({prefix}{path.name}): {race.markdown(found)}"
     return out
 
 
@@ -184,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         if races:
             wanted[folder / "README.md"] += _RACES + races
         near_runs, near_profiles = tables(folder, "results/")
+        # on a CPU no peer runs as it was meant to: no record can be claimed there
+        record += race_tables(folder, "results/", on=("cuda",))
         text = readme.read_text()
         for name, content in (("record", record), ("results", near_runs), ("performance", near_profiles)):
             text = fill(text, name, content)
