@@ -15,9 +15,9 @@ from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Trainer, plan_budget
 from training.plans import narrowed
-from training.recipes import AIR, BLINK, HLB, Recipe, Resolution, freezing
+from training.recipes import AIR, BLINK, HLB, Recipe, freezing
 
-PHASED = freezing(replace(BLINK, name="phased", resolutions=(Resolution(0.5, 0.75),), tta_fraction=0.3), 0, 1.5)
+PHASED = freezing(replace(BLINK, name="phased", keep=0.8), 0, 1.5)
 
 
 def make(recipe: Recipe) -> Trainer:

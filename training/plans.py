@@ -83,7 +83,6 @@ _SE = Plan(
 )
 
 
-_UNFROZEN = tuple(group for group in BLINK.groups if group.layers is None)
 # airbench94's rate and decay, which trained the same network before Muon
 _SGD = dict(rule="sgd", lr=0.0015, momentum=0.85, decay=2e-6)
 
@@ -91,14 +90,12 @@ _BLINK = Plan(
     "each part of the recipe blink taken away in turn",
     {
         "blink": BLINK,
-        "batch and lr of air": with_group(replace(BLINK, batch_size=2000), "filters", lr=0.24),
-        "nobody sits out": stretched(replace(BLINK, keep=1.0), BLINK.keep),
         "whole images": replace(BLINK, resolutions=()),
-        "nothing frozen": replace(BLINK, groups=_UNFROZEN),
+        "whole images, 7.3 epochs": replace(BLINK, resolutions=(), epochs=7.3),
+        "8 epochs": replace(BLINK, epochs=8),
         "all images augmented": replace(BLINK, tta_fraction=1.0),
         "no augmented test": replace(BLINK, tta="mirror", tta_fraction=0.0),
         "random flip": replace(BLINK, flip="random"),
-        "translation of air": replace(BLINK, shift=2),
         "no translation": replace(BLINK, shift=0),
         "no label smoothing": replace(BLINK, label_smoothing=0.0),
         "no Dirac start": with_network(BLINK, dirac=False),
@@ -114,11 +111,9 @@ _LOW = (Resolution(0.4, 0.75),)
 _FAST = freezing(replace(_SMALL_BATCH, resolutions=_LOW), 0, 6)
 _TUNED = with_group(replace(_SMALL_BATCH, tta_fraction=0.25), "filters", lr=0.17)
 _KEEP = freezing(replace(_TUNED, keep=0.8), 0, 5)
-_LONG = replace(
-    freezing(replace(_TUNED, epochs=9, resolutions=(Resolution(0.25, 0.75),)), 0, 5.5),
-    name="blink",
-    summary="air with less: smaller batches, smaller images first, early layers frozen, fewer augmented test images",
-)
+_EARLY = (Resolution(0.25, 0.75),)
+_LONG = freezing(replace(_TUNED, epochs=9, resolutions=_EARLY), 0, 5.5)
+_FIRST = freezing(replace(_TUNED, epochs=8.5, keep=0.8, shift=3, resolutions=_EARLY), 0, 5.25)
 
 
 _COARSE = replace(AIR, resolutions=_LOW)
@@ -152,10 +147,10 @@ _SEARCH = Plan(
         "A, keep 0.8": replace(_FAST, keep=0.8),
         "B: keep 0.8, freeze 5": _KEEP,
         "B, keep 1, 24 px": freezing(replace(_TUNED, resolutions=_LOW), 0, 5),
-        "B, 24 px for 0.25": replace(_KEEP, resolutions=(Resolution(0.25, 0.75),)),
-        "blink": BLINK,
-        "blink, all, 9 epochs": _LONG,
-        "air, 24 px, freeze 6": freezing(replace(AIR, resolutions=(Resolution(0.25, 0.75),)), 0, 6),
+        "B, 24 px for 0.25": replace(_KEEP, resolutions=_EARLY),
+        "B, long": _FIRST,
+        "B, long, keep 1": _LONG,
+        "air, 24 px, freeze 6": freezing(replace(AIR, resolutions=_EARLY), 0, 6),
         "B, keep 0.7": replace(_KEEP, keep=0.7),
         "B, SiLU": with_network(_KEEP, activation="silu"),
         "B, smoothing 0.1": replace(_KEEP, label_smoothing=0.1),
