@@ -1,7 +1,6 @@
 """Compiling ahead: every kernel that a run launches is among those compiled, each once, and nothing else changes."""
 
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +9,13 @@ from kernels import _launch, compile_ahead
 from kernels._launch import Launch
 from model import backend
 from tests.oracle import DEVICE
+from tests.test_training_step import PHASED
 from training import precision
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Trainer, plan_budget
 from training.plans import narrowed
-from training.recipes import AIR, BLINK, HLB, Recipe, freezing
-
-PHASED = freezing(replace(BLINK, name="phased", keep=0.8), 0, 1.5)
+from training.recipes import AIR, HLB, Recipe
 
 
 def make(recipe: Recipe) -> Trainer:

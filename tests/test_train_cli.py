@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from training.recipes import RECIPES
 
 ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--recipe", "hlb", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32"]
@@ -197,11 +198,18 @@ def test_blink_is_the_default_and_says_what_it_leaves_out(shared, tree, capsys):
     code, out, err = inside(capsys, "--data", tree, *options)
     assert (code, err) == (0, "")
     words = " ".join(out.split())
-    assert "Blink: blink on" in words and "(3 epochs of 80% of them)" in words
+    assert "Blink: blink on" in words and "(3 epochs)" in words
     assert "(mirrored and translated where least sure, 32 images)" in words
     content = json.loads(target.read_text())
-    assert content["budget"] == {"batch_size": 8, "steps_per_epoch": 3, "total_steps": 9}
-    assert content["recipe"]["resolutions"] == [{"until": 0.25, "scale": 0.75}]
+    assert content["budget"] == {"batch_size": 8, "steps_per_epoch": 4, "total_steps": 9}
+    assert content["recipe"]["resolutions"] == [{"until": 0.4, "scale": 0.75}]
+
+
+def test_a_recipe_says_which_part_of_the_images_an_epoch_takes(tree, capsys, monkeypatch):
+    monkeypatch.setitem(RECIPES, "blink", replace(RECIPES["blink"], keep=0.8))
+    options = ("--steps", "9", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32")
+    code, out, err = inside(capsys, "--data", tree, *options)
+    assert (code, err) == (0, "") and "(3 epochs of 80% of them)" in " ".join(out.split())
 
 
 def test_compiled_reference_trains_as_eager_does(shared, tree, capsys):

@@ -16,7 +16,7 @@ from training.loop import Listener, Trainer, plan_budget
 from training.recipes import AIR, HLB, Resolution, freezing
 
 # every block that makes phases of a run: smaller images, frozen layers, images that sit out
-PHASED = freezing(replace(AIR, name="phased", resolutions=(Resolution(0.4, 0.75),), keep=0.75), 0, 6)
+PHASED = freezing(replace(AIR, name="phased", resolutions=(Resolution(0.4, 0.75),), keep=0.75, tta_fraction=0.3), 0, 6)
 RECIPES = pytest.mark.parametrize("recipe", [HLB, AIR, PHASED], ids=lambda recipe: recipe.name)
 
 
