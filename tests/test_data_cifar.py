@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import socket
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from training import data
 from training.data import cifar
@@ -49,7 +51,7 @@ def put(folder: Path, name: str, raw: bytes) -> tuple[str, str]:
 
 def make_python(folder: Path, name="cifar10", module="numpy.core.multiarray"):
     """Write a published folder of random images; returns its layout and each half's (rows, labels)."""
-    layout = cifar.LAYOUTS[name]
+    layout = cifar.PUBLISHED[name]
     random = np.random.RandomState(1)
     written, halves = [], []
     for files in (layout.train_files, layout.test_files):
@@ -63,11 +65,11 @@ def make_python(folder: Path, name="cifar10", module="numpy.core.multiarray"):
         written.append(tuple(sums))
         halves.append((np.concatenate(rows), labels))
     names = [f"class {i}" for i in range(CLASSES[name])]
-    meta = put(folder, layout.meta_file[0], dump({layout.class_key: names}))
-    return replace(layout, train_files=written[0], test_files=written[1], meta_file=meta), halves
+    meta = put(folder, layout.meta_file, dump({layout.class_key: names}))
+    return replace(layout, train_files=written[0], test_files=written[1], meta=meta), halves
 
 
-def with_file(layout: cifar.Layout, folder: Path, raw: bytes) -> cifar.Layout:
+def with_file(layout: cifar.Published, folder: Path, raw: bytes) -> cifar.Published:
     """The layout with its first training file replaced by `raw`, md5 sum included."""
     first = put(folder, layout.train_files[0][0], raw)
     return replace(layout, train_files=(first, *layout.train_files[1:]))
@@ -163,7 +165,7 @@ def test_python_label_out_of_range(tmp_path, label):
 
 def make_binary(folder: Path, name: str):
     """Write the binary version; the label is the record's last label byte (CIFAR-100: coarse, then fine)."""
-    layout = cifar.LAYOUTS[name]
+    layout = cifar.PUBLISHED[name]
     random = np.random.RandomState(2)
     halves = []
     for files in (layout.binary_train, layout.binary_test):
@@ -222,11 +224,11 @@ def test_missing_binary_file_is_named(tmp_path, missing):
 @pytest.mark.parametrize("parent", [False, True], ids=["folder itself", "its parent"])
 @pytest.mark.parametrize("kind", ["python", "binary"])
 def test_a_cifar_folder_is_recognized(tmp_path, monkeypatch, kind, parent):
-    layout = cifar.LAYOUTS["cifar10"]
+    layout = cifar.PUBLISHED["cifar10"]
     name = layout.folder if kind == "python" else layout.binary_folder
     make = make_python if kind == "python" else make_binary
     made, halves = make(tmp_path / name, "cifar10")
-    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", made)
+    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", made)
     dataset = load(str(tmp_path if parent else tmp_path / name))
     assert (dataset.name, dataset.generated) == ("cifar10", False)
     assert torch.equal(dataset.mean, torch.tensor(CIFAR10_MEAN))
@@ -235,6 +237,30 @@ def test_a_cifar_folder_is_recognized(tmp_path, monkeypatch, kind, parent):
     order = fixed_order(len(rows))
     np.testing.assert_array_equal(dataset.train_images.numpy(), pixels_of(rows)[order])
     assert dataset.train_labels.tolist() == np.array(labels)[order].tolist()
+
+
+@pytest.mark.parametrize("kind", ["python", "binary"])
+def test_a_second_start_does_without_torchvision(tmp_path, monkeypatch, kind):
+    """Its import takes two seconds."""
+    if kind == "python":
+        made, _ = make_python(tmp_path / "cifar-10-batches-py")
+        monkeypatch.setitem(cifar.PUBLISHED, "cifar10", made)
+    else:
+        make_binary(tmp_path / "cifar-10-batches-bin", "cifar10")
+    first = load(str(tmp_path))
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "training.data.cifar")
+    monkeypatch.delattr(data, "cifar")
+    assert load(str(tmp_path)).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", cifar.PUBLISHED)
+def test_the_names_of_a_folder_are_torchvisions(name):
+    layout = cifar.PUBLISHED[name]
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    assert (layout.folder, layout.first_file) == (source.base_folder, source.train_list[0][0])
+    assert layout.meta_file == source.meta["filename"]
 
 
 def test_cifar100_takes_its_own_statistics(tmp_path):
@@ -298,7 +324,7 @@ def listener():
 def point_at(monkeypatch, server):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz"
-    monkeypatch.setitem(cifar.LAYOUTS, "cifar10", replace(cifar.LAYOUTS["cifar10"], url=url))
+    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", replace(cifar.PUBLISHED["cifar10"], url=url))
 
 
 @pytest.mark.parametrize("before", [None, 77.0], ids=["no default timeout", "a default timeout"])
@@ -333,7 +359,7 @@ def test_an_answer_that_is_not_http_is_one_line(monkeypatch, listener):
     thread.join()
 
 
-def offer(monkeypatch, archive: Path, layout: cifar.Layout):
+def offer(monkeypatch, archive: Path, layout: cifar.Published):
     """Make `archive` what a download of `layout` brings."""
 
     def copy(url, root, filename, md5):
@@ -342,7 +368,7 @@ def offer(monkeypatch, archive: Path, layout: cifar.Layout):
         shutil.copy(archive, Path(root) / filename)
 
     monkeypatch.setattr(cifar, "download_url", copy)
-    monkeypatch.setitem(cifar.LAYOUTS, layout.name, layout)
+    monkeypatch.setitem(cifar.PUBLISHED, layout.name, layout)
 
 
 @pytest.mark.parametrize("source", [None, "cifar10"], ids=["default", "named"])
@@ -364,7 +390,7 @@ def test_archive_that_climbs_out_is_refused(tmp_path, monkeypatch):
     (tmp_path / "evil").write_text("x")
     with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "evil", "../climbed")
-    offer(monkeypatch, tmp_path / "evil.tar.gz", cifar.LAYOUTS["cifar10"])
+    offer(monkeypatch, tmp_path / "evil.tar.gz", cifar.PUBLISHED["cifar10"])
     with pytest.raises(UserError, match="could not download cifar10"):
         load("cifar10")
     assert not (tmp_path / "climbed").exists()
@@ -376,6 +402,6 @@ def test_truncated_archive_is_one_line(tmp_path, monkeypatch):
         archive.add(tmp_path / "noise", "cifar-10-batches-py/data_batch_1")
     raw = (tmp_path / "cut.tar.gz").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(raw[: len(raw) // 2])
-    offer(monkeypatch, tmp_path / "cut.tar.gz", cifar.LAYOUTS["cifar10"])
+    offer(monkeypatch, tmp_path / "cut.tar.gz", cifar.PUBLISHED["cifar10"])
     with pytest.raises(UserError, match="could not download cifar10"):
         load("cifar10")

@@ -1,17 +1,18 @@
 """Data sets: what `--data` names is found, read by the reader that fits, cached, and held in one fixed order.
 
-The published data sets' reader is imported where it is needed only: torchvision takes two seconds of every start.
+The published data sets' reader is imported where they are read anew only: torchvision takes two seconds of a start.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from training.data import cache, image_tree
 from training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
+from training.data.layouts import LAYOUTS
 from training.errors import UserError
 
 DEFAULT_ROOT = Path("data")
-PUBLISHED = ("cifar10", "cifar100")
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
@@ -24,7 +25,7 @@ def load(source: str | None, progress: Progress, note: Note) -> Dataset:
     """
     if source == "synthetic":
         return generated()
-    if source in PUBLISHED:
+    if source in LAYOUTS:
         return _published(source, progress, note)
     if source is not None:
         return read(Path(source), progress, note)
@@ -40,15 +41,15 @@ class _NoDownload(UserError):
 
 
 def _published(source: str, progress: Progress, note: Note) -> Dataset:
-    from training.data import cifar
-
-    layout = cifar.LAYOUTS[source]
+    layout = LAYOUTS[source]
     for name in (layout.folder, layout.binary_folder):
         if (DEFAULT_ROOT / name).is_dir():
             return read(DEFAULT_ROOT / name, progress, note)
+    from training.data import cifar
+
     note(f"downloading {layout.name} ...")
     try:
-        folder = cifar.download(DEFAULT_ROOT, layout)
+        folder = cifar.download(DEFAULT_ROOT, cifar.PUBLISHED[source])
     except UserError as error:
         raise _NoDownload(str(error)) from error
     return read(folder, progress, note)
@@ -84,18 +85,16 @@ def _recognize(path: Path, progress: Progress):
     tree = (path / "train").is_dir() or (path / "test").is_dir()
     if tree and not any(path.glob("cifar-*")):
         return _image_tree(path, progress)
-    from training.data import cifar
-
-    for layout in cifar.LAYOUTS.values():
+    for layout in LAYOUTS.values():
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
         kinds = (
-            (layout.folder, layout.train_files[0][0], layout.meta_file[0], cifar.read_python_batches),
-            (layout.binary_folder, layout.binary_train[0], layout.binary_classes, cifar.read_binary_batches),
+            (layout.folder, layout.first_file, layout.meta_file, False),
+            (layout.binary_folder, layout.binary_train[0], layout.binary_classes, True),
         )
-        for folder, first, meta, reader in kinds:
+        for folder, first, meta, binary in kinds:
             for root in (path, path / folder):
                 if (root / first).is_file() or (root / meta).is_file():
-                    return root, layout.name, lambda r=root, f=reader, lay=layout: f(r, lay), statistics
+                    return root, layout.name, partial(_read_published, root, layout.name, binary), statistics
     if tree:
         return _image_tree(path, progress)
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
@@ -103,6 +102,13 @@ def _recognize(path: Path, progress: Progress):
     raise UserError(
         f"{path} holds neither train/<class>/* and test/<class>/* nor CIFAR batches; it holds {listed}"
     )
+
+
+def _read_published(root: Path, name: str, binary: bool):
+    from training.data import cifar
+
+    read = cifar.read_binary_batches if binary else cifar.read_python_batches
+    return read(root, cifar.PUBLISHED[name])
 
 
 def _image_tree(path: Path, progress: Progress):

@@ -8,7 +8,7 @@ import pickle
 import socket
 import tarfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +17,9 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
+from training.data import layouts
 from training.data.dataset import Arrays
+from training.data.layouts import Layout
 from training.errors import UserError
 
 _SIDE = 32
@@ -26,67 +28,40 @@ SOCKET_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a published data set keeps what: (file name, md5) pairs, the keys inside, the binary twin's files."""
+class Published(Layout):
+    """A layout with what torchvision knows of it: (file name, md5) pairs, the keys inside, where it comes from."""
 
-    name: str
-    folder: str
     train_files: tuple[tuple[str, str], ...]
     test_files: tuple[tuple[str, str], ...]
-    meta_file: tuple[str, str]
+    meta: tuple[str, str]
     label_key: str
     class_key: str
-    binary_folder: str
-    binary_train: tuple[str, ...]
-    binary_test: tuple[str, ...]
-    binary_classes: str
-    label_bytes: int
     url: str
     archive: str
     archive_md5: str
 
     @property
     def files(self) -> list[tuple[str, str]]:
-        return [*self.train_files, *self.test_files, self.meta_file]
+        return [*self.train_files, *self.test_files, self.meta]
 
 
-def _layout(name: str, source: type[CIFAR10], label_key: str, **binary) -> Layout:
-    return Layout(
-        name=name,
-        folder=source.base_folder,
+def _published(layout: Layout, source: type[CIFAR10], label_key: str) -> Published:
+    return Published(
+        **asdict(layout),
         train_files=tuple(map(tuple, source.train_list)),
         test_files=tuple(map(tuple, source.test_list)),
-        meta_file=(source.meta["filename"], source.meta["md5"]),
+        meta=(source.meta["filename"], source.meta["md5"]),
         label_key=label_key,
         class_key=source.meta["key"],
         url=source.url,
         archive=source.filename,
         archive_md5=source.tgz_md5,
-        **binary,
     )
 
 
-LAYOUTS = {
-    "cifar10": _layout(
-        "cifar10",
-        CIFAR10,
-        "labels",
-        binary_folder="cifar-10-batches-bin",
-        binary_train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        binary_test=("test_batch.bin",),
-        binary_classes="batches.meta.txt",
-        label_bytes=1,
-    ),
-    "cifar100": _layout(
-        "cifar100",
-        CIFAR100,
-        "fine_labels",
-        binary_folder="cifar-100-binary",
-        binary_train=("train.bin",),
-        binary_test=("test.bin",),
-        binary_classes="fine_label_names.txt",
-        label_bytes=2,
-    ),
+PUBLISHED = {
+    "cifar10": _published(layouts.LAYOUTS["cifar10"], CIFAR10, "labels"),
+    "cifar100": _published(layouts.LAYOUTS["cifar100"], CIFAR100, "fine_labels"),
 }
 
 _ALLOWED_GLOBALS = {
@@ -118,7 +93,7 @@ def restricted_load(path: Path) -> dict:
     return content
 
 
-def read_python_batches(folder: Path, layout: Layout) -> Arrays:
+def read_python_batches(folder: Path, layout: Published) -> Arrays:
     """Read `folder` (layout.folder itself). Raises UserError for a missing file, a wrong md5 or malformed content."""
     for name, md5 in layout.files:
         path = folder / name
@@ -126,9 +101,9 @@ def read_python_batches(folder: Path, layout: Layout) -> Arrays:
             raise UserError(f"{folder} lacks {name}; a {layout.name} folder holds {_names(layout.files)}")
         if not check_integrity(str(path), md5):
             raise UserError(f"{path} does not match its published md5 {md5}: truncated or damaged; download it again")
-    classes = restricted_load(folder / layout.meta_file[0]).get(layout.class_key)
+    classes = restricted_load(folder / layout.meta_file).get(layout.class_key)
     if not isinstance(classes, list):
-        raise UserError(f"{folder / layout.meta_file[0]} lacks the key {layout.class_key!r}; download it again")
+        raise UserError(f"{folder / layout.meta_file} lacks the key {layout.class_key!r}; download it again")
     halves = []
     for files in (layout.train_files, layout.test_files):
         images, labels = [], []
@@ -201,7 +176,7 @@ def _socket_timeout(seconds: float):
         socket.setdefaulttimeout(before)
 
 
-def download(root: Path, layout: Layout) -> Path:
+def download(root: Path, layout: Published) -> Path:
     """Download and unpack into root / layout.folder. Raises UserError within seconds when there is no network."""
     try:
         root.mkdir(parents=True, exist_ok=True)
