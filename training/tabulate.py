@@ -44,7 +44,7 @@ _PLANS = """
 # Plans
 
 Variants of a plan against its first one, by `python -m training.ablate`, with the same seeds; interleaved, unless
-variants were called for one at a time, as those of `recipes` and `search` on a CPU were. "difference" is of accuracy,
+variants were called for one at a time, as those of `search` on a CPU were. "difference" is of accuracy,
 in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is half of a 95 % t
 interval of the mean, which one run does not have.
 """
