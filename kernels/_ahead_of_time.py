@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from . import _launch
 from ._cases import Case, network_cases
-from ._launch import NAMESPACE, Launch, captured_launches
+from ._launch import NAMESPACE, Launch, captured_launches, specialized
 from ._machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, occupancy
 
 TARGETS = {
@@ -29,15 +29,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -65,17 +56,6 @@ class Resources:
     assembly: str
 
 
-def _specialized(launch: Launch, name: str, value) -> tuple[str, bool]:
-    """(type in the compiler's notation, whether 16 divides the value), as a launch specializes an argument."""
-    if isinstance(value, torch.Tensor):
-        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return "constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-    if isinstance(value, float):
-        return "fp32", False
-    raise TypeError(f"{launch.kernel.__name__}: cannot compile for an argument {name} of {type(value)}")
-
-
 def source_of(launch: Launch) -> ASTSource:
     """The compiler's input for a recorded launch, specialized as a launch with these arguments would be."""
     names = launch.kernel.arg_names
@@ -83,11 +63,11 @@ def source_of(launch: Launch) -> ASTSource:
     signature, constants, attributes = {}, dict(launch.constexprs), {}
     for index, (name, value) in enumerate(zip(runtime, launch.arguments)):
         if isinstance(value, tuple):
-            kinds = [_specialized(launch, name, element) for element in value]
+            kinds = [specialized(element) for element in value]
             signature[name] = tuple(kind for kind, _ in kinds)
             attributes |= {(index, i): _DIVISIBLE for i, (_, divisible) in enumerate(kinds) if divisible}
             continue
-        signature[name], divisible = _specialized(launch, name, value)
+        signature[name], divisible = specialized(value)
         if signature[name] == "constexpr":
             constants[name] = value
         elif divisible:

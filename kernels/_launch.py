@@ -15,6 +15,16 @@ import triton
 # the package's own name, so that `kernels` and `blink_kernels` in one process do not overwrite each other
 NAMESPACE = __name__.split(".")[0]
 
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
 _recording: list["Launch"] | None = None
 
 
@@ -70,6 +80,20 @@ def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **cons
         return
     with on_device(this.device):
         kernel[grid](*arguments, **this.options)
+
+
+def specialized(value) -> tuple[str, bool]:
+    """(type in the compiler's notation, whether 16 divides the value): what a launch compiles an argument for.
+
+    Raises TypeError for what is no argument of a kernel.
+    """
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return "constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"cannot compile for an argument of {type(value)}")
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

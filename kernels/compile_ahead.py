@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
-
-from ._launch import Launch, captured_launches, on_device
+from ._launch import Launch, captured_launches, on_device, specialized
 
 
 @contextmanager
@@ -39,17 +37,8 @@ def _compile(launch: Launch) -> None:
 
 
 def specialization(launch: Launch) -> tuple:
-    """Equal for two launches that run the same machine code."""
-    arguments = tuple(_kind(value) for value in launch.arguments)
-    return launch.kernel, launch.num_warps, tuple(sorted(launch.constexprs.items())), arguments
-
-
-def _kind(value) -> tuple:
-    """What Triton compiles for: a tensor's type and alignment, an integer's divisibility and whether it is 1."""
-    if isinstance(value, tuple):
-        return tuple(_kind(element) for element in value)
-    if isinstance(value, torch.Tensor):
-        return value.device, value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-    return (type(value),)
+    """Equal for two launches that run the same machine code on the same device."""
+    arguments = tuple(
+        tuple(map(specialized, value)) if isinstance(value, tuple) else specialized(value) for value in launch.arguments
+    )
+    return launch.kernel, launch.device, launch.num_warps, tuple(sorted(launch.constexprs.items())), arguments

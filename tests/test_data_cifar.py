@@ -65,8 +65,8 @@ def make_python(folder: Path, name="cifar10", module="numpy.core.multiarray"):
         written.append(tuple(sums))
         halves.append((np.concatenate(rows), labels))
     names = [f"class {i}" for i in range(CLASSES[name])]
-    meta = put(folder, layout.meta_file, dump({layout.class_key: names}))
-    return replace(layout, train_files=written[0], test_files=written[1], meta=meta), halves
+    _, meta_md5 = put(folder, layout.meta_file, dump({layout.class_key: names}))
+    return replace(layout, train_files=written[0], test_files=written[1], meta_md5=meta_md5), halves
 
 
 def with_file(layout: cifar.Published, folder: Path, raw: bytes) -> cifar.Published:

@@ -33,7 +33,7 @@ class Published(Layout):
 
     train_files: tuple[tuple[str, str], ...]
     test_files: tuple[tuple[str, str], ...]
-    meta: tuple[str, str]
+    meta_md5: str
     label_key: str
     class_key: str
     url: str
@@ -42,7 +42,7 @@ class Published(Layout):
 
     @property
     def files(self) -> list[tuple[str, str]]:
-        return [*self.train_files, *self.test_files, self.meta]
+        return [*self.train_files, *self.test_files, (self.meta_file, self.meta_md5)]
 
 
 def _published(layout: Layout, source: type[CIFAR10], label_key: str) -> Published:
@@ -50,7 +50,7 @@ def _published(layout: Layout, source: type[CIFAR10], label_key: str) -> Publish
         **asdict(layout),
         train_files=tuple(map(tuple, source.train_list)),
         test_files=tuple(map(tuple, source.test_list)),
-        meta=(source.meta["filename"], source.meta["md5"]),
+        meta_md5=source.meta["md5"],
         label_key=label_key,
         class_key=source.meta["key"],
         url=source.url,
