@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.environment import has_cxx_compiler
 from model import backend
 from tests.oracle import DEVICE
 from training import graph, precision
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Listener, Trainer, plan_budget
+from training.plans import narrowed
 from training.recipes import AIR, HLB, Resolution, freezing
 
 # every block that makes phases of a run: smaller images, frozen layers, images that sit out
@@ -50,11 +52,28 @@ def test_runs_of_one_trainer_are_those_of_fresh_ones(recipe, dataset):
     assert all(torch.equal(fresh.state[name], value) for name, value in first.state.items())
 
 
-def test_labels_of_a_warm_up_are_used_once(dataset):
-    trainer = make(AIR, dataset, backend.reference(), steps=4)
-    plain = trainer.run(0, validate=0).losses
-    assert trainer.run(0, validate=0, labels=dataset.train_labels.flip(0)).losses != plain
-    assert trainer.run(0, validate=0).losses == plain
+@RECIPES
+def test_a_warm_up_meets_every_phase_and_leaves_nothing(recipe, dataset, monkeypatch):
+    """A step of each phase and the evaluation, on labels that are not the data set's; no bit of a run changes."""
+    plain = make(recipe, dataset, backend.reference(), steps=9).run(3, validate=0)
+    trainer = make(recipe, dataset, backend.reference(), steps=9)
+    replay, final_logits, seen = trainer.step.replay, trainer._final_logits, []
+    monkeypatch.setattr(trainer.step, "replay", lambda phase: (seen.append(phase), replay(phase)))
+    monkeypatch.setattr(trainer, "_final_logits", lambda: (seen.append("evaluated"), final_logits())[1])
+    trainer.warm_up(3)
+    assert seen == [*trainer.step.phases(), "evaluated"]
+    assert not torch.equal(trainer.step.batches.labels, dataset.train_labels)
+    warm = trainer.run(3, validate=0)
+    assert warm.losses == plain.losses and warm.accuracy == plain.accuracy
+    assert all(torch.equal(warm.state[name], value) for name, value in plain.state.items())
+
+
+@pytest.mark.skipif(not has_cxx_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
+def test_nothing_is_compiled_after_a_warm_up(dataset):
+    trainer = make(narrowed(PHASED, 0.1), dataset, backend.compiled(), steps=9)
+    trainer.warm_up(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.tensor(trainer.run(0, validate=0).losses).isfinite().all()
 
 
 def test_training_accuracy_counts_the_epochs_right_answers(dataset):

@@ -132,20 +132,14 @@ class Trainer:
             self.network, self._optimizer, self._batches, backend, precision, recipe, budget.total_steps, graph,
         )  # fmt: skip
 
-    def run(
-        self,
-        seed: int,
-        listener: Listener = Listener(),
-        validate: int | None = None,
-        labels: Tensor | None = None,
-    ) -> RunResult:
+    def run(self, seed: int, listener: Listener = Listener(), validate: int | None = None) -> RunResult:
         """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
 
-        labels: in place of the data set's own, for a warm-up that learns nothing. Timed: the whitening statistics,
-        every training step, the final test-time-augmented logits. Raises UserError when the loss stops being finite.
+        Timed: the whitening statistics, every training step, the final test-time-augmented logits. Raises UserError
+        when the loss stops being finite.
         """
         recipe, dataset, budget, network, device = self._recipe, self._dataset, self.budget, self.network, self.device
-        self._restart(seed, dataset.train_labels if labels is None else labels)
+        self._restart(seed, dataset.train_labels)
         generator = torch.Generator(device).manual_seed(seed)
         rows: list[EpochRow] = []
         watch, training_watch = Stopwatch(device), Stopwatch(device)
@@ -175,7 +169,7 @@ class Trainer:
             watch.start()
 
         with self._evaluated():
-            logits = logits_of(network, dataset.test_images, recipe.tta, recipe.tta_fraction)
+            logits = self._final_logits()
             watch.stop()
             state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         images_per_second = budget.batch_size * budget.total_steps / max(training_watch.seconds, 1e-9)
@@ -190,7 +184,8 @@ class Trainer:
         )
 
     def warm_up(self, seed: int) -> float:
-        """One run that nobody counts, on random labels: what compiles, captures or picks algorithms does so in it.
+        """Each part of a run once, on random labels, and nobody counts it: what compiles, captures or picks algorithms
+        does so here. A later run is not changed by it.
 
         Returns its seconds.
         """
@@ -199,9 +194,17 @@ class Trainer:
         began = time.perf_counter()
         if self._backend.name == "fused":
             self.compile_ahead(seed)
-        self.run(
-            seed, labels=torch.randint(classes, labels.shape, generator=generator, device=self.device), validate=None
-        )
+        self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
+        # all later epochs are drawn as the second is
+        for epoch in range(min(2, self.budget.epochs)):
+            self._batches.draw(generator, epoch)
+        for phase in self.step.phases():
+            self.step.start_epoch()
+            self.step.replay(phase)
+        if self._average is not None:
+            self._average.update()
+        with self._evaluated():
+            self._final_logits()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -217,11 +220,11 @@ class Trainer:
                 self.step.rehearse(phase)
             # an average's kernels are those of the live weights
             with self.precision.autocast(self.device):
-                logits_of(self.network, self._dataset.test_images, self._recipe.tta, self._recipe.tta_fraction)
+                self._final_logits()
 
-    def prepare(self, seed: int) -> None:
-        """Ready for the first step of a run that somebody else drives: a profile's."""
-        self._restart(seed, self._dataset.train_labels)
+    def prepare(self, seed: int, labels: Tensor | None = None) -> None:
+        """Ready for the first step of a run that somebody else drives. labels: in place of the data set's."""
+        self._restart(seed, self._dataset.train_labels if labels is None else labels)
         self._whiten()
         self._batches.resize()
         self.network.train()
@@ -264,6 +267,10 @@ class Trainer:
                 average.update()
             listener.on_step(done, self.step.losses)
         return first, last
+
+    def _final_logits(self) -> Tensor:
+        """Of the test images, test-time augmented."""
+        return logits_of(self.network, self._dataset.test_images, self._recipe.tta, self._recipe.tta_fraction)
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:

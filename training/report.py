@@ -162,7 +162,7 @@ class Report:
 
 
 def facts_seconds(seconds: float | None) -> str:
-    return "none (no compilation on this path)" if seconds is None else f"{seconds:.1f} s (warm-up run, untimed)"
+    return "none (no compilation on this path)" if seconds is None else f"{seconds:.1f} s (warm-up, untimed)"
 
 
 def with_spread(s: dict, digits: int) -> str:

@@ -52,7 +52,7 @@ _RACES = """
 # Races
 
 Against others' unmodified scripts, by `python -m training.race`: blocks of runs in processes of their own alternate,
-the first run of each does not count. "seconds" by each script's own rules, "our clock" by the wall clock around the
+the warm-up of each does not count. "seconds" by each script's own rules, "our clock" by the wall clock around the
 same spans; "times blink's" is of our clock, block by block; "cold s" and "again s" are whole processes of one counted
 run, first with empty compiler caches, then with those. A race on a few thousand images proves the command and nothing
 else: the peers keep their batches of thousands, which leaves them a few steps, and blink's shrink to 16 steps an epoch.
