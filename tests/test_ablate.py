@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +135,9 @@ def test_lines_are_appended_and_a_damaged_one_is_named(tmp_path, monkeypatch):
         records.read(path)
     with pytest.raises(UserError, match="could not write"):
         records.append(tmp_path / "missing" / "runs.jsonl", {})
+    # /dev/zero would never end
+    with pytest.raises(UserError, match="/dev/zero is no file"):
+        records.read(Path("/dev/zero"))
 
 
 def test_a_line_that_does_not_fit_on_the_disk_is_taken_back(tmp_path):

@@ -170,6 +170,23 @@ def test_failed_write_json_leaves_the_old_file_whole(tmp_path, monkeypatch, fail
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_what_is_no_file_is_written_to_and_never_replaced(tmp_path):
+    """A pipe, as /dev/stdout may be one; a link, whose file is replaced in its place."""
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link.json", "file.json"))
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(pipe, {"new": 1})
+        assert json.loads(os.read(reader, 100)) == {"new": 1} and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    link.symlink_to(file)
+    for content in ({"old": 1}, {"new": 1}):
+        write_json(link, content)
+        assert json.loads(file.read_text()) == content and link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.json", "link.json", "pipe"]
+
+
 @pytest.mark.parametrize(
     ("name", "device", "bf16", "interpreted", "expected"),
     [

@@ -26,6 +26,8 @@ def append(path: Path, record: dict) -> None:
 
 def read(path: Path) -> list[dict]:
     """All records; none where there is no file. Raises UserError naming a line that is not whole."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that lines can be added to; name a file")
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
