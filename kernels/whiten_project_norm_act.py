@@ -95,8 +95,8 @@ def _bwd_kernel(
     shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
     acc = tl.zeros([BLOCK_O, F_PAD], dtype=tl.float32)
     if JITTER:
-        sums = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
-        offset_sums = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
+        sums = tl.zeros([BLOCK_O], dtype=tl.float32)
+        offset_sums = tl.zeros([BLOCK_O], dtype=tl.float32)
     for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
         position = start + lane
         q = load_patches(
@@ -110,12 +110,12 @@ def _bwd_kernel(
         g = tl.where(mask, g * activate_grad(z, ACT), 0.0)
         if JITTER:
             contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
-            sums += g
-            offset_sums += g * offset[:, None]
+            sums += tl.sum(g, 0)
+            offset_sums += tl.sum(g * offset[:, None], 0)
             g *= contrast[:, None]
         acc += correlate_patches(g, q, EXACT)
     if JITTER:
-        acc = tl.where((f == features)[None, :], tl.sum(sums, 0)[:, None], acc + tl.sum(offset_sums, 0)[:, None])
+        acc = tl.where((f == features)[None, :], sums[:, None], acc + offset_sums[:, None])
     out = partial_ptr + tl.program_id(0) * C * F_PAD
     tl.store(out + o[:, None] * F_PAD + f[None, :], acc, mask=(o < C)[:, None])
 
@@ -124,10 +124,8 @@ def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.d
     exact = needs_float32(images, out_dtype)
     tile = tile_sizes(source, channels, exact, backward)
     if backward and source.jittered:
-        # its two more sums take registers
-        tile["BLOCK_P"] = max(16, 512 // source.f_pad)
-        if source.f_pad > 16:
-            tile["BLOCK_O"] = 16
+        # the jitter's factors take registers
+        tile |= {"BLOCK_P": max(16, 16384 // source.f_pad**2), "BLOCK_O": 16}
     return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
 
 

@@ -67,7 +67,8 @@ def test_mean_far_from_zero(gate):
     tensors["x"] = (tensors["x"] + 1000).contiguous(memory_format=torch.channels_last)
     if gate:
         tensors["gate"].fill_(0.5)
-    judge_on(case, tensors, torch.float32, Tolerance(3e-4, 3e-3))
+    # how near the means of six channels come to a float32, and so who is nearer the truth, is luck
+    judge_on(case, tensors, torch.float32, Tolerance(2e-4, 3e-4), versus_pytorch=False)
 
 
 def test_constant_channel():
