@@ -36,6 +36,8 @@ from training.loop import Listener, Trainer, plan_budget
 from training.recipes import RECIPES, Recipe
 from training.report import Report, save_weights, spread, write_json
 
+_IMPORTED = time.perf_counter()
+
 # a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
 CPU_VALIDATION_IMAGES = 2000
 STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same"), "none": (None, "same")}
@@ -81,8 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "command": ["train.py", *sys.argv[1:]],
         **describe(setting, recipe, dataset, budget),
         "steps_given": options.steps is not None,
-        "startup_seconds": time.perf_counter() - _STARTED,
-        "compile_seconds": None,
+        "start_up": {"imports": _IMPORTED - _STARTED, "data": time.perf_counter() - _IMPORTED},
         "peak_bytes": None,
         "flops": None,
     }
@@ -98,9 +99,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
     exit_code = 0
     try:
+        began = time.perf_counter()
         trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
-        if device.type == "cuda":
-            facts["compile_seconds"] = trainer.warm_up(options.seed)
+        facts["start_up"]["network"] = time.perf_counter() - began
+        if trainer.compiles:
+            facts["start_up"] |= trainer.warm_up(options.seed)
         for number in range(options.runs):
             seed = options.seed + number
             report.start_run(number + 1, options.runs, seed, budget)
@@ -146,7 +149,7 @@ def train_until(
     def train(epochs: float) -> until.Trial:
         budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs)
         trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
-        if setting.device.type == "cuda":
+        if trainer.compiles:
             trainer.warm_up(options.seed)
         results = [trainer.run(options.seed + number, validate=0) for number in range(options.runs)]
         accuracy, seconds = (spread([getattr(r, k) for r in results]) for k in ("accuracy", "seconds"))

@@ -140,8 +140,9 @@ class Network(nn.Module):
         x = self.stem(images, gather, torch.get_autocast_dtype(device) if autocast else self.head.weight.dtype)
         for group in self.groups:
             x = group(x)
-        # amax shares the gradient among ties, as the recipe's authors trained it
-        return self.head(x.amax((2, 3)))
+        # by index: the gradient of amax divides by how often the maximum is found again, which is never where
+        # torch.compile keeps the maximum rounded and recomputes the values unrounded
+        return self.head(x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values)
 
     def to_compute_dtype(self, dtype: torch.dtype) -> "Network":
         """Convolution and linear weights in `dtype`; BatchNorm, whitening and pixel statistics stay float32."""

@@ -126,8 +126,8 @@ class Runner:
         trainer = self._trainers.get(name)
         if trainer is None:
             trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
-            if setting.device.type == "cuda":
-                # captured graphs are worth keeping; a CPU would only keep memory
+            if trainer.compiles:
+                # captured graphs and compiled code are worth keeping; else only memory would be kept
                 self._trainers[name] = trainer
                 trainer.warm_up(seed)
         if self._stem and name not in self._stems:

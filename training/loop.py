@@ -183,17 +183,23 @@ class Trainer:
             state,
         )
 
-    def warm_up(self, seed: int) -> float:
+    @property
+    def compiles(self) -> bool:
+        """Whether first uses take longer than later ones, which a warm-up is for."""
+        return self.device.type == "cuda" or self._backend.compile
+
+    def warm_up(self, seed: int) -> dict[str, float]:
         """Each part of a run once, on random labels, and nobody counts it: what compiles, captures or picks algorithms
         does so here. A later run is not changed by it.
 
-        Returns its seconds.
+        Returns seconds: "kernels", compiling Triton's ahead where there are any; "warm-up", the rest.
         """
         labels, classes = self._dataset.train_labels, len(self._dataset.classes)
         generator = torch.Generator(self.device).manual_seed(0)
-        began = time.perf_counter()
+        seconds, began = {}, time.perf_counter()
         if self._backend.name == "fused":
             self.compile_ahead(seed)
+            seconds["kernels"], began = time.perf_counter() - began, time.perf_counter()
         self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
         # all later epochs are drawn as the second is
         for epoch in range(min(2, self.budget.epochs)):
@@ -207,7 +213,7 @@ class Trainer:
             self._final_logits()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return {**seconds, "warm-up": time.perf_counter() - began}
 
     def compile_ahead(self, seed: int) -> None:
         """Compile every kernel that a run launches, in parallel, where a run would compile them one after another."""

@@ -123,8 +123,9 @@ class Report:
         if facts["flops"] is not None:
             total = facts["flops"]["total"] / 1e15
             table.add_row("FLOPs", f"{total:.4g} PFLOP a run (whitening, training, evaluation)")
-        table.add_row("compile", facts_seconds(facts["compile_seconds"]))
-        table.add_row("start-up", f"{facts['startup_seconds']:.1f} s (imports, data)")
+        parts = facts["start_up"]
+        named = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        table.add_row("start-up", f"{sum(parts.values()):.1f} s  ({named})")
         table.add_row("kernels", f"{facts['kernels']['name']}: {facts['kernels']['stem']}")
         table.add_row("data", f"{data['name']}, fingerprint {data['fingerprint']}")
         self.console.print(table)
@@ -159,10 +160,6 @@ class Report:
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=False)
-
-
-def facts_seconds(seconds: float | None) -> str:
-    return "none (no compilation on this path)" if seconds is None else f"{seconds:.1f} s (warm-up, untimed)"
 
 
 def with_spread(s: dict, digits: int) -> str:
