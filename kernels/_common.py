@@ -90,7 +90,9 @@ def sum_partials(partials: Tensor) -> Tensor:
     """[P, D] float32 -> [D] float32, summed in a fixed order, so that a run repeats bit for bit."""
     n, width = partials.shape
     out = torch.empty(width, dtype=torch.float32, device=partials.device)
-    launch(_sum_partials_kernel, (triton.cdiv(width, 32),), partials, out, n, D=width, BLOCK_P=32, BLOCK_D=32)
+    # few columns a program: its loads are one behind the other, and there are many more rows than columns
+    rows = block_of(n, 256)
+    launch(_sum_partials_kernel, (triton.cdiv(width, 8),), partials, out, n, D=width, BLOCK_P=rows, BLOCK_D=8)
     return out
 
 

@@ -1,7 +1,7 @@
 """How kernels of this package are launched, and how torch.compile sees them.
 
-Every launch goes through `launch`, so that the same launchers can also run "dry": inside `captured_launches` nothing
-runs and each launch is recorded with its arguments, which is what the ahead-of-time compiler works from.
+Every launch goes through `launch`, so that the same launchers can also run "dry": inside `recorded` nothing runs
+and each launch is handed on with its arguments, which is what compiling ahead works from.
 """
 
 import os
@@ -25,7 +25,7 @@ _TYPES = {
     torch.int64: "i64",
 }
 
-_recording: list["Launch"] | None = None
+_record: Callable[["Launch"], None] | None = None
 
 
 class Launch(NamedTuple):
@@ -50,18 +50,26 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def captured_launches() -> Iterator[list[Launch]]:
-    """Record launches instead of running them; outputs are left as allocated."""
-    global _recording
-    before, _recording = _recording, []
+def recorded(record: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, launches are handed to `record` instead of running; outputs are left as allocated."""
+    global _record
+    before, _record = _record, record
     try:
-        yield _recording
+        yield
     finally:
-        _recording = before
+        _record = before
+
+
+@contextmanager
+def captured_launches() -> Iterator[list[Launch]]:
+    """Collect launches, and their tensors with them, instead of running them."""
+    launches: list[Launch] = []
+    with recorded(launches.append):
+        yield launches
 
 
 def capturing() -> bool:
-    return _recording is not None
+    return _record is not None
 
 
 def interpreting() -> bool:
@@ -75,8 +83,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
     """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device."""
     this = Launch(kernel, arguments, constexprs, num_warps)
-    if _recording is not None:
-        _recording.append(this)
+    if _record is not None:
+        _record(this)
         return
     with on_device(this.device):
         kernel[grid](*arguments, **this.options)

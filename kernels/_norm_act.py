@@ -271,10 +271,10 @@ class Partials:
         var = torch.empty_like(mean)
         tracked = running_mean is not None
         launch(
-            _merge_stats_kernel, (triton.cdiv(channels, 32),), self.mean, self.m2, self.count, mean, var,
+            _merge_stats_kernel, (triton.cdiv(channels, 8),), self.mean, self.m2, self.count, mean, var,
             running_mean if tracked else mean, running_var if tracked else var, self.programs, rows,
             momentum, 1 - momentum,
-            C=channels, HAS_RUNNING=tracked, BLOCK_P=64, BLOCK_C=32,
+            C=channels, HAS_RUNNING=tracked, BLOCK_P=block_of(self.programs, 256), BLOCK_C=8,
         )  # fmt: skip
         return mean, var
 

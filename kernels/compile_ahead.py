@@ -4,11 +4,15 @@ Most of a compilation is spent outside of Python, where threads do run side by s
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from ._launch import Launch, captured_launches, on_device, specialized
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from ._launch import Launch, on_device, recorded, specialized
 
 
 @contextmanager
@@ -17,23 +21,49 @@ def compiled_ahead() -> Iterator[None]:
 
     For tensors on a GPU. Raises what the compiler raises.
     """
-    with captured_launches() as launches:
+    distinct: dict[tuple, Launch] = {}
+
+    def record(launch: Launch) -> None:
+        key = specialization(launch)
+        if key not in distinct:
+            distinct[key] = without_data(launch)
+
+    with recorded(record):
         yield
-    compile_launches(launches)
+    compile_launches(distinct.values())
 
 
-def compile_launches(launches: list[Launch]) -> None:
-    """Compile what these launches would run, each specialization once, a thread for each of the machine's cores."""
-    distinct = {specialization(launch): launch for launch in launches}
+def compile_launches(launches: Iterable[Launch]) -> None:
+    """Compile what these launches would run and load it, a thread for each of the machine's cores."""
+    launches = list(launches)
+    if any(launch.device.type == "cuda" for launch in launches):
+        # its first use builds it, which all threads would begin at once
+        _ = driver.active
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(_compile, distinct.values()):
+        for _ in pool.map(_compile, launches):
             pass
 
 
 def _compile(launch: Launch) -> None:
     # the current device is a thread's own
     with on_device(launch.device):
-        launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+        # what a first launch would otherwise build and load
+        _ = compiled.run
+
+
+def without_data(launch: Launch) -> Launch:
+    """The same specialization with tensors of a few bytes, so that nothing of a step outlives it."""
+
+    def stand_in(value):
+        if isinstance(value, tuple):
+            return tuple(map(stand_in, value))
+        if not isinstance(value, Tensor):
+            return value
+        room = torch.empty(2, dtype=value.dtype, device=value.device)
+        return room[:1] if specialized(value)[1] else room[1:]
+
+    return launch._replace(arguments=tuple(map(stand_in, launch.arguments)))
 
 
 def specialization(launch: Launch) -> tuple:

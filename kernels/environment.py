@@ -76,6 +76,11 @@ def _version(package: str) -> str | None:
         return None
 
 
+def has_c_compiler() -> bool:
+    """Whether Triton finds the C compiler that it builds its launchers with ($CC, else gcc or clang)."""
+    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang"))
+
+
 def has_cxx_compiler() -> bool:
     """Whether torch.compile finds the C++ compiler that it needs on a CPU ($CXX, else g++ or clang++)."""
     named = os.environ.get("CXX")

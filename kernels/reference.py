@@ -103,7 +103,8 @@ def norm_act(
     activation: str | None = "gelu",
 ) -> Tensor:
     """act(batch_norm(x)) with a scale fixed at 1 and a trained bias: see `kernels.norm_act`."""
-    y = F.batch_norm(x, running_mean, running_var, None, bias, training, momentum, eps)
+    # without a scale, CUDA's backward has no gradient for the bias
+    y = F.batch_norm(x, running_mean, running_var, torch.ones_like(bias), bias, training, momentum, eps)
     return _activation(activation)(y)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from kernels.environment import has_cxx_compiler
+from kernels.environment import has_c_compiler, has_cxx_compiler
 from model import convolution
 
 CHOICES = ("auto", "fused", "reference", "compiled")
@@ -69,8 +69,8 @@ def fused() -> Backend:
 def select(choice: str, device: torch.device) -> Backend:
     """`auto` is fused on a GPU and reference elsewhere.
 
-    Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, and for
-    `compiled` where torch.compile lacks its compiler.
+    Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, and where
+    Triton or torch.compile lacks its compiler.
     """
     if choice not in CHOICES:
         raise ValueError(f"unknown kernels {choice!r}; expected one of {', '.join(CHOICES)}")
@@ -89,6 +89,11 @@ def select(choice: str, device: torch.device) -> Backend:
         return compiled()
     if not kernels.HAS_TRITON:
         raise ValueError("the fused kernels need triton, which is not installed; use --kernels reference")
+    if device.type == "cuda" and not has_c_compiler():
+        raise ValueError(
+            "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "
+            "or use --kernels reference"
+        )
     if device.type != "cuda" and not kernels.interpreting():
         raise ValueError(
             f"the fused kernels need a GPU, and the device is {device.type}; use --kernels reference, "

@@ -1,6 +1,7 @@
 """Compiling ahead: every kernel that a run launches is among those compiled, each once, and nothing else changes."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,9 +68,11 @@ class Kernel:
     def warmup(self, *arguments, grid, **options):
         self._barrier.wait(timeout=30)
         self.calls.append((arguments, options))
+        return SimpleNamespace(run=None)
 
 
 def test_each_specialization_is_compiled_once():
+    """From tensors of its own, so that none of the launch's stay alive."""
     kernel, x = Kernel(), torch.zeros(64)
     options = {"BLOCK": 16}
     same = [Launch(kernel, (x, (x, 32)), options, 4), Launch(kernel, (torch.zeros(8), (x, 48)), options, 4)]
@@ -86,9 +89,17 @@ def test_each_specialization_is_compiled_once():
     ]
     assert len({compile_ahead.specialization(launch) for launch in same}) == 1
     assert len({compile_ahead.specialization(launch) for launch in same + others}) == 1 + len(others)
-    compile_ahead.compile_launches(same)
+    for first in same:
+        stand_in = compile_ahead.without_data(first)
+        assert compile_ahead.specialization(stand_in) == compile_ahead.specialization(first)
+        assert all(t.untyped_storage().nbytes() <= 16 for t in (stand_in.arguments[0], stand_in.arguments[1][0]))
+    assert not compile_ahead.specialization(compile_ahead.without_data(others[1]))[-1][0][1]
+    with compile_ahead.compiled_ahead():
+        for launch in same:
+            _launch.launch(launch.kernel, (1,), *launch.arguments, **options)
     ((arguments, given),) = kernel.calls
-    assert arguments == same[1].arguments and given == {"num_warps": 4, "enable_fp_fusion": True, "BLOCK": 16}
+    assert given == {"num_warps": 4, "enable_fp_fusion": True, "BLOCK": 16}
+    assert arguments[0].data_ptr() != x.data_ptr() and arguments[1][1] == 32
 
 
 def test_kernels_compile_side_by_side_and_a_failure_is_told(monkeypatch):

@@ -172,13 +172,17 @@ def test_impossible_networks_are_refused():
             NetworkConfig(**wrong)
 
 
-def test_backend_choice():
+def test_backend_choice(monkeypatch):
     cpu = torch.device("cpu")
     assert backend.select("auto", cpu).name == "reference"
     assert backend.select("reference", cpu).name == "reference"
     assert backend.select("auto", torch.device("cuda")).name == "fused"
     with pytest.raises(ValueError, match="unknown kernels"):
         backend.select("triton", cpu)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="needs a C compiler"):
+        backend.select("auto", torch.device("cuda"))
 
 
 def test_padded_stem_matches_a_padded_convolution():

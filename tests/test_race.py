@@ -18,6 +18,7 @@ from training.data.dataset import assemble
 from training.errors import UserError
 from training.race import __main__ as race
 from training.race import data, table
+from training.race.contest import only
 from training.race.peers import PEERS, Rows, find_script, with_runs
 
 ROOT = Path(race.__file__).resolve().parent.parent.parent
@@ -243,6 +244,15 @@ def test_unknown_reports_and_missing_gpus_are_one_line_each(arena, tmp_path, cap
     assert code == 2 and [len(r["runs"]) for r in found] == [1, 0]
     left_out, unknown = capsys.readouterr().err.splitlines()
     assert "hlb-v0.3.0 needs a GPU" in left_out and "expected time_seconds" in unknown
+
+
+def test_a_script_finds_the_chosen_gpu_alone(monkeypatch):
+    """As the first of those that it sees, whatever the caller itself sees."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert only(torch.device("cpu")) == only(torch.device("cuda")) == {}
+    assert only(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e2d,6")
+    assert only(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "GPU-5e2d"}
 
 
 @pytest.mark.parametrize(

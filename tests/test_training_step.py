@@ -1,5 +1,7 @@
 """The training step: what it counts, that phases freeze what they should, and on a GPU its graph and its asynchrony."""
 
+import gc
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import torch
 from kernels.environment import has_cxx_compiler
 from model import backend
 from tests.oracle import DEVICE
-from training import graph, precision
+from training import graph, precision, stem
 from training.data import synthetic
 from training.data.dataset import assemble
 from training.loop import Listener, Trainer, plan_budget
@@ -74,6 +76,27 @@ def test_nothing_is_compiled_after_a_warm_up(dataset):
     trainer.warm_up(0)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.tensor(trainer.run(0, validate=0).losses).isfinite().all()
+
+
+def test_a_dropped_trainer_is_freed_at_once(dataset):
+    """Its graphs' memory would otherwise stay until the garbage collector happens to run."""
+    trainer = make(AIR, dataset, backend.reference(), steps=1)
+    trainer.run(0, validate=0)
+    step = weakref.ref(trainer.step)
+    gc.disable()
+    try:
+        del trainer
+        assert step() is None
+    finally:
+        gc.enable()
+
+
+def test_a_stem_can_be_timed_after_a_warm_up_that_froze_it(dataset, monkeypatch):
+    monkeypatch.setattr(stem, "_SECONDS", 0.01)
+    trainer = make(PHASED, dataset, backend.reference(), steps=9)
+    trainer.warm_up(0)
+    assert not trainer.network.stem.bias.requires_grad
+    assert stem.milliseconds(trainer) > 0
 
 
 def test_training_accuracy_counts_the_epochs_right_answers(dataset):
@@ -186,7 +209,7 @@ class FakeCuda:
         self.state += 1
 
     @contextmanager
-    def graph(self, graph):
+    def graph(self, graph, pool):
         before = self.state.clone()
         yield
         self.state.copy_(before)

@@ -146,6 +146,9 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} cannot be used here; expected cpu, cuda or cuda:N of a GPU here") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; expected cpu or cuda")
+    if device.type == "cuda" and device.index is not None:
+        # streams, events and graphs are the current device's
+        torch.cuda.set_device(device)
     return device
 
 

@@ -39,7 +39,7 @@ def unsure(count: int, fraction: float) -> int:
 
 @torch.no_grad()
 def logits_of(
-    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, batch_size: int = 1000
+    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, batch_size: int = 2000
 ) -> Tensor:
     """images [N, H, W, C] uint8 -> logits [N, classes] float32, the network left in the mode it was in.
 

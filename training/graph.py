@@ -26,11 +26,12 @@ class Replay:
     """`call()` by itself or, where `enabled`, as a graph that its first use captures.
 
     state: every tensor that the call changes and that outlives it; they are restored after each warm-up call that a
-    capture needs, so that the first use changes them once, as every other.
+    capture needs, so that the first use changes them once, as every other. pool: memory that graphs may share which are
+    not replayed at once and leave nothing but their state (`torch.cuda.graph_pool_handle()`).
     """
 
-    def __init__(self, call: Callable[[], None], state: list[Tensor], enabled: bool):
-        self._call, self._state, self._enabled = call, state, enabled
+    def __init__(self, call: Callable[[], None], state: list[Tensor], enabled: bool, pool: tuple | None = None):
+        self._call, self._state, self._enabled, self._pool = call, state, enabled, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -52,6 +53,6 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # this records and runs nothing
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             self._call()
         return graph

@@ -199,6 +199,9 @@ class Trainer:
         seconds, began = {}, time.perf_counter()
         if self._backend.name == "fused":
             self.compile_ahead(seed)
+            # what compiling takes is not what training takes
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
             seconds["kernels"], began = time.perf_counter() - began, time.perf_counter()
         self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
         # all later epochs are drawn as the second is

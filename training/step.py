@@ -1,6 +1,7 @@
 """One training step: batch -> forward -> loss -> gradients -> update, everything it reads and writes on the device."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,8 @@ class TrainingStep:
         self._precision, self._graph, self._recipe = precision, graph, recipe
         self._forward = self._make_forward(backend, recipe.label_smoothing)
         self._replays: dict[Phase, Replay] = {}
+        # one phase's activations lie where another's lay
+        self._pool = torch.cuda.graph_pool_handle() if graph else None
 
     def _make_forward(self, backend: Backend, label_smoothing: float) -> Callable:
         network, cross_entropy, scale = self.network, backend.cross_entropy, self.network.config.logit_scale
@@ -69,8 +72,9 @@ class TrainingStep:
         return torch.compile(forward, dynamic=False) if backend.compile else forward
 
     def start_run(self) -> None:
-        """Back to step 0, with the optimizer's state cleared."""
+        """Back to step 0, with the optimizer's state cleared and nothing frozen."""
         self.optimizer.reset()
+        self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.groups))))
         self._step.zero_()
         self.losses.fill_(float("nan"))
 
@@ -96,7 +100,9 @@ class TrainingStep:
     def replay(self, phase: Phase) -> None:
         """The next step of the epoch, in this phase."""
         if phase not in self._replays:
-            self._replays[phase] = Replay(lambda: self._run(phase), self._state(), self._graph)
+            # a graph's memory is freed with its step, which it therefore must not keep
+            this = weakref.proxy(self)
+            self._replays[phase] = Replay(lambda: this._run(phase), self._state(), self._graph, self._pool)
         self._replays[phase]()
 
     def _state(self) -> list[Tensor]:

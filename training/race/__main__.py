@@ -84,7 +84,7 @@ def run(options: Namespace, console: Console) -> int:
         for contestant in contestants[turn:] + contestants[:turn]:
             asked = options.runs if kind == "block" else 1
             seed = options.seed + number * options.runs
-            block = run_block(contestant, asked, seed, setting.device.type, caches / contestant.name)
+            block = run_block(contestant, asked, seed, setting.device, caches / contestant.name)
             records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
             say(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
             if block.error is not None:

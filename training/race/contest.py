@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from training import records
 from training.race.peers import Peer
 
@@ -51,10 +53,18 @@ class Block:
     error: str | None
 
 
-def run_block(contestant: Contestant, runs: int, seed: int, device: str, caches: Path) -> Block:
+def only(device: torch.device) -> dict[str, str]:
+    """The environment in which a process finds no GPU but this one, which a script then takes without being asked."""
+    if device.index is None:
+        return {}
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": listed.split(",")[device.index] if listed else str(device.index)}
+
+
+def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device, caches: Path) -> Block:
     """Train `runs` runs in a new process, with its compilers' caches under `caches`. Never raises for what it does."""
     contestant.folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
+    own = {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -63,9 +73,9 @@ def run_block(contestant: Contestant, runs: int, seed: int, device: str, caches:
         out = Path(scratch) / "runs.json"
         began = time.perf_counter()
         done = subprocess.run(
-            contestant.command(runs, seed, out, device),
+            contestant.command(runs, seed, out, device.type),
             cwd=contestant.folder,
-            env=environment,
+            env=os.environ | own | only(device),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
