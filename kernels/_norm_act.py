@@ -274,7 +274,7 @@ class Partials:
             _merge_stats_kernel, (triton.cdiv(channels, 8),), self.mean, self.m2, self.count, mean, var,
             running_mean if tracked else mean, running_var if tracked else var, self.programs, rows,
             momentum, 1 - momentum,
-            C=channels, HAS_RUNNING=tracked, BLOCK_P=block_of(self.programs, 256), BLOCK_C=8,
+            C=channels, HAS_RUNNING=tracked, BLOCK_P=256, BLOCK_C=8,
         )  # fmt: skip
         return mean, var
 
