@@ -22,6 +22,7 @@ from training.command import (
     Parser,
     Setting,
     add_setting_arguments,
+    check_output,
     choose_setting,
     count_flops,
     describe,
@@ -62,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     recipe = customize(RECIPES[options.recipe], options)
-    for path in filter(None, (options.json and options.json.parent, options.out, options.profile)):
-        make_folder(path)
-    if options.json is not None and options.json.is_dir():
-        raise UserError(f"--json {options.json} is a folder; name a file")
+    for folder in filter(None, (options.out, options.profile)):
+        make_folder(folder)
+    if options.json is not None:
+        check_output(options.json)
     setting = choose_setting(options)
     device = setting.device
 
@@ -97,6 +98,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
         return train_until(options, console, facts, setting, recipe, dataset)
     listener = Listener(report.on_step, report.on_epoch)
 
+    def save(last: bool) -> None:
+        """After each run, so that nothing that ends this process takes a finished one with it."""
+        # what is no file cannot be replaced: it gets all once
+        whole = options.json is not None and (last or options.json.is_file() or not options.json.exists())
+        for path in filter(None, (options.out and options.out / "summary.json", options.json if whole else None)):
+            write_json(path, report.as_dict())
+
     exit_code = 0
     try:
         began = time.perf_counter()
@@ -120,18 +128,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
             if options.out is not None:
                 name = f"{recipe.name}-seed{seed}.safetensors"
                 save_weights(options.out / name, result.state, {"recipe": recipe.name, "data": dataset.name})
+            save(last=False)
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")
         exit_code = 130
     finally:
-        # finished runs are never lost, whatever ended the last one
-        if report.runs or exit_code:
-            report.summary()
-        if report.runs:
-            if options.json is not None:
-                write_json(options.json, report.as_dict())
-            if options.out is not None:
-                write_json(options.out / "summary.json", report.as_dict())
+        try:
+            if report.runs:
+                save(last=True)
+        finally:
+            if report.runs or exit_code:
+                report.summary()
     return exit_code
 
 
@@ -246,9 +253,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.steps is not None and options.epochs is not None:
         parser.error("--steps and --epochs both set the budget; give one of them")
-    for other in ("steps", "out", "profile"):
+    for other in ("steps", "out", "profile", "validate"):
         if options.until is not None and getattr(options, other) is not None:
             parser.error(f"--until tries many budgets and cannot go with --{other}; leave one out")
+    if options.profile is not None and (options.out is not None or options.runs > 1):
+        parser.error("--profile trains nothing and cannot go with --out or --runs; leave one out")
     return options
 
 

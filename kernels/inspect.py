@@ -194,16 +194,23 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     assemblies = [row.pop("assembly", "") for row in rows]
     found = offenses(rows)
+    code = 1 if found else 0
     if options.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        _write_json(options.json, {"versions": versions, "seconds": round(seconds, 1), "rows": rows, "offenses": found})
+        document = {"versions": versions, "seconds": round(seconds, 1), "rows": rows, "offenses": found}
+        try:
+            _write_json(options.json, document)
+        except OSError as error:
+            # the table is still worth printing
+            print(f"{_program()}: error: could not write {options.json} ({error.strerror})", file=sys.stderr)
+            code = 2
     if options.sass:
         for row, assembly in zip(rows, assemblies):
             print(f"; {row['kernel']} {row['target']} {row['dtype']} {row['case']}\n{assembly}")
     for line in _table(rows):
         print(line)
     print("\n" + "\n".join(found + [_summary(rows, seconds)]))
-    return 1 if found else 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Image folders, the fixed order, pixel statistics, fingerprints and the cache of decoded images."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -204,6 +205,29 @@ def test_unknown_layout_lists_what_was_found(tmp_path):
     (folder / "images").mkdir()
     with pytest.raises(UserError, match=r"it holds images/, readme\.txt$"):
         load(folder)
+
+
+def test_a_folder_that_cannot_be_walked_is_one_line(tree):
+    (tree / "train" / "loop").symlink_to(tree / "train" / "loop")
+    with pytest.raises(UserError, match=r"loop cannot be read \(Too many levels of symbolic links\)"):
+        load(tree)
+
+
+def test_names_that_are_no_text_are_read(tmp_path, tree):
+    """As a Latin-1 archive leaves them; the data set's name shows what it can."""
+    odd = os.fsdecode(b"caf\xe9")
+    root = tree.rename(tmp_path / odd)
+    for half in ("train", "test"):
+        for folder in list((root / half).iterdir()):
+            folder.rename(folder.with_name(folder.name + odd))
+    first = load(root)
+    assert first.name == "caf\ufffd" and first.classes[0].endswith(odd) and len(first.fingerprint) == 12
+    assert load(root).fingerprint == first.fingerprint
+
+
+def test_equal_names_and_times_elsewhere_are_another_data_set(tmp_path, tree):
+    shutil.copytree(tree, tmp_path / "copy")
+    assert load(tree).name != load(tmp_path / "copy").name == "copy"
 
 
 @given(st.integers(1, 400))

@@ -244,6 +244,10 @@ def test_unknown_reports_and_missing_gpus_are_one_line_each(arena, tmp_path, cap
     assert code == 2 and [len(r["runs"]) for r in found] == [1, 0]
     left_out, unknown = capsys.readouterr().err.splitlines()
     assert "hlb-v0.3.0 needs a GPU" in left_out and "expected time_seconds" in unknown
+    (tmp_path / "runs" / "race" / "race.jsonl").unlink()
+    # alone against nobody is no race
+    code, found = arena(f"hlb-v0.3.0={hlb}", runs=1, blocks=1)
+    assert code == 2 and not found and "no peer is left to race" in capsys.readouterr().err
 
 
 def test_a_script_finds_the_chosen_gpu_alone(monkeypatch):

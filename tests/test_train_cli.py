@@ -287,9 +287,34 @@ def refused(capsys, *arguments):
     return err
 
 
+def test_a_run_is_on_file_when_it_ends(tree, tmp_path, capsys, monkeypatch):
+    """Whatever ends the process later, a signal or a second interrupt, finished runs are whole."""
+    path, out, seen = tmp_path / "runs.json", tmp_path / "out", []
+    start_run = train.Report.start_run
+
+    def look(self, *arguments):
+        files = (path, out / "summary.json")
+        seen.append([len(json.loads(file.read_text())["runs"]) if file.exists() else 0 for file in files])
+        start_run(self, *arguments)
+
+    monkeypatch.setattr(train.Report, "start_run", look)
+    code, *_ = inside(capsys, "--data", tree, *QUICK, "--runs", "3", "--json", path, "--out", out)
+    assert code == 0 and seen == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_what_cannot_be_written_is_told_before_training(tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "Trainer", None)
+    assert "nothing can be written to /proc" in refused(capsys, "--data", tree, *QUICK, "--json", "/proc/runs.json")
+    assert "is a folder; name a file" in refused(capsys, "--data", tree, *QUICK, "--json", tmp_path)
+    assert "nothing can be written to /proc" in refused(capsys, "--data", tree, *QUICK, "--out", "/proc")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--steps", "1.5"], "expected a whole number above 0"),
+        (["--profile", "x", "--runs", "2"], "cannot go with --out or --runs"),
+        (["--until", "0.5", "--validate", "0"], "cannot go with --validate"),
         (["--epochs", "0"], "above 0"),
         (["--epochs", "nan"], "above 0"),
         (["--epochs", "inf"], "above 0"),

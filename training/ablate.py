@@ -16,11 +16,11 @@ from training.command import (
     Parser,
     Setting,
     add_setting_arguments,
+    check_output,
     choose_setting,
     count_flops,
     describe,
     load_data,
-    make_folder,
     natural,
     positive,
 )
@@ -30,13 +30,18 @@ from training.loop import Trainer, plan_budget
 from training.plans import PLANS, Plan, narrowed, stretched
 from training.recipes import Recipe
 
+# what a run on file has at least
+_KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
     if options.plan is None:
         for name, plan in PLANS.items():
-            console.print(f"{name}: {plan.summary}\n  {', '.join(plan.variants)}", highlight=False, markup=False)
+            console.print(
+                f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", highlight=False, markup=False
+            )
         return 0
     try:
         return run(options, console)
@@ -53,7 +58,7 @@ def run(options: Namespace, console: Console) -> int:
     plan = PLANS[options.plan]
     chosen = choose_variants(plan, options.plan, options.only)
     path = options.json or Path("runs") / f"{options.plan}.jsonl"
-    make_folder(path.parent)
+    check_output(path, append=True)
     setting = choose_setting(options)
     notes: list[str] = []
     dataset = load_data(options.data, console, notes).limited(options.limit)
@@ -72,7 +77,7 @@ def run(options: Namespace, console: Console) -> int:
     longest = 0.0
     for number, (seed, name) in enumerate(queue, 1):
         record = runner.describe(name, chosen[name], seed)
-        if any(same_run(record, old, path) for old in records.read(path)):
+        if any(same_run(record, old, path) for old in records.read(path, _KEYS)):
             continue
         spent = time.perf_counter() - began
         if options.minutes is not None and spent + longest > 60 * options.minutes:
@@ -85,7 +90,7 @@ def run(options: Namespace, console: Console) -> int:
             f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
             f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
         )
-    written = [r for r in records.read(path) if r["plan"] == options.plan]
+    written = [r for r in records.read(path, _KEYS) if r["plan"] == options.plan]
     for shared, group in compare.comparable(written):
         for line in compare.lines(shared, group, plan):
             say(line)

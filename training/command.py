@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def positive(kind: type):
         except ValueError:
             value = 0
         if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"expected a {what} above 0, not {text!r}")
         return value
 
     return parse_positive
@@ -42,7 +44,7 @@ def positive(kind: type):
 
 def natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ..., not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ... below 2**63, not {text!r}")
     return int(text)
 
 
@@ -188,7 +190,29 @@ def load_data(source: str | None, console: Console, notes: list[str]):
 
 
 def make_folder(path: Path) -> None:
+    """Make it and see that files can be made in it, before hours are spent on what goes there. Raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"could not make the folder {path} ({error.strerror}); name another") from error
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written to {path} ({error.strerror}); name another folder") from error
+
+
+def check_output(path: Path, append: bool = False) -> None:
+    """See that a file can be written, or added to, before hours are spent on what goes there. Raises UserError."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            # a pipe or a device takes what it gets when it gets it
+            return
+        if append and path.exists():
+            with open(path, "ab"):
+                return
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error.strerror}); name another file") from error
+    make_folder(path.resolve().parent)

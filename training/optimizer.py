@@ -15,7 +15,8 @@ from training.recipes import ParamGroup, Recipe
 
 
 def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list[list[nn.Parameter]]:
-    """The trained parameters of each group; a parameter belongs to the first group that names it.
+    """The trained parameters of each group; a parameter belongs to the first group that names it, a vector to none of
+    Muon's, which orthogonalizes matrices.
 
     Raises ValueError when a trained parameter belongs to none. A group may be empty: a network without what it names.
     """
@@ -37,7 +38,9 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
             (
                 i
                 for i, group in enumerate(groups)
-                if belongs[group.params](name, p) and (group.layers is None or layer in group.layers)
+                if belongs[group.params](name, p)
+                and (group.layers is None or layer in group.layers)
+                and (group.rule != "muon" or p.dim() > 1)
             ),
             None,
         )

@@ -24,8 +24,8 @@ def append(path: Path, record: dict) -> None:
         raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 
 
-def read(path: Path) -> list[dict]:
-    """All records; none where there is no file. Raises UserError naming a line that is not whole."""
+def read(path: Path, keys: tuple[str, ...] = ()) -> list[dict]:
+    """All records; none where there is no file. Raises UserError naming a line that is not whole or lacks a key."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file that lines can be added to; name a file")
     try:
@@ -40,7 +40,12 @@ def read(path: Path) -> list[dict]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
+            missing = [key for key in keys if key not in record]
+            if missing:
+                raise ValueError(f"without {missing[0]!r}: another command's")
         except ValueError as error:
-            raise UserError(f"line {number} of {path} is no run ({error}); remove that line") from error
+            raise UserError(
+                f"line {number} of {path} is no run ({error}); remove that line or name another file"
+            ) from error
         records.append(record)
     return records

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -127,7 +128,7 @@ class Report:
         named = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
         table.add_row("start-up", f"{sum(parts.values()):.1f} s  ({named})")
         table.add_row("kernels", f"{facts['kernels']['name']}: {facts['kernels']['stem']}")
-        table.add_row("data", f"{data['name']}, fingerprint {data['fingerprint']}")
+        table.add_row("data", f"{escape(data['name'])}, fingerprint {data['fingerprint']}")
         self.console.print(table)
 
     def _evaluated_as(self) -> str:

@@ -200,7 +200,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
     add("--list", action="store_true", help="print the network's cases and stop")
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json")
-    add("--band", type=float, default=5.0, metavar="%%", help="noise band of --compare (default: 5)")
+    add("--band", type=float, default=5.0, metavar="PERCENT", help="noise band of --compare (default: 5)")
     options = parser.parse_args(arguments)
     unknown = [op for op in options.ops if op not in OPS]
     if unknown:

@@ -3,6 +3,7 @@
 The published data sets' reader is imported where they are read anew only: torchvision takes two seconds of a start.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,16 +65,20 @@ def generated() -> Dataset:
 
 
 def read(path: Path, progress: Progress, note: Note) -> Dataset:
-    """Read the data set at `path`, from the cache if it was decoded before."""
-    if not path.exists():
-        raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
-    if not path.is_dir():
-        raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
-    root, name, reader, statistics = _recognize(path, progress)
-    key = cache.source_key(root)
-    dataset = cache.load(key)
-    if dataset is None:
-        dataset = assemble(name, *reader(), statistics=statistics)
+    """Read the data set at `path`, from the cache if it was decoded before. Raises UserError."""
+    try:
+        if not path.exists():
+            raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
+        root, name, reader, statistics = _recognize(path, progress)
+        key = cache.source_key(root)
+        dataset = cache.load(key)
+        decoded = None if dataset is not None else reader()
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
+    if decoded is not None:
+        dataset = assemble(name, *decoded, statistics=statistics)
         warning = cache.store(key, dataset)
         if warning:
             note(warning)
@@ -112,4 +117,6 @@ def _read_published(root: Path, name: str, binary: bool):
 
 
 def _image_tree(path: Path, progress: Progress):
-    return path, path.resolve().name, lambda: image_tree.read_image_tree(path, progress), None
+    # a name that is no text is shown as far as it is
+    name = os.fsencode(path.resolve().name).decode(errors="replace")
+    return path, name, lambda: image_tree.read_image_tree(path, progress), None

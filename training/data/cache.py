@@ -1,7 +1,7 @@
 """Decoded data sets on disk, so that a second start loads in under a second.
 
-A cache file is named by a key taken over the source's file names, sizes and modification times: a changed source has
-another key and is decoded anew. Writes are atomic: another process never sees half a file.
+A cache file is named by a key taken over the source's place, file names, sizes and modification times: a changed or
+moved source has another key and is decoded anew. Writes are atomic: another process never sees half a file.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type =
 
 def folder() -> Path:
     """$BLINK_CACHE, else blink under the user's cache folder."""
-    if "BLINK_CACHE" in os.environ:
+    if os.environ.get("BLINK_CACHE"):
         return Path(os.environ["BLINK_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
 
 
 def source_key(root: Path) -> str:
-    """A digest of every file under `root`: relative name, size, modification time."""
-    digest = hashlib.sha256(_FORMAT.encode())
+    """A digest of where `root` is and of every file under it: relative name, size, modification time."""
+    digest = hashlib.sha256(_FORMAT.encode() + os.fsencode(root.resolve()))
     for relative, stat in sorted(_walk(root, "")):
-        digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
 
 

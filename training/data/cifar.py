@@ -129,7 +129,10 @@ def read_binary_batches(folder: Path, layout: Layout) -> Arrays:
     class_file = folder / layout.binary_classes
     if not class_file.is_file():
         raise UserError(f"{folder} lacks {layout.binary_classes}, which names the classes; download it again")
-    classes = tuple(line.strip() for line in class_file.read_text().splitlines() if line.strip())
+    try:
+        classes = tuple(line.strip() for line in class_file.read_text().splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{class_file} is no text ({error}); download it again") from error
     for files in (layout.binary_train, layout.binary_test):
         rows = []
         for name in files:

@@ -110,7 +110,7 @@ def assemble(
 ) -> Dataset:
     """Put both halves in the fixed order, take the fingerprint and, unless given, the pixel statistics."""
     parts = []
-    digest = hashlib.sha256("\0".join(classes).encode())
+    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
         order = fixed_order(len(images))
         images, labels = np.ascontiguousarray(images[order]), np.ascontiguousarray(labels[order], dtype=np.int64)

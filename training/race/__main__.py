@@ -17,10 +17,12 @@ from training.command import (
     Parser,
     Setting,
     add_setting_arguments,
+    check_output,
     choose_setting,
     count_flops,
     load_data,
     make_folder,
+    natural,
     positive,
 )
 from training.data.dataset import Dataset
@@ -55,9 +57,11 @@ def run(options: Namespace, console: Console) -> int:
         print(f"training.race: {name} needs a GPU, and the device is {setting.device.type}; left out", file=sys.stderr)
         failed = True
     named = [(name, script) for name, script in named if on_gpu or PEERS[name].on_cpu]
+    if not named:
+        raise UserError("no peer is left to race; name one that can run here")
     path = options.json or options.scratch / "race.jsonl"
-    for folder in (path.parent, options.scratch):
-        make_folder(folder)
+    make_folder(options.scratch)
+    check_output(path, append=True)
     notes: list[str] = []
     dataset = load_data(options.data, console, notes).limited(options.limit)
 
@@ -99,7 +103,7 @@ def run(options: Namespace, console: Console) -> int:
 
 def first_block(path: Path, ours: dict) -> int:
     """The number of the next block in this file. Raises UserError when its blocks were run under other conditions."""
-    old = records.read(path)
+    old = records.read(path, ("contestant", "shared", "block"))
     if any(record["shared"] != ours["shared"] for record in old):
         raise UserError(f"{path} holds blocks of other images, another machine or recipe; name another --json")
     return 1 + max((record["block"] for record in old), default=-1)
@@ -127,7 +131,7 @@ def own_options(options: Namespace) -> tuple[str, ...]:
     for flag, value in (("--data", options.data), ("--dtype", options.dtype), ("--limit", options.limit)):
         if value is not None:
             given += [flag, str(value)]
-    return tuple(given)
+    return tuple(given + ["--deterministic"] * options.deterministic)
 
 
 def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options: Namespace) -> dict:
@@ -164,7 +168,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     add("--data", metavar="PATH", help="as for train.py; the peers train on the same images, in the same order")
     add("--runs", type=positive(int), default=10, metavar="N", help="counted runs a block (default: %(default)s)")
     add("--blocks", type=positive(int), default=3, metavar="N", help="blocks a contestant (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="the first seed of this project's runs")
+    add("--seed", type=natural, default=0, metavar="S", help="the first seed of this project's runs")
     add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
     add("--no-cold", dest="cold", action="store_false", help="do not time whole processes with empty caches first")
     add("--scratch", type=Path, default=Path("runs/race"), metavar="DIR", help="data files and caches of the peers")
