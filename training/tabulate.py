@@ -68,7 +68,7 @@ def machine_of(content: dict) -> str:
     environment = content["environment"]
     machine = environment["device"]
     if environment["device_type"] == "cpu":
-        machine += f", {environment['threads']} threads"
+        machine += f", {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
     else:
         machine += f", {environment['power_limit']}, driver {environment['driver']}"
     return f"{machine}, {content['dtype']}, torch {environment['torch']}, triton {environment['triton']}"
@@ -79,7 +79,7 @@ def run_row(path: Path, content: dict, prefix: str) -> list[str]:
     data, summary = content["data"], content["summary"]
     return [
         f"[{path.stem}]({prefix}{path.name})",
-        f"{data['name']} {data['fingerprint']}",
+        f"{data['name']} {data['fingerprint']}, {data['train']:,} + {data['test']:,} images",
         f"{content['recipe']['name']}; {content['kernels']['name']}; {content['kernels']['stem']}",
         f"{content['budget']['total_steps']} x {content['budget']['batch_size']}",
         str(summary["accuracy"]["n"]),
@@ -136,22 +136,27 @@ def plan_tables(folder: Path) -> tuple[str, str]:
                 name = shared["plan"]
                 text = f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
                 plans[name] = plans.get(name, "") + text
-                if name == "recipes":
+                # a recipe made smaller is none to claim anything of
+                if name == "recipes" and shared["width"] == shared["epochs"] == 1:
                     rows += compare.record_rows(shared, group, PLANS[name])
     # in the order of the plans, whatever their files are called
     text = "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
     return text, table(compare.RECORD_COLUMNS, rows)
 
 
-def race_tables(folder: Path, prefix: str = "", on: tuple[str, ...] = ("cuda", "cpu")) -> str:
-    """Every race of the files of JSON lines in `folder` that was run on a device of these types."""
-    out = ""
+def race_tables(folder: Path) -> tuple[str, str]:
+    """(every race, for README.md the races on GPUs or, where there are none, those on CPUs) of the files of JSON lines
+    in `folder`.
+    """
+    out, near = "", {"cuda": "", "cpu": ""}
     for path in sorted(folder.glob("*.jsonl")):
         with whole(path):
             found = records.read(path)
-            if found and "contestant" in found[0] and found[0]["environment"]["device_type"] in on:
-                out += f"\n[{path.name}]({prefix}{path.name}): {race.markdown(found)}"
-    return out
+            if found and "contestant" in found[0]:
+                out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+                link = f"[{path.name}](results/{path.name})"
+                near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
+    return out, near["cuda"] or near["cpu"]
 
 
 @contextmanager
@@ -181,14 +186,12 @@ def main(arguments: list[str] | None = None) -> int:
         runs, profiles = tables(folder, "")
         plans, record = plan_tables(folder)
         wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
-        races = race_tables(folder)
+        races, near_races = race_tables(folder)
         if races:
             wanted[folder / "README.md"] += _RACES + races
         near_runs, near_profiles = tables(folder, "results/")
-        # on a CPU no peer runs as it was meant to: no record can be claimed there
-        record += race_tables(folder, "results/", on=("cuda",))
         text = readme.read_text()
-        for name, content in (("record", record), ("results", near_runs), ("performance", near_profiles)):
+        for name, content in (("record", near_races + record), ("results", near_runs), ("performance", near_profiles)):
             text = fill(text, name, content)
         wanted[readme] = text
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

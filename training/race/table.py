@@ -105,11 +105,12 @@ def notes(records: list[dict]) -> list[str]:
     return list(dict.fromkeys(r["note"] for r in records if r.get("note")))
 
 
-def markdown(records: list[dict]) -> str:
-    """The records of one file as Markdown tables under their heading."""
+def markdown(records: list[dict], brief: bool = False) -> str:
+    """The records of one file as Markdown tables under their heading; brief: without the second."""
     found = rows(records)
     out = f"{heading(records[0]['shared'])}\n\n{table(COLUMNS, [cells(row) for row in found])}"
-    out += f"\n{table(MORE, [more_cells(row) for row in found])}"
+    if not brief:
+        out += f"\n{table(MORE, [more_cells(row) for row in found])}"
     return out + "".join(f"\nNote: {note}.\n" for note in notes(records))
 
 
