@@ -52,12 +52,15 @@ def test_other_json_files_are_left_out(copy):
 
 
 def test_runs_of_a_plan_become_its_table(copy):
-    lines = [json.dumps(record(name, seed, 0.9123, 10.0)) for name in ("air", "blink") for seed in (0, 1)]
-    (copy / "results" / "recipes-there.jsonl").write_text("\n".join(lines).replace('"plan": "p"', '"plan": "recipes"'))
-    assert tabulate.main(["--root", str(copy)]) == 0
-    for readme in (copy / "README.md", copy / "results" / "README.md"):
-        text = readme.read_text()
-        assert "91.23 +-0.00" in text and "10 training and 5 test images" in text
+    """And those of whole recipes a record, which those of narrowed ones are not."""
+    for width, shown in ((0.5, False), (1.0, True)):
+        runs = [record(name, seed, 0.9123, 10.0) for name in ("air", "blink") for seed in (0, 1)]
+        lines = [json.dumps({**run, "plan": "recipes", "width": width}) for run in runs]
+        (copy / "results" / "recipes-there.jsonl").write_text("\n".join(lines))
+        assert tabulate.main(["--root", str(copy)]) == 0
+        for readme, expected in ((copy / "README.md", shown), (copy / "results" / "README.md", True)):
+            text = readme.read_text()
+            assert ("91.23 +-0.00" in text and "10 training and 5 test images" in text) == expected
 
 
 def write_race(copy: Path, name: str, device: str) -> None:
