@@ -12,12 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._patches import PatchSource, load_patches, weight_offset
+from ._patches import PatchSource, jittered_positions, load_patches, weight_offset
 
 _MOMENT_BLOCK = 128
 _GATHERED_TILE = 2048
-# an image's own sums leave fewer registers to its patches: positions times features squared
-_IMAGE_TILE = 16384
 # |q| <= 2**7, so a sum of 2**10 products stays within the 2**24 up to which float32 counts exactly
 _EXACT_POSITIONS = 1024
 _PROGRAMS = 512
@@ -255,17 +253,17 @@ def empty_moments(source: PatchSource) -> Tensor:
 def patch_moments(source: PatchSource) -> Tensor:
     """Sum of q q^T over all patches, [F_PAD, F_PAD]: int64, or float64 with a jitter."""
     moments = empty_moments(source)
-    # a gather computes two addresses an element, which take registers
-    block = _GATHERED_TILE // source.f_pad if source.constexprs["GATHER"] else _MOMENT_BLOCK
-    if source.jittered:
-        block = min(block, _IMAGE_TILE // source.f_pad**2)
-    sizes = dict(BLOCK_P=max(16, block), CHUNK=_EXACT_POSITIONS, **source.constexprs)
+    sizes = dict(CHUNK=_EXACT_POSITIONS, **source.constexprs)
     if not source.jittered:
+        # a gather computes two addresses an element, which take registers
+        block = max(16, _GATHERED_TILE // source.f_pad) if source.constexprs["GATHER"] else _MOMENT_BLOCK
         programs = min(triton.cdiv(source.positions, _EXACT_POSITIONS), _PROGRAMS)
-        launch(_moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, **sizes)
+        launch(_moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, BLOCK_P=block, **sizes)
         return moments
     of_images = torch.empty(source.batch, *moments.shape, dtype=torch.int64, device=moments.device)
-    launch(_image_moments_kernel, (source.batch,), *source.pixels, of_images, **sizes)
+    launch(
+        _image_moments_kernel, (source.batch,), *source.pixels, of_images, BLOCK_P=jittered_positions(source), **sizes
+    )
     launch(
         _jittered_moments_kernel, (source.f_pad,), of_images, source.jitter, moments, source.batch,
         FEATURES=source.features, F_PAD=source.f_pad, BLOCK_N=16,

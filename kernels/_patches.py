@@ -199,6 +199,11 @@ def tile_sizes(source: PatchSource, filters: int, exact: bool, backward: bool) -
     return {"BLOCK_P": max(16, block_p), "BLOCK_O": block_o}
 
 
+def jittered_positions(source: PatchSource) -> int:
+    """BLOCK_P where a jitter's own factors or sums, which grow with the square of the features, take registers too."""
+    return max(16, 16384 // source.f_pad**2)
+
+
 def check_kernel(op: str, images: Tensor, weight: Tensor) -> None:
     """weight [O, C_in, k, k] contiguous, and the image at least k x k."""
     if weight.dim() != 4 or weight.shape[1] != images.shape[1] or weight.shape[2] != weight.shape[3]:

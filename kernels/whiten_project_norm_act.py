@@ -33,6 +33,7 @@ from ._patches import (
     check_kernel,
     correlate_patches,
     filter_patches,
+    jittered_positions,
     load_jitter,
     load_patches,
     needs_float32,
@@ -124,8 +125,7 @@ def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.d
     exact = needs_float32(images, out_dtype)
     tile = tile_sizes(source, channels, exact, backward)
     if backward and source.jittered:
-        # the jitter's factors take registers
-        tile |= {"BLOCK_P": max(16, 16384 // source.f_pad**2), "BLOCK_O": 16}
+        tile |= {"BLOCK_P": jittered_positions(source), "BLOCK_O": 16}
     return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
 
 

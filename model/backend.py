@@ -78,6 +78,11 @@ def select(choice: str, device: torch.device) -> Backend:
         return reference()
     import kernels
 
+    if device.type == "cuda" and kernels.HAS_TRITON and not has_c_compiler():
+        raise ValueError(
+            "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "
+            "or use --kernels reference"
+        )
     if choice == "compiled":
         if device.type != "cuda" and not has_cxx_compiler():
             raise ValueError(
@@ -89,11 +94,6 @@ def select(choice: str, device: torch.device) -> Backend:
         return compiled()
     if not kernels.HAS_TRITON:
         raise ValueError("the fused kernels need triton, which is not installed; use --kernels reference")
-    if device.type == "cuda" and not has_c_compiler():
-        raise ValueError(
-            "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "
-            "or use --kernels reference"
-        )
     if device.type != "cuda" and not kernels.interpreting():
         raise ValueError(
             f"the fused kernels need a GPU, and the device is {device.type}; use --kernels reference, "

@@ -10,10 +10,9 @@ from kernels import _launch, compile_ahead
 from kernels._launch import Launch
 from model import backend
 from tests.oracle import DEVICE
+from tests.small import small_dataset
 from tests.test_training_step import PHASED
 from training import precision
-from training.data import synthetic
-from training.data.dataset import assemble
 from training.loop import Trainer, plan_budget
 from training.plans import narrowed, stretched
 from training.recipes import AIR, HLB, Recipe
@@ -21,10 +20,7 @@ from training.recipes import AIR, HLB, Recipe
 
 def make(recipe: Recipe) -> Trainer:
     recipe = narrowed(recipe, 0.05)
-    images, labels, test_images, test_labels = synthetic.generate(16, 16)
-    crop = slice(10, 22)
-    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
-    dataset = assemble("generated", synthetic.CLASSES, *halves, generated=True).to(DEVICE)
+    dataset = small_dataset(16, 16, side=12).to(DEVICE)
     budget = plan_budget(recipe, len(dataset.train_images), 8, steps=2)
     return Trainer(recipe, dataset, budget, backend.fused(), precision.choose("fp32", DEVICE, True), False)
 

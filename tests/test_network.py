@@ -181,8 +181,9 @@ def test_backend_choice(monkeypatch):
         backend.select("triton", cpu)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="needs a C compiler"):
-        backend.select("auto", torch.device("cuda"))
+    for choice in ("auto", "compiled"):
+        with pytest.raises(ValueError, match="needs a C compiler"):
+            backend.select(choice, torch.device("cuda"))
 
 
 def test_padded_stem_matches_a_padded_convolution():

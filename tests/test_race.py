@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.small import small_dataset
 from training import records
-from training.data import synthetic
 from training.data.dataset import assemble
 from training.errors import UserError
 from training.race import __main__ as race
@@ -132,10 +132,7 @@ def test_an_unknown_report_is_refused(lines, message):
 
 @pytest.fixture(scope="module")
 def dataset():
-    images, labels, test_images, test_labels = synthetic.generate(40, 20)
-    crop = slice(8, 20)
-    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
-    return assemble("generated", synthetic.CLASSES, *halves, generated=True)
+    return small_dataset(40, 20, side=12)
 
 
 def test_data_files_hold_our_images_in_our_order(tmp_path, dataset):

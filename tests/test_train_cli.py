@@ -287,28 +287,6 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_a_run_is_on_file_when_it_ends(tree, tmp_path, capsys, monkeypatch):
-    """Whatever ends the process later, a signal or a second interrupt, finished runs are whole."""
-    path, out, seen = tmp_path / "runs.json", tmp_path / "out", []
-    start_run = train.Report.start_run
-
-    def look(self, *arguments):
-        files = (path, out / "summary.json")
-        seen.append([len(json.loads(file.read_text())["runs"]) if file.exists() else 0 for file in files])
-        start_run(self, *arguments)
-
-    monkeypatch.setattr(train.Report, "start_run", look)
-    code, *_ = inside(capsys, "--data", tree, *QUICK, "--runs", "3", "--json", path, "--out", out)
-    assert code == 0 and seen == [[0, 0], [1, 1], [2, 2]]
-
-
-def test_what_cannot_be_written_is_told_before_training(tree, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Trainer", None)
-    assert "nothing can be written to /proc" in refused(capsys, "--data", tree, *QUICK, "--json", "/proc/runs.json")
-    assert "is a folder; name a file" in refused(capsys, "--data", tree, *QUICK, "--json", tmp_path)
-    assert "nothing can be written to /proc" in refused(capsys, "--data", tree, *QUICK, "--out", "/proc")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -320,7 +298,6 @@ def test_what_cannot_be_written_is_told_before_training(tree, tmp_path, capsys, 
         (["--epochs", "inf"], "above 0"),
         (["--epochs", "many"], "above 0"),
         (["--steps", "0"], "above 0"),
-        (["--steps", "1.5"], "above 0"),
         (["--steps", "3", "--epochs", "2"], "--steps and --epochs"),
         (["--batch-size", "-1"], "above 0"),
         (["--runs", "0"], "above 0"),
@@ -348,14 +325,6 @@ def test_bad_device_is_one_line(capsys, tree, device):
     assert f"--device {device}" in refused(capsys, "--data", tree, "--device", device)
 
 
-@pytest.mark.parametrize("option", ["--json", "--out"])
-def test_output_below_a_file_is_refused_before_training(capsys, tmp_path, tree, option):
-    (tmp_path / "file").write_text("kept")
-    err = refused(capsys, "--data", tree, *QUICK, option, tmp_path / "file" / "x")
-    assert "could not make the folder" in err
-    assert (tmp_path / "file").read_text() == "kept"
-
-
 def test_images_too_small_are_refused(capsys, tmp_path):
     err = refused(capsys, "--data", make_tree(tmp_path / "small", size=8, images=2), *QUICK)
     assert "8x8 are too small" in err and "at least 9x9" in err
@@ -373,58 +342,6 @@ def test_one_image_batches_need_more_than_one_position(capsys, tmp_path, tree):
     larger = make_tree(tmp_path / "larger", size=17, classes=2, images=1)
     code, out, err = inside(capsys, "--data", larger, *QUICK, "--batch-size", "1")
     assert (code, err) == (0, "") and "steps of 1 images" in out
-
-
-def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path, tree):
-    hlb = train.RECIPES["hlb"]
-    monkeypatch.setitem(train.RECIPES, "hlb", replace(hlb, groups=tuple(replace(g, lr=1e30) for g in hlb.groups)))
-    target = tmp_path / "x.json"
-    err = refused(capsys, "--data", tree, *QUICK, "--steps", "4", "--json", target)
-    assert "the loss became" in err and "of 4 (batch size 8)" in err
-    assert not target.exists()
-
-
-def on_second_run(monkeypatch, error):
-    real, calls = train.Trainer.run, []
-
-    def run(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise error
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(train.Trainer, "run", run)
-    return calls
-
-
-def test_interrupt_keeps_the_finished_runs(capsys, monkeypatch, tmp_path, tree):
-    calls = on_second_run(monkeypatch, KeyboardInterrupt())
-    target = tmp_path / "x.json"
-    arguments = ["--data", tree, *QUICK, "--runs", "3", "--json", target, "--out", tmp_path / "out"]
-    code, out, err = inside(capsys, *arguments)
-    assert (code, err, len(calls)) == (130, "", 2)
-    assert "interrupted" in out and "summary" in out and "accuracy" in out.split("summary")[1]
-    content = json.loads(target.read_text())
-    assert [run["seed"] for run in content["runs"]] == [0]
-    assert content["summary"]["accuracy"]["n"] == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["hlb-seed0.safetensors", "summary.json"]
-
-
-def test_interrupt_of_the_first_run_says_that_none_finished(capsys, monkeypatch, tmp_path, tree):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.Trainer, "run", interrupt)
-    code, out, err = inside(capsys, "--data", tree, *QUICK, "--json", tmp_path / "x.json")
-    assert (code, err) == (130, "") and "no run finished" in out
-    assert not (tmp_path / "x.json").exists()
-
-
-def test_failed_later_run_keeps_the_finished_ones(capsys, monkeypatch, tmp_path, tree):
-    on_second_run(monkeypatch, train.UserError("the loss became nan"))
-    err = refused(capsys, "--data", tree, *QUICK, "--runs", "3", "--json", tmp_path / "x.json")
-    assert "the loss became nan" in err
-    assert len(json.loads((tmp_path / "x.json").read_text())["runs"]) == 1
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -12,9 +12,8 @@ import torch
 from kernels.environment import has_cxx_compiler
 from model import backend
 from tests.oracle import DEVICE
+from tests.small import small_dataset
 from training import graph, precision, stem
-from training.data import synthetic
-from training.data.dataset import assemble
 from training.loop import Listener, Trainer, plan_budget
 from training.plans import narrowed
 from training.recipes import AIR, HLB, Resolution, freezing
@@ -32,10 +31,7 @@ def _repeatable(monkeypatch):
 
 @pytest.fixture(scope="module")
 def dataset():
-    images, labels, test_images, test_labels = synthetic.generate(64, 32)
-    crop = slice(8, 24)
-    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
-    return assemble("generated", synthetic.CLASSES, *halves, generated=True).to(DEVICE)
+    return small_dataset(64, 32, side=16).to(DEVICE)
 
 
 def make(recipe, dataset, which, captured=False, dtype="fp32", **options):

@@ -205,6 +205,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [op for op in options.ops if op not in OPS]
     if unknown:
         raise Mistake(f"unknown op {unknown[0]!r}; expected one of {', '.join(OPS)}")
+    if options.json is not None and options.json.is_dir():
+        raise Mistake(f"--json {options.json} is a folder; name a file")
     if options.json is not None and not options.json.parent.is_dir():
         raise Mistake(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
     return options

@@ -1,0 +1,12 @@
+"""A small generated data set, for tests that train."""
+
+from training.data import synthetic
+from training.data.dataset import Dataset, assemble
+
+
+def small_dataset(train: int, test: int, side: int) -> Dataset:
+    """`train` and `test` images, the middle side x side pixels of the generated ones, on the CPU."""
+    images, labels, test_images, test_labels = synthetic.generate(train, test)
+    crop = slice((32 - side) // 2, (32 + side) // 2)
+    halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
+    return assemble("generated", synthetic.CLASSES, *halves, generated=True)
