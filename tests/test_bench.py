@@ -223,6 +223,7 @@ def test_list_names_every_op(capsys):
     "arguments, message",
     [
         (["conv"], "unknown op 'conv'"),
+        (["--json", "."], "is a folder; name a file"),
         (["--shapes", "1x2x3"], "expected network, sweep or BxHxWxC"),
         (["--shapes", "1x0x3x4"], "expected network, sweep or BxHxWxC"),
         (["--shapes", "1x1x3x4"], "at least 2"),
