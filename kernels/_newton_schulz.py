@@ -70,7 +70,7 @@ def _scale_to_unit_rms(
 
 @triton.jit
 def _gather_kernel(
-    matrices, buffers, params, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
+    matrix_ptrs, buffer_ptrs, param_ptrs, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
     ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N_AT: tl.constexpr,
     TRANSPOSED: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
@@ -91,16 +91,16 @@ def _gather_kernel(
     cols = select_int(COLS, matrix)
     mask = (row < select_int(ROWS, matrix))[:, None] & (col < cols)[None, :]
     at = row[:, None] * cols + col[None, :]
-    g = tl.load(select(matrices, matrix) + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(select(matrix_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
     if UPDATE:
-        buffer_ptr = select(buffers, matrix)
+        buffer_ptr = select(buffer_ptrs, matrix)
         buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
         g += momentum * buffer
     sum_at = select_int(N_AT, matrix) + tile
     tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(g * g, 1), 0))
     if RENORMALIZE:
-        p = tl.load(select(params, matrix) + at, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(select(param_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(p_sums_ptr + sum_at, tl.sum(tl.sum(p * p, 1), 0))
     x = x_ptr + select_int(X_AT, matrix)
     if TRANSPOSED:
@@ -173,7 +173,7 @@ def _split(x):
 
 @triton.jit
 def _product_kernel(
-    lefts, rights, outs, a, b, c, M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, BLOCK_K: tl.constexpr,
+    left_ptrs, right_ptrs, out_ptrs, a, b, c, M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself."""
     tile, matrix, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -182,7 +182,8 @@ def _product_kernel(
         return
     i, j = _upper_tile(tile)
     first = select_int(R_AT, matrix)
-    left, right, out = select(lefts, which) + first, select(rights, which) + first, select(outs, which) + first
+    left = select(left_ptrs, which) + first
+    right, out = select(right_ptrs, which) + first, select(out_ptrs, which) + first
     row, col = i * _ROWS + tl.arange(0, _ROWS), j * _ROWS + tl.arange(0, _ROWS)
     main = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
     rest = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
@@ -204,7 +205,7 @@ def _product_kernel(
 
 @triton.jit
 def _finish_kernel(
-    outs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
+    out_ptrs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
     R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
     LR_AT: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
@@ -235,7 +236,7 @@ def _finish_kernel(
         u = tl.trans(u)
         row, col = col, row
     rows, cols = select_int(ROWS, matrix), select_int(COLS, matrix)
-    out_ptr = select(outs, matrix)
+    out_ptr = select(out_ptrs, matrix)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     at = row[:, None] * cols + col[None, :]
     if UPDATE:

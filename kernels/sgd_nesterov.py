@@ -18,7 +18,7 @@ _BLOCK = 2048
 
 @triton.jit
 def _update_kernel(
-    params, grads, buffers, lr_ptr, momentum, weight_decay,
+    param_ptrs, grad_ptrs, buffer_ptrs, lr_ptr, momentum, weight_decay,
     FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program updates BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
@@ -27,9 +27,9 @@ def _update_kernel(
     start = (program - select_int(FIRST, index)) * BLOCK
     left = select_int(SIZES, index) - start
     p_ptr, g_ptr, buffer_ptr = (
-        select(params, index) + start,
-        select(grads, index) + start,
-        select(buffers, index) + start,
+        select(param_ptrs, index) + start,
+        select(grad_ptrs, index) + start,
+        select(buffer_ptrs, index) + start,
     )
     at = tl.arange(0, BLOCK)
     lr = tl.load(lr_ptr + select_int(LR_AT, index))
