@@ -26,6 +26,16 @@ def gelu_parts(z):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before anything is done with it: how a product goes into a sum over lanes.
+
+    A bare product is fused with the addition behind it. Where lanes exchange values to add them up, each would fuse its
+    own product and take the others' rounded, and copies of one sum would differ in the last bit.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
 
@@ -65,9 +75,10 @@ def split_fp16(x):
 
     Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
     """
-    scale = tl.max(tl.abs(x), 0)
+    # a power of two: what was 16 bits long stays exact
+    scale = (tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 0, scale, 1.0)
-    unit = x / scale[None, :]
+    unit = x * (1.0 / scale)[None, :]
     hi = unit.to(tl.float16)
     lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
     return hi, lo, scale

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import rounded_product
 from ._launch import launch
 from ._patches import PatchSource, jittered_positions, load_patches, weight_offset
 
@@ -145,7 +146,7 @@ def _row_of_product(
         mask = (k < FILTERS)[:, None] & (f < features)[None, :]
         at = k[:, None] * features + weight_offset(f, C_IN, K)[None, :]
         w1 = tl.load(whiten_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        out += tl.sum(w2[:, None] * w1, 0)
+        out += tl.sum(rounded_product(w2[:, None], w1), 0)
     return out
 
 
@@ -176,19 +177,20 @@ def _finish_kernel(
     w = _row_of_product(project_ptr, whiten_ptr, row, FILTERS, C_IN, K, F_PAD, BLOCK_K)
     scale, offset = _pixel_map(mean_ptr, std_ptr, C_IN, K, F_PAD)
     v = w * scale
-    constant = tl.sum(w * offset, 0)
+    constant = tl.sum(rounded_product(w, offset), 0)
     bias = tl.load(bias_ptr + row).to(tl.float64)
     if TRAINING:
         n = n_positions.to(tl.float64)
         first, covariance = _mean_and_covariance(moments_ptr, n, features, F_PAD)
-        var = tl.sum(v * tl.sum(covariance * v[None, :], 1), 0)
+        var = tl.sum(rounded_product(v, tl.sum(rounded_product(covariance, v[None, :]), 1)), 0)
         var = tl.where(var < 0.0, 0.0, var)
-        mean_q = tl.sum(v * first, 0)
+        mean_q = tl.sum(rounded_product(v, first), 0)
         if HAS_RUNNING:
-            old = tl.load(running_mean_ptr + row)
-            tl.store(running_mean_ptr + row, keep * old + momentum * (mean_q + constant).to(tl.float32))
-            old = tl.load(running_var_ptr + row)
-            tl.store(running_var_ptr + row, keep * old + momentum * (var * (n / (n - 1.0))).to(tl.float32))
+            old_mean, old_var = tl.load(running_mean_ptr + row), tl.load(running_var_ptr + row)
+            # all warps read before one of them overwrites
+            tl.debug_barrier()
+            tl.store(running_mean_ptr + row, keep * old_mean + momentum * (mean_q + constant).to(tl.float32))
+            tl.store(running_var_ptr + row, keep * old_var + momentum * (var * (n / (n - 1.0))).to(tl.float32))
     else:
         mean_q = tl.load(running_mean_ptr + row).to(tl.float64) - constant
         var = tl.load(running_var_ptr + row).to(tl.float64)
@@ -196,7 +198,7 @@ def _finish_kernel(
     matrix = (rstd * v).to(tl.float32)
     if TRAINING:
         # the mean of the matrix as rounded, so that the rounding does not shift z
-        shift = bias - tl.sum(matrix.to(tl.float64) * first, 0)
+        shift = bias - tl.sum(rounded_product(matrix.to(tl.float64), first), 0)
     else:
         shift = bias - rstd * mean_q
     tl.store(matrix_ptr + row * F_PAD + f, matrix)
@@ -229,8 +231,8 @@ def _bwd_finish_kernel(
         n = n_positions.to(tl.float64)
         first, covariance = _mean_and_covariance(moments_ptr, n, features, F_PAD)
         centred = (total - sum_g * first) * scale
-        sum_gx = rstd * tl.sum(w * centred, 0)
-        cov_w = scale * tl.sum(covariance * (w * scale)[None, :], 1)
+        sum_gx = rstd * tl.sum(rounded_product(w, centred), 0)
+        cov_w = scale * tl.sum(rounded_product(covariance, (w * scale)[None, :]), 1)
         dw = rstd * (centred - (sum_gx * rstd) * cov_w)
     else:
         dw = rstd * (total * scale + sum_g * offset)
@@ -240,7 +242,8 @@ def _bwd_finish_kernel(
         mask = (k < FILTERS)[:, None] & (f < features)[None, :]
         at = k[:, None] * features + weight_offset(f, C_IN, K)[None, :]
         w1 = tl.load(whiten_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        tl.store(dproject_ptr + row * FILTERS + k, tl.sum(w1 * dw[None, :], 1).to(tl.float32), mask=k < FILTERS)
+        dw2 = tl.sum(rounded_product(w1, dw[None, :]), 1)
+        tl.store(dproject_ptr + row * FILTERS + k, dw2.to(tl.float32), mask=k < FILTERS)
     tl.store(dbias_ptr + row, sum_g.to(tl.float32))
 
 

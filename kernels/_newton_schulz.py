@@ -8,8 +8,9 @@ gains factors that are polynomials in A, it can as well run on m x m matrices:
 where every product is symmetric: the tiles on and above the diagonal are computed and mirrored. X enters the two
 products with it in `dtype`, scaled to a root mean square of 1, which float16 holds for every input. The m x m matrices
 are float32, multiplied on tensor cores as pairs of float16 (22 bits; three products), because float32 products proper
-do without tensor cores. Rounding makes R drift away from X X^T, by most where singular values are small, so X is formed
-anew every _STEPS_A_GRAM steps (for float32 every step, which is the standard iteration).
+do without tensor cores; only where `dtype` is float32 are they these. Rounding makes R drift away from X X^T, by most
+where singular values are small, so X is formed anew every _STEPS_A_GRAM steps (for float32 every step, which is the
+standard iteration).
 
 Matrices of all shapes share each launch. They are zero-padded to whole tiles in a float32 workspace: zero rows and
 columns of X stay zero, and a padded P or Q is only ever multiplied with those.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import rounded_product
 from ._launch import launch
 from ._multi_tensor import running_sums, select, select_int
 
@@ -98,10 +100,10 @@ def _gather_kernel(
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
         g += momentum * buffer
     sum_at = select_int(N_AT, matrix) + tile
-    tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(g * g, 1), 0))
+    tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(g, g), 1), 0))
     if RENORMALIZE:
         p = tl.load(select(param_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_sums_ptr + sum_at, tl.sum(tl.sum(p * p, 1), 0))
+        tl.store(p_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(p, p), 1), 0))
     x = x_ptr + select_int(X_AT, matrix)
     if TRANSPOSED:
         tl.store(x + tl.cast(col, tl.int64)[:, None] * k + row[None, :], tl.trans(g))
@@ -173,7 +175,8 @@ def _split(x):
 
 @triton.jit
 def _product_kernel(
-    left_ptrs, right_ptrs, out_ptrs, a, b, c, M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, BLOCK_K: tl.constexpr,
+    left_ptrs, right_ptrs, out_ptrs, a, b, c,
+    M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself."""
     tile, matrix, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -189,11 +192,16 @@ def _product_kernel(
     rest = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        l_hi, l_lo = _split(tl.load(left + row[:, None] * m + inner[None, :]))
-        r_hi, r_lo = _split(tl.load(right + inner[:, None] * m + col[None, :]))
-        main = tl.dot(l_hi, r_hi, main)
-        rest = tl.dot(l_hi, r_lo, rest)
-        rest = tl.dot(l_lo, r_hi, rest)
+        l = tl.load(left + row[:, None] * m + inner[None, :])
+        r = tl.load(right + inner[:, None] * m + col[None, :])
+        if SPLIT:
+            l_hi, l_lo = _split(l)
+            r_hi, r_lo = _split(r)
+            main = tl.dot(l_hi, r_hi, main)
+            rest = tl.dot(l_hi, r_lo, rest)
+            rest = tl.dot(l_lo, r_hi, rest)
+        else:
+            main = tl.dot(l, r, main, input_precision="ieee")
     value = main + rest * (1.0 / 2048.0)
     if POLYNOMIAL:
         value = b * tl.load(left + row[:, None] * m + col[None, :]) + c * value
@@ -351,8 +359,8 @@ class Batch:
         outs = [torch.empty_like(left) for left in lefts]
         launch(
             _product_kernel, (*self._product_grid, len(pairs)), lefts, rights, tuple(outs),
-            *map(float, polynomial or (0, 0, 1)), POLYNOMIAL=polynomial is not None, BLOCK_K=64, M=self._m,
-            **self._r_at,
+            *map(float, polynomial or (0, 0, 1)), POLYNOMIAL=polynomial is not None, SPLIT=not self._full,
+            BLOCK_K=32 if self._full else 64, M=self._m, **self._r_at,
         )  # fmt: skip
         return outs
 

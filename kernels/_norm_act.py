@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import activate, activate_grad, block_of, sum_partials
+from ._common import activate, activate_grad, block_of, rounded_product, sum_partials
 from ._launch import launch
 
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
@@ -60,7 +60,7 @@ def _stats_kernel(
             m2 += delta * tl.where(mask, v - mean, 0.0)
     total = tl.sum(count, 0)
     # a program always owns a segment, so total > 0
-    merged = tl.sum(mean * count[:, None], 0) / total
+    merged = tl.sum(rounded_product(mean, count[:, None]), 0) / total
     away = mean - merged[None, :]
     spread = tl.sum(m2 + count[:, None] * away * away, 0)
     tl.store(mean_ptr + program * C + c, merged, mask=in_c)
@@ -97,10 +97,12 @@ def _merge_stats_kernel(
     tl.store(mean_ptr + c, mean, mask=in_c)
     tl.store(var_ptr + c, m2 / n, mask=in_c)
     if HAS_RUNNING:
-        old = tl.load(running_mean_ptr + c, mask=in_c, other=0.0)
-        tl.store(running_mean_ptr + c, keep * old + momentum * mean, mask=in_c)
-        old = tl.load(running_var_ptr + c, mask=in_c, other=0.0)
-        tl.store(running_var_ptr + c, keep * old + momentum * (m2 / (n - 1.0)), mask=in_c)
+        old_mean = tl.load(running_mean_ptr + c, mask=in_c, other=0.0)
+        old_var = tl.load(running_var_ptr + c, mask=in_c, other=0.0)
+        # all warps read before one of them overwrites
+        tl.debug_barrier()
+        tl.store(running_mean_ptr + c, keep * old_mean + momentum * mean, mask=in_c)
+        tl.store(running_var_ptr + c, keep * old_var + momentum * (m2 / (n - 1.0)), mask=in_c)
 
 
 @triton.jit

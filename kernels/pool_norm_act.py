@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks, _norm_act
-from ._common import activate_grad, block_of, channels_last_like
+from ._common import activate_grad, block_of, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._norm_act import Partials, load_fp32, rstd_of
 
@@ -77,7 +77,7 @@ def _pool_kernel(
                 tl.store(index + group[:, None] * C + c[None, :], packed.to(tl.uint8), mask=mask)
     if STATS:
         total = tl.sum(count, 0)
-        merged = tl.sum(mean * count[:, None], 0) / total
+        merged = tl.sum(rounded_product(mean, count[:, None]), 0) / total
         away = mean - merged[None, :]
         tl.store(mean_ptr + program * C + c, merged, mask=in_c)
         tl.store(m2_ptr + program * C + c, tl.sum(m2 + count[:, None] * away * away, 0), mask=in_c)

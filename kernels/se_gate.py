@@ -15,13 +15,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, block_of, sigmoid
+from ._common import activate, activate_grad, block_of, rounded_product, sigmoid
 from ._launch import launch, opaque_op
 
 _BLOCK_B = 16
 _BLOCK_C = 64
-_WEIGHT_BLOCK_B = 64
+# hidden units that a program holds at a time, whatever their number: more would spill registers
+_BLOCK_R = 32
+_WEIGHT_BLOCK_B = 32
 _WEIGHT_BLOCK_C = 16
+
+
+@triton.jit
+def _load_matrix(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
+    """float32 [rows, columns] of a matrix with COLUMNS columns; 0 outside."""
+    at = row[:, None] * COLUMNS + column[None, :]
+    return tl.load(ptr + at, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr):
+    """The gradient before the sigmoid."""
+    gate = _load_matrix(gate_ptr, b, c, in_b, in_c, C)
+    return rounded_product(_load_matrix(dgate_ptr, b, c, in_b, in_c, C) * gate, 1.0 - gate)
 
 
 @triton.jit
@@ -30,28 +46,35 @@ def _fwd_kernel(
     C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program per BLOCK_B images; stores the gate and the hidden pre-activation."""
+    """One program per BLOCK_B images; stores the hidden pre-activation and the gate."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    r = tl.arange(0, BLOCK_R)
-    in_b, in_r = b < batch, r < R
-    hidden = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
+    in_b = b < batch
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        in_r = r < R
+        hidden = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            in_c = c < C
+            s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
+            w1 = _load_matrix(w1_ptr, r, c, in_r, in_c, C)
+            hidden = tl.dot(s, tl.trans(w1), acc=hidden, input_precision="ieee")
+        hidden += tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+        tl.store(hidden_ptr + b[:, None] * R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
+    # the hidden units are read back by other warps than wrote them
+    tl.debug_barrier()
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         in_c = c < C
-        s = tl.load(squeeze_ptr + b[:, None] * C + c[None, :], mask=in_b[:, None] & in_c[None, :], other=0.0)
-        w1 = tl.load(w1_ptr + r[None, :] * C + c[:, None], mask=in_c[:, None] & in_r[None, :], other=0.0)
-        hidden = tl.dot(s, w1.to(tl.float32), acc=hidden, input_precision="ieee")
-    hidden += tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
-    tl.store(hidden_ptr + b[:, None] * R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
-    h = activate(hidden, ACT)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=in_r[:, None] & in_c[None, :], other=0.0)
-        logit = tl.dot(h, w2.to(tl.float32), input_precision="ieee")
+        logit = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            in_r = r < R
+            h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
+            w2 = _load_matrix(w2_ptr, c, r, in_c, in_r, R)
+            logit = tl.dot(h, tl.trans(w2), acc=logit, input_precision="ieee")
         logit += tl.load(b2_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        mask = in_b[:, None] & in_c[None, :]
-        tl.store(gate_ptr + b[:, None] * C + c[None, :], sigmoid(logit), mask=mask)
+        tl.store(gate_ptr + b[:, None] * C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
 
 
 @triton.jit
@@ -62,27 +85,29 @@ def _bwd_kernel(
 ):  # fmt: skip
     """dhidden = (dlogit W2) act'(hidden) and dsqueeze = dhidden W1, with dlogit = dgate gate (1 - gate)."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    r = tl.arange(0, BLOCK_R)
-    in_b, in_r = b < batch, r < R
-    dh = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
+    in_b = b < batch
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        in_r = r < R
+        dh = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            in_c = c < C
+            dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
+            dh = tl.dot(dlogit, _load_matrix(w2_ptr, c, r, in_c, in_r, R), acc=dh, input_precision="ieee")
+        dh *= activate_grad(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
+        tl.store(dhidden_ptr + b[:, None] * R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
+    # as in the forward pass
+    tl.debug_barrier()
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         in_c = c < C
-        at = b[:, None] * C + c[None, :]
-        mask = in_b[:, None] & in_c[None, :]
-        gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
-        dlogit = tl.load(dgate_ptr + at, mask=mask, other=0.0) * gate * (1.0 - gate)
-        w2 = tl.load(w2_ptr + c[:, None] * R + r[None, :], mask=in_c[:, None] & in_r[None, :], other=0.0)
-        dh = tl.dot(dlogit, w2.to(tl.float32), acc=dh, input_precision="ieee")
-    at = b[:, None] * R + r[None, :]
-    mask = in_b[:, None] & in_r[None, :]
-    dh *= activate_grad(tl.load(hidden_ptr + at, mask=mask, other=0.0), ACT)
-    tl.store(dhidden_ptr + at, dh, mask=mask)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=in_r[:, None] & in_c[None, :], other=0.0)
-        ds = tl.dot(dh, w1.to(tl.float32), input_precision="ieee")
+        ds = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            in_r = r < R
+            dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
+            ds = tl.dot(dh, _load_matrix(w1_ptr, r, c, in_r, in_c, C), acc=ds, input_precision="ieee")
         tl.store(dsqueeze_ptr + b[:, None] * C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
@@ -92,9 +117,9 @@ def _weight_grad_kernel(
     C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s, for BLOCK_C channels over the whole batch, in order."""
+    """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s: a tile of each a program, over the whole batch, in order."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = tl.arange(0, BLOCK_R)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_c, in_r = c < C, r < R
     dw1 = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
     dw2 = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
@@ -103,29 +128,31 @@ def _weight_grad_kernel(
     for start in range(0, batch, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         in_b = b < batch
-        at_c = b[:, None] * C + c[None, :]
-        mask_c = in_b[:, None] & in_c[None, :]
-        at_r = b[:, None] * R + r[None, :]
-        mask_r = in_b[:, None] & in_r[None, :]
-        gate = tl.load(gate_ptr + at_c, mask=mask_c, other=0.0)
-        dlogit = tl.load(dgate_ptr + at_c, mask=mask_c, other=0.0) * gate * (1.0 - gate)
-        hidden = tl.load(hidden_ptr + at_r, mask=mask_r, other=0.0)
-        dhidden = tl.load(dhidden_ptr + at_r, mask=mask_r, other=0.0)
-        s = tl.load(squeeze_ptr + at_c, mask=mask_c, other=0.0)
-        dw2 = tl.dot(tl.trans(dlogit), activate(hidden, ACT), acc=dw2, input_precision="ieee")
+        dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
+        h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
+        dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
+        s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
+        dw2 = tl.dot(tl.trans(dlogit), h, acc=dw2, input_precision="ieee")
         dw1 = tl.dot(tl.trans(dhidden), s, acc=dw1, input_precision="ieee")
         db1 += tl.sum(dhidden, 0)
         db2 += tl.sum(dlogit, 0)
     tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
     tl.store(dw2_ptr + c[:, None] * R + r[None, :], dw2, mask=in_c[:, None] & in_r[None, :])
-    tl.store(db2_ptr + c, db2, mask=in_c)
-    # every program sums the same dhidden in the same order; one stores it
+    # programs that share hidden units or channels have the same sums of them; one stores each
     if tl.program_id(0) == 0:
         tl.store(db1_ptr + r, db1, mask=in_r)
+    if tl.program_id(1) == 0:
+        tl.store(db2_ptr + c, db2, mask=in_c)
 
 
-def _block_r(hidden: int) -> int:
-    return max(16, triton.next_power_of_2(hidden))
+def _sizes(channels: int, hidden: int) -> dict:
+    return dict(C=channels, R=hidden, BLOCK_R=max(16, block_of(hidden, _BLOCK_R)))
+
+
+def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], dict]:
+    """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
+    block_c = max(16, block_of(channels, _BLOCK_C))
+    return (triton.cdiv(batch, _BLOCK_B),), dict(BLOCK_B=_BLOCK_B, BLOCK_C=block_c, **_sizes(channels, hidden))
 
 
 def weight_gradients(
@@ -136,10 +163,11 @@ def weight_gradients(
     width = hidden.shape[1]
     dw1, db1 = gate.new_empty(width, channels), gate.new_empty(width)
     dw2, db2 = gate.new_empty(channels, width), gate.new_empty(channels)
+    sizes = _sizes(channels, width)
+    grid = (triton.cdiv(channels, _WEIGHT_BLOCK_C), triton.cdiv(width, sizes["BLOCK_R"]))
     launch(
-        _weight_grad_kernel, (triton.cdiv(channels, _WEIGHT_BLOCK_C),), dgate, gate, hidden, dhidden, squeeze,
-        dw1, db1, dw2, db2, batch, C=channels, R=width, ACT=activation,
-        BLOCK_B=_WEIGHT_BLOCK_B, BLOCK_C=_WEIGHT_BLOCK_C, BLOCK_R=_block_r(width),
+        _weight_grad_kernel, grid, dgate, gate, hidden, dhidden, squeeze, dw1, db1, dw2, db2, batch, ACT=activation,
+        BLOCK_B=_WEIGHT_BLOCK_B, BLOCK_C=_WEIGHT_BLOCK_C, **sizes,
     )  # fmt: skip
     return dw1, db1, dw2, db2
 
@@ -152,10 +180,9 @@ def _fwd(
     batch, channels = squeeze.shape
     width = weight1.shape[0]
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
+    grid, sizes = _rows(batch, channels, width)
     launch(
-        _fwd_kernel, (triton.cdiv(batch, _BLOCK_B),), squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch,
-        C=channels, R=width, ACT=activation,
-        BLOCK_B=_BLOCK_B, BLOCK_C=max(16, block_of(channels, _BLOCK_C)), BLOCK_R=_block_r(width),
+        _fwd_kernel, grid, squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch, ACT=activation, **sizes
     )  # fmt: skip
     return gate, hidden
 
@@ -173,10 +200,9 @@ def _bwd(
     batch, channels = gate.shape
     width = hidden.shape[1]
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
+    grid, sizes = _rows(batch, channels, width)
     launch(
-        _bwd_kernel, (triton.cdiv(batch, _BLOCK_B),), dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch,
-        C=channels, R=width, ACT=activation,
-        BLOCK_B=_BLOCK_B, BLOCK_C=max(16, block_of(channels, _BLOCK_C)), BLOCK_R=_block_r(width),
+        _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation, **sizes
     )  # fmt: skip
     return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
 

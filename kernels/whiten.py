@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, channels_last_like, sum_partials
+from ._common import activate, activate_grad, channels_last_like, rounded_product, sum_partials
 from ._launch import launch, opaque_op
 from ._patches import (
     PatchSource,
@@ -51,7 +51,7 @@ def _folded(
         mean = tl.load(mean_ptr + f % C_IN, mask=in_f, other=0.0)
         std = tl.load(std_ptr + f % C_IN, mask=in_f, other=1.0)
         w = w / std[:, None]
-        c = tl.sum(w * (128.0 / 255.0 - mean)[:, None], 0)
+        c = tl.sum(rounded_product(w, (128.0 / 255.0 - mean)[:, None]), 0)
         w = w / 255.0
     if HAS_BIAS:
         c += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, channels_last_like
+from ._common import activate, activate_grad, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
 from ._patches import (
@@ -112,7 +112,7 @@ def _bwd_kernel(
         if JITTER:
             contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
             sums += tl.sum(g, 0)
-            offset_sums += tl.sum(g * offset[:, None], 0)
+            offset_sums += tl.sum(rounded_product(g, offset[:, None]), 0)
             g *= contrast[:, None]
         acc += correlate_patches(g, q, EXACT)
     if JITTER:
