@@ -81,8 +81,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile for one of TARGETS and read the resources. Raises RuntimeError under the interpreter."""
     if _launch.interpreting():
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set; unset it in a new process")
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source_of(launch), target=TARGETS[target], options=options)
+    compiled = triton.compile(source_of(launch), target=TARGETS[target], options=launch.compile_options)
     if target.startswith("sm_"):
         usage, assembly = _cubin_report(compiled.asm["cubin"])
         instructions = count_sass(assembly)
@@ -150,7 +149,7 @@ def examine(job: tuple[int, str, str]) -> list[dict]:
     case = network_cases()[index]
     rows = []
     for launch in capture(case, getattr(torch, dtype)):
-        key = (target, launch.num_warps, source_of(launch).hash())
+        key = (target, launch.num_warps, launch.maxnreg, source_of(launch).hash())
         # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
         reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
         name = launch.kernel.__name__

@@ -29,18 +29,26 @@ _record: Callable[["Launch"], None] | None = None
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps."""
+    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, and the most registers
+    that a thread may take (None: what NVIDIA's assembler thinks best)."""
 
     kernel: triton.JITFunction
     arguments: tuple
     constexprs: dict
     num_warps: int
+    maxnreg: int | None = None
+
+    @property
+    def compile_options(self) -> dict:
+        # fusing a multiply and an add rounds once instead of twice; stated, because Triton's default is changing
+        options = dict(num_warps=self.num_warps, enable_fp_fusion=True)
+        # only NVIDIA's compiler knows this one
+        return options if self.maxnreg is None or torch.version.hip else {**options, "maxnreg": self.maxnreg}
 
     @property
     def options(self) -> dict:
         """The keywords of the launch."""
-        # fusing a multiply and an add rounds once instead of twice; stated, because Triton's default is changing
-        return dict(num_warps=self.num_warps, enable_fp_fusion=True, **self.constexprs)
+        return {**self.compile_options, **self.constexprs}
 
     @property
     def device(self) -> torch.device:
@@ -80,9 +88,14 @@ def interpreting() -> bool:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
-    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device."""
-    this = Launch(kernel, arguments, constexprs, num_warps)
+def launch(
+    kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, maxnreg: int | None = None, **constexprs
+) -> None:
+    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device.
+
+    maxnreg: for a kernel whose registers NVIDIA's assembler would rather keep few than not spill.
+    """
+    this = Launch(kernel, arguments, constexprs, num_warps, maxnreg)
     if _record is not None:
         _record(this)
         return

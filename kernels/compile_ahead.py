@@ -71,4 +71,4 @@ def specialization(launch: Launch) -> tuple:
     arguments = tuple(
         tuple(map(specialized, value)) if isinstance(value, tuple) else specialized(value) for value in launch.arguments
     )
-    return launch.kernel, launch.device, launch.num_warps, tuple(sorted(launch.constexprs.items())), arguments
+    return launch.kernel, launch.device, launch.num_warps, launch.maxnreg, tuple(sorted(launch.constexprs.items())), arguments

@@ -204,7 +204,7 @@ def _fwd(
     partials = Partials(tiling.programs if training else 0, channels, x.device)
     launch(
         _pool_kernel, tiling.grid, x, pooled, index, partials.mean, partials.m2, partials.count, batch,
-        STATS=training, SAVE=save, num_warps=tiling.num_warps, **tiling.constexprs,
+        STATS=training, SAVE=save, num_warps=tiling.num_warps, maxnreg=128, **tiling.constexprs,
     )  # fmt: skip
     if training:
         rows = batch * (height // 2) * (width // 2)

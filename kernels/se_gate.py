@@ -202,7 +202,8 @@ def _bwd(
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
     grid, sizes = _rows(batch, channels, width)
     launch(
-        _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation, **sizes
+        _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation,
+        maxnreg=128, **sizes,
     )  # fmt: skip
     return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
 
