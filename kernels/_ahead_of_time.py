@@ -20,12 +20,9 @@ from triton.compiler import ASTSource
 from . import _launch
 from ._cases import Case, network_cases
 from ._launch import NAMESPACE, Launch, captured_launches, specialized
-from ._machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, occupancy
+from ._machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, fused_shuffles, occupancy
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)} | {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
@@ -40,7 +37,8 @@ _LARGE_BYTES = 64 * 1024
 class Resources:
     """What one compiled kernel takes: registers and spilled registers a thread, stack and shared memory in bytes.
 
-    occupancy: the bound on resident warps as a fraction of the processor's; limited_by: what sets it.
+    occupancy: the bound on resident warps as a fraction of the processor's; limited_by: what sets it. shared_limit: the
+    shared memory that a block may use. fused_shuffles: see `_machine_code`; 0 on AMD.
     """
 
     kernel: str
@@ -50,6 +48,8 @@ class Resources:
     spills: int
     stack: int
     shared: int
+    shared_limit: int
+    fused_shuffles: int
     occupancy: float
     limited_by: str
     instructions: Instructions
@@ -82,7 +82,9 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     if _launch.interpreting():
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set; unset it in a new process")
     compiled = triton.compile(source_of(launch), target=TARGETS[target], options=launch.compile_options)
+    fused = 0
     if target.startswith("sm_"):
+        fused = fused_shuffles(compiled.asm["ptx"])
         usage, assembly = _cubin_report(compiled.asm["cubin"])
         instructions = count_sass(assembly)
         registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
@@ -96,10 +98,11 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         registers, stack = fields["vgpr_count"], fields["private_segment_fixed_size"]
         spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
     shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
-    bound, limit = occupancy(PROCESSORS[target], registers, shared, launch.num_warps, tensor_memory)
+    processor = PROCESSORS[target]
+    bound, limit = occupancy(processor, registers, shared, launch.num_warps, tensor_memory)
     return Resources(
-        launch.kernel.__name__, target, launch.num_warps, registers, spills, stack, shared, bound, limit,
-        instructions, assembly,
+        launch.kernel.__name__, target, launch.num_warps, registers, spills, stack, shared, processor.shared_limit,
+        fused, bound, limit, instructions, assembly,
     )  # fmt: skip
 
 

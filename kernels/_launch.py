@@ -7,6 +7,7 @@ and each launch is handed on with its arguments, which is what compiling ahead w
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,20 @@ _TYPES = {
     torch.int64: "i64",
 }
 
+# variables of the binder that Triton writes for each kernel, which hide arguments; and keywords of a launch
+_TRITONS_OWN_NAMES = {
+    *("params", "specialization", "options", "backend", "specialize_impl", "JITCallable"),
+    *("grid", "warmup", "debug", "instrumentation_mode", "num_warps", "num_stages", "num_ctas", "maxnreg"),
+    "enable_fp_fusion",
+}
+
 _record: Callable[["Launch"], None] | None = None
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, and the most registers
-    that a thread may take (None: what NVIDIA's assembler thinks best)."""
+    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, and the most
+    registers that a thread may take (None: what NVIDIA's assembler thinks best).
+    """
 
     kernel: triton.JITFunction
     arguments: tuple
@@ -88,6 +97,16 @@ def interpreting() -> bool:
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
+def check_argument_names(kernel) -> None:
+    """Raises ValueError for an argument that Triton's binder would not see: only a real launch would show it."""
+    for name in kernel.arg_names:
+        if name in _TRITONS_OWN_NAMES:
+            raise ValueError(
+                f"{kernel.__name__} has an argument named {name!r}, which Triton uses itself at a launch; rename it"
+            )
+
+
 def launch(
     kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, maxnreg: int | None = None, **constexprs
 ) -> None:
@@ -95,6 +114,7 @@ def launch(
 
     maxnreg: for a kernel whose registers NVIDIA's assembler would rather keep few than not spill.
     """
+    check_argument_names(kernel)
     this = Launch(kernel, arguments, constexprs, num_warps, maxnreg)
     if _record is not None:
         _record(this)

@@ -71,6 +71,28 @@ def count_amdgcn(text: str) -> Instructions:
     return _count(names, _AMDGCN, _AMDGCN_TENSOR, int(stated.group(1)) if stated else 0)
 
 
+_PTX_SHUFFLE = re.compile(r"shfl\.sync\.bfly\.b32\s+(%\w+)")
+_PTX_MOVE = re.compile(r"mov\.b(?:32|64)\s+(%\w+),\s*(.*);")
+_PTX_FUSED = re.compile(r"fma\.rn\.f(?:32|64)\s+%\w+,[^,]+,[^,]+,\s*(%\w+);")
+
+
+def fused_shuffles(ptx: str) -> int:
+    """How often a product is fused with what another lane sends while lanes add up values.
+
+    Each lane then rounds its own product less often than the others' and copies of one sum differ in the last bit.
+    """
+    received, found = set(), 0
+    for line in ptx.splitlines():
+        if shuffle := _PTX_SHUFFLE.search(line):
+            received.add(shuffle[1])
+        elif move := _PTX_MOVE.search(line):
+            if received & set(re.findall(r"%\w+", move[2])):
+                received.add(move[1])
+        elif (fused := _PTX_FUSED.search(line)) and fused[1] in received:
+            found += 1
+    return found
+
+
 def _count(names: list[str], patterns: dict[str, str], tensor: str, code_bytes: int) -> Instructions:
     by_name = Counter(names)
 
@@ -85,6 +107,8 @@ def _count(names: list[str], patterns: dict[str, str], tensor: str, code_bytes: 
 class Processor:
     """What one SM (NVIDIA) or CU (AMD) holds: warps, blocks, bytes of shared memory, columns of tensor memory.
 
+    shared_limit: the bytes of it that one block may use.
+
     Both have 4 partitions with 512 registers a lane each, handed out in eights. AMD's scalar registers are left out:
     they bind only above 100 a wave, and then take 1 wave of 8.
     """
@@ -97,15 +121,23 @@ class Processor:
     shared_reserved: int = 0
     tensor_memory: int = 0
 
+    @property
+    def shared_limit(self) -> int:
+        return self.shared - self.shared_reserved
+
 
 _PARTITIONS, _PARTITION_REGISTERS, _REGISTER_UNIT = 4, 512, 8
 
 PROCESSORS = {
+    "sm_75": Processor(warps=32, blocks=16, shared=64 * 1024, shared_unit=256),
     "sm_80": Processor(warps=64, blocks=32, shared=164 * 1024, shared_unit=128, shared_reserved=1024),
+    "sm_86": Processor(warps=48, blocks=16, shared=100 * 1024, shared_unit=128, shared_reserved=1024),
+    "sm_89": Processor(warps=48, blocks=24, shared=100 * 1024, shared_unit=128, shared_reserved=1024),
     "sm_90": Processor(warps=64, blocks=32, shared=228 * 1024, shared_unit=128, shared_reserved=1024),
     "sm_100": Processor(
         warps=64, blocks=32, shared=228 * 1024, shared_unit=128, shared_reserved=1024, tensor_memory=512
     ),
+    "sm_120": Processor(warps=48, blocks=24, shared=100 * 1024, shared_unit=128, shared_reserved=1024),
     "gfx942": Processor(warps=32, blocks=32, shared=64 * 1024, shared_unit=512),
 }
 

@@ -71,4 +71,5 @@ def specialization(launch: Launch) -> tuple:
     arguments = tuple(
         tuple(map(specialized, value)) if isinstance(value, tuple) else specialized(value) for value in launch.arguments
     )
-    return launch.kernel, launch.device, launch.num_warps, launch.maxnreg, tuple(sorted(launch.constexprs.items())), arguments
+    constexprs = tuple(sorted(launch.constexprs.items()))
+    return launch.kernel, launch.device, launch.num_warps, launch.maxnreg, constexprs, arguments

@@ -22,6 +22,10 @@ CASES = [
     se_gate(1, 17, 4, activation="relu"),
     se_gate(2, 5, 3, activation="silu"),
     se_gate(70, 24, 20, activation=None),
+    # hlb with reduction 4, EfficientNet's and RegNet's widest: hidden units in tiles, the last one in part
+    se_gate(3, 512, 128),
+    se_gate(2, 1152, 48, activation="silu"),
+    se_gate(2, 2000, 500, activation="relu"),
 ]
 
 

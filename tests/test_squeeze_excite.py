@@ -23,6 +23,9 @@ CASES = [
     squeeze_excite(1, 17, 5, 7, 1),
     squeeze_excite(2, 80, 9, 4, 20, activation="silu"),
     squeeze_excite(3, 12, 1, 1, 3, activation=None),
+    # EfficientNet's and RegNet's widest
+    squeeze_excite(1, 1152, 3, 3, 48, activation="silu"),
+    squeeze_excite(1, 2000, 2, 3, 500),
 ]
 
 

@@ -27,8 +27,8 @@ __all__ = [
 
 def network_cases(batch: int = 512) -> list[Case]:
     """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it, the first
-    ones of a step on smaller images, cross_entropy at ImageNet's class count, and the whitening ops with a gather:
-    hlb's, and all that one can do.
+    ones of a step on smaller images, cross_entropy at ImageNet's class count, the whitening ops with a gather (hlb's,
+    and all that one can do), and gates as wide as hlb's with reduction 4, EfficientNet's and the widest of RegNet's.
 
     Optimizers do not depend on the batch; below 16, where the interpreter only checks results, they get fewer channels.
     """
@@ -50,6 +50,8 @@ def network_cases(batch: int = 512) -> list[Case]:
         pool_norm_act(batch, 512, 7, 7, fork=True),
         se_gate(batch, 128, 8),
         se_gate(batch, 512, 32),
+        se_gate(batch, 512, 128),
+        se_gate(batch, 2000, 500),
         excite_norm_act_add(batch, 128, 15, 15),
         excite_norm_act_add(batch, 512, 3, 3),
         norm_act(batch, 128, 15, 15),
@@ -57,6 +59,8 @@ def network_cases(batch: int = 512) -> list[Case]:
         norm_act(batch, 512, 3, 3),
         squeeze_excite(batch, 128, 15, 15, 8, activation="gelu"),
         squeeze_excite(batch, 512, 3, 3, 32, activation="gelu"),
+        squeeze_excite(batch, 1152, 7, 7, 48, activation="silu"),
+        squeeze_excite(batch, 2000, 7, 7, 500),
         cross_entropy(batch, 10),
         cross_entropy(2000, 10),
         cross_entropy(batch, 1000),
