@@ -254,7 +254,7 @@ def _bwd(
     launch(
         _unpool_kernel, tiling.grid, dy, dy2 if dy2 is not None else dy, dsqueeze if dsqueeze is not None else mean,
         pooled, index, bias, mean, var, sums, dx, batch, pooled.numel() // channels, eps, HAS_DY2=dy2 is not None,
-        HAS_SQUEEZE=dsqueeze is not None, TRAINING=training, ACT=activation, num_warps=tiling.num_warps,
+        HAS_SQUEEZE=dsqueeze is not None, TRAINING=training, ACT=activation, num_warps=tiling.num_warps, maxnreg=128,
         **tiling.constexprs,
     )  # fmt: skip
     return dx, sums[:channels]
