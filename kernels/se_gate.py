@@ -20,6 +20,8 @@ from ._launch import launch, opaque_op
 
 _BLOCK_B = 16
 _BLOCK_C = 64
+# the backward pass loads one more tensor ahead
+_BWD_BLOCK_C = 32
 # hidden units that a program holds at a time, whatever their number: more would spill registers
 _BLOCK_R = 32
 _WEIGHT_BLOCK_B = 32
@@ -31,6 +33,13 @@ def _load_matrix(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
     """float32 [rows, columns] of a matrix with COLUMNS columns; 0 outside."""
     at = row[:, None] * COLUMNS + column[None, :]
     return tl.load(ptr + at, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_product(total, a, b):
+    """total + a b in float32, each block's product summed by itself: a single chain of additions would round more."""
+    # an addition would be taken into the product's accumulator
+    return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
 
 
 @triton.jit
@@ -58,7 +67,7 @@ def _fwd_kernel(
             in_c = c < C
             s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
             w1 = _load_matrix(w1_ptr, r, c, in_r, in_c, C)
-            hidden = tl.dot(s, tl.trans(w1), acc=hidden, input_precision="ieee")
+            hidden = _add_product(hidden, s, tl.trans(w1))
         hidden += tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
         tl.store(hidden_ptr + b[:, None] * R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
     # the hidden units are read back by other warps than wrote them
@@ -72,7 +81,7 @@ def _fwd_kernel(
             in_r = r < R
             h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
             w2 = _load_matrix(w2_ptr, c, r, in_c, in_r, R)
-            logit = tl.dot(h, tl.trans(w2), acc=logit, input_precision="ieee")
+            logit = _add_product(logit, h, tl.trans(w2))
         logit += tl.load(b2_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
         tl.store(gate_ptr + b[:, None] * C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
 
@@ -94,7 +103,7 @@ def _bwd_kernel(
             c = start + tl.arange(0, BLOCK_C)
             in_c = c < C
             dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
-            dh = tl.dot(dlogit, _load_matrix(w2_ptr, c, r, in_c, in_r, R), acc=dh, input_precision="ieee")
+            dh = _add_product(dh, dlogit, _load_matrix(w2_ptr, c, r, in_c, in_r, R))
         dh *= activate_grad(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
         tl.store(dhidden_ptr + b[:, None] * R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
     # as in the forward pass
@@ -107,7 +116,7 @@ def _bwd_kernel(
             r = first + tl.arange(0, BLOCK_R)
             in_r = r < R
             dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
-            ds = tl.dot(dh, _load_matrix(w1_ptr, r, c, in_r, in_c, C), acc=ds, input_precision="ieee")
+            ds = _add_product(ds, dh, _load_matrix(w1_ptr, r, c, in_r, in_c, C))
         tl.store(dsqueeze_ptr + b[:, None] * C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
@@ -132,8 +141,8 @@ def _weight_grad_kernel(
         h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
         dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
         s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
-        dw2 = tl.dot(tl.trans(dlogit), h, acc=dw2, input_precision="ieee")
-        dw1 = tl.dot(tl.trans(dhidden), s, acc=dw1, input_precision="ieee")
+        dw2 = _add_product(dw2, tl.trans(dlogit), h)
+        dw1 = _add_product(dw1, tl.trans(dhidden), s)
         db1 += tl.sum(dhidden, 0)
         db2 += tl.sum(dlogit, 0)
     tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
@@ -149,9 +158,9 @@ def _sizes(channels: int, hidden: int) -> dict:
     return dict(C=channels, R=hidden, BLOCK_R=max(16, block_of(hidden, _BLOCK_R)))
 
 
-def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], dict]:
+def _rows(batch: int, channels: int, hidden: int, most_channels: int) -> tuple[tuple[int], dict]:
     """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
-    block_c = max(16, block_of(channels, _BLOCK_C))
+    block_c = max(16, block_of(channels, most_channels))
     return (triton.cdiv(batch, _BLOCK_B),), dict(BLOCK_B=_BLOCK_B, BLOCK_C=block_c, **_sizes(channels, hidden))
 
 
@@ -167,7 +176,7 @@ def weight_gradients(
     grid = (triton.cdiv(channels, _WEIGHT_BLOCK_C), triton.cdiv(width, sizes["BLOCK_R"]))
     launch(
         _weight_grad_kernel, grid, dgate, gate, hidden, dhidden, squeeze, dw1, db1, dw2, db2, batch, ACT=activation,
-        BLOCK_B=_WEIGHT_BLOCK_B, BLOCK_C=_WEIGHT_BLOCK_C, **sizes,
+        BLOCK_B=_WEIGHT_BLOCK_B, BLOCK_C=_WEIGHT_BLOCK_C, maxnreg=128, **sizes,
     )  # fmt: skip
     return dw1, db1, dw2, db2
 
@@ -180,9 +189,10 @@ def _fwd(
     batch, channels = squeeze.shape
     width = weight1.shape[0]
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
-    grid, sizes = _rows(batch, channels, width)
+    grid, sizes = _rows(batch, channels, width, _BLOCK_C)
     launch(
-        _fwd_kernel, grid, squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch, ACT=activation, **sizes
+        _fwd_kernel, grid, squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch, ACT=activation,
+        maxnreg=128, **sizes,
     )  # fmt: skip
     return gate, hidden
 
@@ -200,7 +210,7 @@ def _bwd(
     batch, channels = gate.shape
     width = hidden.shape[1]
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
-    grid, sizes = _rows(batch, channels, width)
+    grid, sizes = _rows(batch, channels, width, _BWD_BLOCK_C)
     launch(
         _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation,
         maxnreg=128, **sizes,

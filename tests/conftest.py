@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    if getattr(config.option, "dist", "no") == "load":
+        # a file's tests share a process (pytest -n), and with it what its fixtures make
+        config.option.dist = "loadfile"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # as many processes as cores
+        torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpu: needs a GPU")
 
 
