@@ -261,7 +261,10 @@ def patch_moments(source: PatchSource) -> Tensor:
         # a gather computes two addresses an element, which take registers
         block = max(16, _GATHERED_TILE // source.f_pad) if source.constexprs["GATHER"] else _MOMENT_BLOCK
         programs = min(triton.cdiv(source.positions, _EXACT_POSITIONS), _PROGRAMS)
-        launch(_moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, BLOCK_P=block, **sizes)
+        launch(
+            _moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, BLOCK_P=block, maxnreg=168,
+            **sizes,
+        )  # fmt: skip
         return moments
     of_images = torch.empty(source.batch, *moments.shape, dtype=torch.int64, device=moments.device)
     launch(

@@ -19,9 +19,7 @@ from ._common import activate, activate_grad, block_of, rounded_product, sigmoid
 from ._launch import launch, opaque_op
 
 _BLOCK_B = 16
-_BLOCK_C = 64
-# the backward pass loads one more tensor ahead
-_BWD_BLOCK_C = 32
+_BLOCK_C = 32
 # hidden units that a program holds at a time, whatever their number: more would spill registers
 _BLOCK_R = 32
 _WEIGHT_BLOCK_B = 32
@@ -158,9 +156,9 @@ def _sizes(channels: int, hidden: int) -> dict:
     return dict(C=channels, R=hidden, BLOCK_R=max(16, block_of(hidden, _BLOCK_R)))
 
 
-def _rows(batch: int, channels: int, hidden: int, most_channels: int) -> tuple[tuple[int], dict]:
+def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], dict]:
     """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
-    block_c = max(16, block_of(channels, most_channels))
+    block_c = max(16, block_of(channels, _BLOCK_C))
     return (triton.cdiv(batch, _BLOCK_B),), dict(BLOCK_B=_BLOCK_B, BLOCK_C=block_c, **_sizes(channels, hidden))
 
 
@@ -189,7 +187,7 @@ def _fwd(
     batch, channels = squeeze.shape
     width = weight1.shape[0]
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
-    grid, sizes = _rows(batch, channels, width, _BLOCK_C)
+    grid, sizes = _rows(batch, channels, width)
     launch(
         _fwd_kernel, grid, squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch, ACT=activation,
         maxnreg=128, **sizes,
@@ -210,7 +208,7 @@ def _bwd(
     batch, channels = gate.shape
     width = hidden.shape[1]
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
-    grid, sizes = _rows(batch, channels, width, _BWD_BLOCK_C)
+    grid, sizes = _rows(batch, channels, width)
     launch(
         _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation,
         maxnreg=128, **sizes,

@@ -155,7 +155,8 @@ def _fwd(
     y = channels_last_like(images, weight.shape[0], source.height, source.width, dtype, source.batch)
     launch(
         _fwd_kernel, grid, *source.pixels, source.jitter, weight, bias if bias is not None else weight,
-        std if std is not None else weight, y, source.positions, ACT=activation, **constexprs,
+        std if std is not None else weight, y, source.positions, ACT=activation,
+        maxnreg=168 if source.jittered else None, **constexprs,
     )  # fmt: skip
     return y
 
@@ -188,7 +189,8 @@ def _bwd(
     partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
     launch(
         _bwd_kernel, (programs, blocks), dy, *source.pixels, source.jitter, weight, bias,
-        std if std is not None else weight, partials, source.positions, ACT=activation, **constexprs,
+        std if std is not None else weight, partials, source.positions, ACT=activation,
+        maxnreg=255 if source.jittered else None, **constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 
