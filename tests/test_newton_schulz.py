@@ -13,15 +13,16 @@ from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
 # of the largest element. X is rounded once to `dtype`, every 3 steps, and small singular values, which the iteration
 # raises 40-fold meanwhile, raise that rounding with them
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
-# rms error over the standard iteration's in the same dtype: never above at 16 bits. In float32 the m x m products
-# have 22 bits instead of 24
-TIMES_PYTORCH = {torch.float32: 6.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+# of rank 3, 45 of 48 singular values are X's rounding and nothing else, and all are raised
+RANK_3 = 1.5
+# rms error over the standard iteration's in the same dtype: never above at 16 bits
+TIMES_PYTORCH = {torch.float32: 2.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
 
-def judged(case, dtype, change=lambda matrix: matrix):
+def judged(case, dtype, change=lambda matrix: matrix, looser: float = 1.0):
     tensors = case.make(DEVICE, torch.float32)
     tensors = {"matrices": [change(m).to(dtype) for m in tensors["matrices"]]}
-    judge_lists(case, tensors, dtype, TOLERANCES[dtype], TIMES_PYTORCH[dtype])
+    judge_lists(case, tensors, dtype, looser * TOLERANCES[dtype], TIMES_PYTORCH[dtype])
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -87,7 +88,7 @@ def test_hard_spectra(kind, dtype):
         u, _, v = torch.linalg.svd(matrix.double(), full_matrices=False)
         return (u * torch.logspace(0, -5, m, device=DEVICE, dtype=torch.float64) @ v).float()
 
-    judged(newton_schulz([(m, k)]), dtype, change)
+    judged(newton_schulz([(m, k)]), dtype, change, RANK_3 if kind == "rank 3" else 1.0)
 
 
 def test_in_float16_beats_bfloat16_eightfold():
