@@ -12,14 +12,10 @@ from model import whitening
 from model.backend import reference
 from model.layers import NormAct, ProjectedStem, WhitenStem
 from model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
+from tests.small import random_images
 
 MEAN, STD = torch.tensor([0.49, 0.3, 0.6]), torch.tensor([0.25, 0.1, 0.3])
 kernels = pytest.mark.parametrize("kernel", [2, 3], ids=["2x2", "3x3"])
-
-
-def random_images(count, height, width, seed=0):
-    random = np.random.RandomState(seed)
-    return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
 def direct_moments(images, kernel):
