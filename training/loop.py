@@ -189,6 +189,11 @@ class Trainer:
         """Whether first uses take longer than later ones, which a warm-up is for."""
         return self.device.type == "cuda" or self._backend.compile
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether there are kernels that `compile_ahead` compiles."""
+        return self.device.type == "cuda" and self._backend.name == "fused"
+
     def warm_up(self, seed: int) -> dict[str, float]:
         """Each part of a run once, on random labels, and nobody counts it: what compiles, captures or picks algorithms
         does so here. A later run is not changed by it.
@@ -198,11 +203,10 @@ class Trainer:
         labels, classes = self._dataset.train_labels, len(self._dataset.classes)
         generator = torch.Generator(self.device).manual_seed(0)
         seconds, began = {}, time.perf_counter()
-        if self._backend.name == "fused":
+        if self.compiles_ahead:
             self.compile_ahead(seed)
             # what compiling takes is not what training takes
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
             seconds["kernels"], began = time.perf_counter() - began, time.perf_counter()
         self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
         # all later epochs are drawn as the second is

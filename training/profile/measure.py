@@ -137,6 +137,8 @@ class Stepper:
         self.trainer = trainer
         self._generator = torch.Generator(trainer.device).manual_seed(seed)
         self._count = 0
+        if trainer.compiles_ahead:
+            trainer.compile_ahead(seed)
         trainer.prepare(seed)
 
     def __call__(self) -> None:
