@@ -144,6 +144,16 @@ class Network(nn.Module):
         # divides it by zero, as a maximum kept rounded is not found again among values recomputed unrounded
         return self.head(x.permute(0, 2, 3, 1).flatten(1, 2).max(1).values)
 
+    def widest_activation(self, size: tuple[int, int]) -> int:
+        """How many values the largest result of a layer holds for one image of this height and width."""
+        lost = self.config.whiten_kernel - 1 if self.config.fused_stem else 0
+        height, width = (side - lost for side in size)
+        values = [self.stem.out_channels * height * width]
+        for group in self.groups:
+            values.append(group.conv1.out_channels * height * width)
+            height, width = height // 2, width // 2
+        return max(values)
+
     def to_compute_dtype(self, dtype: torch.dtype) -> "Network":
         """Convolution and linear weights in `dtype`; BatchNorm, whitening and pixel statistics stay float32."""
         for module in self.modules():

@@ -5,6 +5,7 @@ own ops in the same dtype (or half a unit in the last place, whichever is larger
 of two largest errors is mostly luck). Errors are relative to the largest magnitude of the true result.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,23 @@ def run(case: Case, ops, tensors: dict, dtype: torch.dtype, upstream: Tensor) ->
     results = {"y": y.detach()}
     results |= {name: own[name] for name in case.buffers if own[name] is not None}
     return results | {f"d{name}": own[name].grad for name in case.differentiable}
+
+
+def captured(call: Callable[[], dict[str, Tensor]]) -> tuple["torch.cuda.CUDAGraph", dict[str, Tensor]]:
+    """A CUDA graph of `call()` and its results, which every replay overwrites.
+
+    Warmed up and captured on one stream: a backward pass runs where its forward pass did, and so does a leaf's part of
+    it for as long as anything of an autograd graph through this leaf is alive. No such graph may be, made elsewhere.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = call()
+    return graph, {name: value.detach() for name, value in results.items()}
 
 
 def rms(error: Tensor) -> float:

@@ -1,4 +1,7 @@
-"""A small generated data set, for tests that train."""
+"""A small generated data set, for tests that train, and images of random pixels."""
+
+import numpy as np
+import torch
 
 from training.data import synthetic
 from training.data.dataset import Dataset, assemble
@@ -10,3 +13,9 @@ def small_dataset(train: int, test: int, side: int) -> Dataset:
     crop = slice((32 - side) // 2, (32 + side) // 2)
     halves = (images[:, crop, crop], labels, test_images[:, crop, crop], test_labels)
     return assemble("generated", synthetic.CLASSES, *halves, generated=True)
+
+
+def random_images(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """[count, height, width, 3] uint8, on the CPU."""
+    random = np.random.RandomState(seed)
+    return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""Training batches against explicit padding, cropping and mirroring; evaluation's mirror and accuracy."""
+"""Training batches against explicit padding, cropping and mirroring."""
 
 from itertools import pairwise
 
@@ -9,16 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from kernels.gather import augment, gathered, reflect
+from tests.small import random_images
 from training.batches import Batches, resize
-from training.evaluation import accuracy, logits_of, unsure
-
-
-def random_images(count, height, width, seed=0):
-    random = np.random.RandomState(seed)
-    return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
 @given(st.integers(1, 40), st.data())
@@ -248,74 +242,3 @@ def test_an_epoch_keeps_the_hardest_and_those_that_sat_out():
         assert all(a != b for a, b in pairwise(own)), "mirrored every other time that it is taken"
     everything = Batches(random_images(n, 8, 8), torch.arange(n), 10, 0, "none")
     assert everything.hardness is None and everything.steps == 4
-
-
-class Asymmetric(nn.Module):
-    """Logits that a mirror image changes, and that differ between the modes."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3 * 4 * 5, 6)
-        self.sizes = []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        return self.linear(x.float().flatten(1)) + 1000.0 * self.training
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
-def test_logits_are_the_mean_of_image_and_mirror_and_the_mode_is_restored(training):
-    network, images = Asymmetric().train(training), random_images(7, 4, 5)
-    plain = logits_of(network, images, None)
-    assert network.training is training
-    both = logits_of(network, images, "mirror", batch_size=3)
-    assert network.training is training
-    assert network.sizes[1:] == [3, 3, 3, 3, 1, 1]
-    network.eval()
-    with torch.no_grad():
-        x = images.permute(0, 3, 1, 2)
-        expected, mirrored = network(x), network(x.flip(3))
-    torch.testing.assert_close(plain, expected)
-    torch.testing.assert_close(both, (expected + mirrored) / 2)
-    assert not torch.allclose(expected, mirrored)
-    assert not both.requires_grad
-
-
-def test_translated_views_are_weighted_as_airbench_does():
-    """Half the image, a quarter each of two diagonal 1-pixel translations, all mirrored too."""
-    network, images = Asymmetric().eval(), random_images(3, 4, 5)
-    got = logits_of(network, images, "mirror+translate")
-    x = images.permute(0, 3, 1, 2)
-    want = 0
-    for (y_shift, x_shift), weight in (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25)):
-        rows, columns = (reflect(torch.arange(n) + s, n) for n, s in ((4, y_shift), (5, x_shift)))
-        moved = x[:, :, rows][:, :, :, columns]
-        with torch.no_grad():
-            want = want + weight * (network(moved) + network(moved.flip(3))) / 2
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("tta", ["mirror", "mirror+translate"])
-def test_only_the_least_sure_are_augmented(tta):
-    network, images = Asymmetric().eval(), random_images(20, 4, 5)
-    with torch.no_grad():
-        network.linear.weight.div_(300)
-    own, everything = logits_of(network, images, None), logits_of(network, images, tta)
-    network.sizes.clear()
-    got = logits_of(network, images, tta, 0.35, batch_size=8)
-    views = {"mirror": 1, "mirror+translate": 5}[tta]
-    assert sum(network.sizes) == 20 + 7 * views and unsure(20, 0.35) == 7
-    top = own.softmax(1).sort(1).values
-    chosen = (top[:, -1] - top[:, -2]).argsort()[:7]
-    assert top[:, -1].min() < 0.9, "the margins are all the same"
-    want = own.clone()
-    want[chosen] = everything[chosen]
-    torch.testing.assert_close(got, want)
-    assert not torch.allclose(own[chosen], everything[chosen])
-
-
-def test_accuracy_counts_rows_with_a_nan_as_wrong():
-    nan = float("nan")
-    logits = torch.tensor([[0.1, 0.9], [0.9, 0.1], [nan, 0.1], [0.1, nan], [float("inf"), 0.0]])
-    assert accuracy(logits, torch.tensor([1, 1, 0, 1, 0])) == pytest.approx(2 / 5)
-    assert accuracy(torch.full((3, 2), nan), torch.tensor([0, 1, 0])) == 0.0

@@ -1,6 +1,7 @@
 """The benchmark: counted bytes and FLOPs, the gate that refuses wrong results, its JSON, comparison and mistakes."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 from kernels import _cases, environment, reference
 from kernels.bench import __main__ as bench
 from kernels.bench import measure, providers, report
+from model import backend
 from tests.oracle import DEVICE
+from tests.small import small_dataset
+from training.loop import Trainer, plan_budget
+from training.precision import Precision
+from training.recipes import BLINK
 
 SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", "--dtype", "float32", "--quick"]
 
@@ -72,6 +78,41 @@ def test_shapes_make_a_case_of_every_op():
         case.call(reference, case.make(torch.device("cpu"), torch.float32), torch.float32)
 
 
+def shapes_of(first) -> tuple:
+    """Of an op's first argument, without the batch; of all its tensors if it is a list."""
+    return tuple(tuple(t.shape) for t in first) if isinstance(first, list) else tuple(first.shape[1:])
+
+
+def test_blinks_cases_are_the_calls_of_its_steps():
+    called = set()
+
+    def noted(op):
+        def call(first, *rest, **options):
+            # without gate and residual it is norm_act
+            plain = op == "excite_norm_act_add" and rest[0] is None and rest[2] is None
+            called.add(("norm_act" if plain else op, shapes_of(first)))
+            return getattr(reference, op)(first, *rest, **options)
+
+        return call
+
+    ops = ("whiten", "pool_norm_act", "excite_norm_act_add", "cross_entropy", "sgd_nesterov", "muon")
+    watched = replace(backend.reference(), **{op: noted(op) for op in ops})
+    fp32 = Precision("fp32", torch.float32, torch.float32)
+    dataset = small_dataset(16, 8, 32)
+    trainer = Trainer(BLINK, dataset, plan_budget(BLINK, 16, 16, steps=9), watched, fp32, False)
+    trainer.prepare(0)
+    trainer.step.batches.draw(torch.Generator().manual_seed(0), 0)
+    for phase in trainer.step.phases():
+        trainer.step.rehearse(phase)
+    made = {
+        (c.op, shapes_of(next(iter(c.make(torch.device("cpu"), torch.float32).values()))))
+        for c in _cases.blink_cases(16)
+    }
+    # the first layer's bias is trained for a part of the run only
+    assert len(called - made) == 1 and len(made) == len(_cases.blink_cases(16))
+    assert made < called
+
+
 def broken(how):
     """A provider whose squeeze_excite is wrong in one way."""
 
@@ -120,6 +161,22 @@ def test_json_of_a_run(capsys, tmp_path):
         assert row["providers"]["fused"]["status"] == ("timed" if DEVICE.type == "cuda" else "interpreted")
     if DEVICE.type == "cpu":
         assert "interpreted: not timed" in printed
+
+
+def test_what_was_measured_before_an_interrupt_is_written(monkeypatch, capsys, tmp_path):
+    measured, calls = bench.race, []
+
+    def race(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(bench, "race", race)
+    target = tmp_path / "bench.json"
+    assert bench.main([*SMALL[:2], "2x3x5x4,2x3x5x8", *SMALL[3:-1], "--json", str(target)]) == 130
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["fwd", "bwd"] and len({row["case"] for row in rows}) == 1
 
 
 def test_a_provider_that_cannot_run_is_skipped_with_its_reason(monkeypatch, capsys):
@@ -217,6 +274,9 @@ def test_list_names_every_op(capsys):
     assert bench.main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert all(op in printed for op in bench.OPS)
+    assert bench.main(["--list", "--shapes", "blink", "whiten"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].split("x")[0] for line in lines] == ["2000", "2000"]
 
 
 @pytest.mark.parametrize(
@@ -224,9 +284,10 @@ def test_list_names_every_op(capsys):
     [
         (["conv"], "unknown op 'conv'"),
         (["--json", "."], "is a folder; name a file"),
-        (["--shapes", "1x2x3"], "expected network, sweep or BxHxWxC"),
-        (["--shapes", "1x0x3x4"], "expected network, sweep or BxHxWxC"),
+        (["--shapes", "1x2x3"], "expected network, blink, sweep or BxHxWxC"),
+        (["--shapes", "1x0x3x4"], "expected network, blink, sweep or BxHxWxC"),
         (["--shapes", "1x1x3x4"], "at least 2"),
+        (["--list", "--shapes", "blink", "se_gate"], "--shapes blink has no case of se_gate"),
         (["--dtype", "float8"], "unknown 'float8'"),
         (["--providers", "jax"], "unknown 'jax'"),
         (["--json", "/nowhere/at/all.json"], "make it first"),

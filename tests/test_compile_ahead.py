@@ -15,6 +15,7 @@ from tests.test_training_step import PHASED
 from training import precision
 from training.loop import Trainer, plan_budget
 from training.plans import narrowed, stretched
+from training.profile.measure import Stepper
 from training.recipes import AIR, HLB, Recipe
 
 
@@ -53,6 +54,18 @@ def test_a_run_launches_nothing_that_was_not_compiled_ahead(recipe, launched, mo
     losses = trainer.run(3, validate=0).losses
     assert {compile_ahead.specialization(launch) for launch in launched} <= ready
     assert losses == make(recipe).run(3, validate=0).losses and torch.tensor(losses).isfinite().all()
+
+
+def test_a_profiled_step_launches_nothing_that_was_not_compiled_ahead(launched, monkeypatch):
+    """Compiling one after another takes longer than all that is timed."""
+    ahead = []
+    monkeypatch.setattr(compile_ahead, "compile_launches", ahead.extend)
+    monkeypatch.setattr(Trainer, "compiles_ahead", True)
+    stepper = Stepper(make(HLB), seed=3)
+    ready = {compile_ahead.specialization(launch) for launch in ahead}
+    launched.clear()
+    stepper()
+    assert len(launched) > 10 and {compile_ahead.specialization(launch) for launch in launched} <= ready
 
 
 class Kernel:

@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels import _cases, _launch
 from kernels._cases import mapped, named
-from tests.oracle import DEVICE, DTYPES, copies, in_float64, name_of, updated
+from tests.oracle import DEVICE, DTYPES, captured, copies, in_float64, name_of, updated
 
 CASES = [case for case in _cases.small_cases() if not case.differentiable]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
@@ -212,13 +212,7 @@ def test_operator_obeys_its_declaration(case):
 def test_cuda_graph_replay(case, dtype):
     """Captured once and replayed on new values, of the learning rate too, gives what an eager call gives."""
     tensors = case.make(DEVICE, dtype)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        case.call(kernels, tensors, dtype)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = named("y", case.call(kernels, tensors, dtype))
+    graph, results = captured(lambda: named("y", case.call(kernels, tensors, dtype)))
     fresh = case.make(DEVICE, dtype)
     if "lr" in fresh:
         fresh["lr"] *= 2
@@ -227,7 +221,7 @@ def test_cuda_graph_replay(case, dtype):
     want = updated(case, kernels, fresh, dtype)
     graph.replay()
     torch.cuda.synchronize()
-    got = captured | {k: v for name in case.buffers for k, v in named(name, tensors[name]).items()}
+    got = results | {k: v for name in case.buffers for k, v in named(name, tensors[name]).items()}
     for name, value in want.items():
         assert torch.equal(got[name], value), name
 

@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from kernels import _cases, _launch
-from tests.oracle import DEVICE, DTYPES, in_float64, name_of, run
+from tests.oracle import DEVICE, DTYPES, captured, in_float64, name_of, run
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_CASES = _cases.small_cases()
@@ -53,6 +53,12 @@ def trained(case, dtype=torch.float32) -> dict:
     return {k: v.requires_grad_() if k in case.differentiable else v for k, v in tensors.items()}
 
 
+def upstream_of(case, dtype=torch.float32) -> torch.Tensor:
+    """Random, of the result's shape and dtype; nothing of the call that told them is left."""
+    with torch.no_grad():
+        return torch.randn_like(case.combined(kernels, case.make(DEVICE, dtype), dtype))
+
+
 def test_every_public_op_is_registered_and_tested():
     """A new op needs a reference of the same signature, a case and a test file."""
     assert sorted(OPS) == sorted({case.op for case in ALL_CASES})
@@ -69,9 +75,7 @@ def test_every_public_op_is_registered_and_tested():
 
 @every_op
 def test_bitwise_repeatable(case):
-    tensors = case.make(DEVICE, torch.float32)
-    y = case.combined(kernels, in_place_copy(tensors), torch.float32)
-    upstream = torch.randn_like(y)
+    tensors, upstream = case.make(DEVICE, torch.float32), upstream_of(case)
     once = run(case, kernels, tensors, torch.float32, upstream)
     again = run(case, kernels, tensors, torch.float32, upstream)
     for name, value in once.items():
@@ -192,9 +196,7 @@ def test_autocast(case):
 @every_op
 def test_torch_compile_sees_one_opaque_op(case):
     """Traced whole (fullgraph) with its backward and its buffers, giving the eager result."""
-    tensors = case.make(DEVICE, torch.float32)
-    probe = case.combined(kernels, in_place_copy(tensors), torch.float32)
-    upstream = torch.randn_like(probe)
+    tensors, upstream = case.make(DEVICE, torch.float32), upstream_of(case)
     eager = run(case, kernels, tensors, torch.float32, upstream)
 
     class Compiled:
@@ -239,22 +241,15 @@ def test_operators_obey_their_declarations(case):
 @every_op
 def test_cuda_graph_replay(case, dtype):
     """Forward and backward captured once and replayed on new values give what eager calls give."""
-    tensors = trained(case, dtype)
-    probe = case.combined(kernels, in_place_copy(tensors), dtype)
-    upstream = torch.randn_like(probe)
+    tensors, upstream = trained(case, dtype), upstream_of(case, dtype)
     leaves = [tensors[name] for name in case.differentiable]
 
     def step():
         y = case.combined(kernels, tensors, dtype)
-        return [y, *torch.autograd.grad(y, leaves, upstream)]
+        grads = torch.autograd.grad(y, leaves, upstream)
+        return {"y": y.detach()} | dict(zip(case.differentiable, grads))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     fresh = case.make(DEVICE, dtype)
     with torch.no_grad():
         for name, value in tensors.items():
@@ -262,12 +257,12 @@ def test_cuda_graph_replay(case, dtype):
                 value.copy_(fresh[name])
     graph.replay()
     torch.cuda.synchronize()
-    got = [value.detach().clone() for value in captured]
+    got = {name: value.clone() for name, value in results.items()}
     with torch.no_grad():
         for name in case.buffers:
             tensors[name].copy_(fresh[name])
-    for value, want in zip(got, step()):
-        assert torch.equal(value, want)
+    for name, want in step().items():
+        assert torch.equal(got[name], want), name
 
 
 def test_bfloat16_is_refused_in_the_interpreter():

@@ -9,7 +9,9 @@ import train
 from model import backend, convolution
 from model.network import Network
 from tests.oracle import DEVICE
+from training.errors import UserError
 from training.optimizer import Optimizer
+from training.profile import measure
 from training.profile.costs import step_costs
 from training.profile.measure import Profile, Race, Row
 from training.profile.report import convolution_table, race_lines, table
@@ -48,8 +50,12 @@ def cpu_step(at):
     ]
 
 
+def cpu_trace():
+    return {"traceEvents": [e for i in range(3) for e in cpu_step(1000 + 100 * i)]}
+
+
 def test_operators_of_a_cpu_step_are_given_to_their_parts():
-    steps = steps_of({"traceEvents": [e for i in range(3) for e in cpu_step(1000 + 100 * i)]})
+    steps = steps_of(cpu_trace(), on_gpu=False)
     assert len(steps) == 2
     for step in steps:
         assert step.length == 100
@@ -93,7 +99,7 @@ def gpu_trace():
 
 
 def test_kernels_of_a_gpu_step_are_given_to_their_launches():
-    steps = steps_of(gpu_trace())
+    steps = steps_of(gpu_trace(), on_gpu=True)
     assert len(steps) == 2
     for step in steps:
         assert step.by_owner() == {("conv", "fwd"): 60, ("conv", "dgrad"): 80, ("other", "fwd"): 5}
@@ -101,7 +107,7 @@ def test_kernels_of_a_gpu_step_are_given_to_their_launches():
 
 
 def test_kernels_of_a_replay_take_the_owners_of_the_step_without_a_graph():
-    eager = steps_of(gpu_trace())[0].work
+    eager = steps_of(gpu_trace(), on_gpu=True)[0].work
     events = []
     for number in range(3):
         host, device = 100 + 10 * number, 1000 + 100 * number
@@ -112,7 +118,7 @@ def test_kernels_of_a_replay_take_the_owners_of_the_step_without_a_graph():
         # the driver's own copy is nobody's
         names = ("Memcpy", "fprop", "dgrad", "Memset")
         events += [kernel(name, device + 20 * i, device + 20 * i + 15, number) for i, name in enumerate(names)]
-    (first, _) = steps_of({"traceEvents": events}, eager)
+    (first, _) = steps_of({"traceEvents": events}, True, eager)
     assert first.by_owner() == {("other", "fwd"): 30, ("conv", "fwd"): 15, ("conv", "dgrad"): 15}
     assert first.idle == pytest.approx(100 - 60)
 
@@ -123,7 +129,37 @@ def test_overlapping_kernels_leave_no_negative_gap():
         device = 500 + 100 * number
         kernels = [("a", device, device + 50, 1), ("b", device + 10, device + 80, 2)]
         events += launched(100 + 30 * number, number, kernels)
-    assert steps_of({"traceEvents": events})[0].idle == 20
+    assert steps_of({"traceEvents": events}, on_gpu=True)[0].idle == 20
+
+
+def without_gpu_work(trace, but=()):
+    return {"traceEvents": [e for e in trace["traceEvents"] if e["cat"] != "kernel" or e["args"]["correlation"] in but]}
+
+
+GPU_STEP = steps_of(gpu_trace(), on_gpu=True)[0].work
+
+
+@pytest.mark.parametrize(
+    ("trace", "eager", "message"),
+    [
+        # the host's operators are all there, and their times must not pass for a GPU's
+        (cpu_trace(), None, "0 pieces of GPU work, none in 3 of 3"),
+        (without_gpu_work(gpu_trace()), None, "0 pieces of GPU work, none in 3 of 3"),
+        (without_gpu_work(gpu_trace()), GPU_STEP, "0 pieces of GPU work, none in 3 of 3"),
+        (without_gpu_work(gpu_trace(), but=(1, 2, 3, 21)), None, "4 pieces of GPU work, none in 1 of 3"),
+        # launched by nothing that was recorded
+        (
+            {"traceEvents": [*cpu_trace()["traceEvents"], kernel("k", 1000, 1200, 5)]},
+            None,
+            "1 pieces of GPU work, none",
+        ),
+        ({"traceEvents": []}, None, "0 training steps"),
+    ],
+)
+def test_a_trace_without_the_gpus_work_is_refused(trace, eager, message):
+    with pytest.raises(UserError, match=message) as refused:
+        steps_of(trace, True, eager)
+    assert "\n" not in str(refused.value)
 
 
 def test_matched_owners_survive_a_missing_kernel():
@@ -206,6 +242,14 @@ def test_profile_command(small_cifar, tmp_path, capsys):
     assert content["parts_ms"] == pytest.approx(content["profiled_ms"], rel=0.02)
     assert content["race"]["eager_convolution_ms"] > 0
     assert {p.name for p in (tmp_path / "traces").iterdir()} == {"trace.json.gz", "trace-eager.json.gz"}
+
+
+def test_a_profiler_without_records_ends_the_command_in_one_line(small_cifar, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "steps_of", lambda trace, on_gpu, eager: steps_of(trace, True, eager))
+    arguments = ["--data", small_cifar, "--recipe", "air", "--batch-size", "8", "--steps", "2", "--dtype", "fp32"]
+    code = train.main([*arguments, "--device", "cpu", "--profile", str(tmp_path / "traces")])
+    err = capsys.readouterr().err
+    assert code == 2 and "0 pieces of GPU work" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

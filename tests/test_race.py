@@ -19,6 +19,7 @@ from training.errors import UserError
 from training.race import __main__ as race
 from training.race import data, table
 from training.race.contest import only
+from training.race.launch import Clock, lent_to
 from training.race.peers import PEERS, Rows, find_script, with_runs
 
 ROOT = Path(race.__file__).resolve().parent.parent.parent
@@ -190,6 +191,42 @@ def test_a_script_is_launched_on_the_cpu_with_our_clock_beside_its_own(tmp_path,
         # the stand-in's event is our clock here, so that both measured the same
         assert run["seconds"] == pytest.approx(run["our_seconds"], rel=1e-3) and run["seconds"] > 0
     assert path.read_text() == before
+
+
+def test_only_the_script_finds_the_timed_event(tmp_path, dataset):
+    """Not what it imports, nor what autotunes beside it: that would be counted as its own seconds."""
+    head = """
+import tuner, torch._dynamo.device_interface, torch._dynamo.variables.user_defined as dynamo
+OWN = torch.cuda.streams.Event
+assert torch.cuda.Event is not OWN and getattr(torch.cuda, "Event") is torch.cuda.Event
+assert tuner.made() is tuner.Event is torch._dynamo.device_interface.CudaInterface.Event is OWN
+assert OWN in dynamo.UserDefinedClassVariable._in_graph_classes()
+def looked_up():
+    from torch.cuda import Event
+    return Event
+assert looked_up() is torch.cuda.Event
+"""
+    path, out, folder = script(tmp_path / "checkout"), tmp_path / "out.jsonl", tmp_path / "scratch"
+    path.write_text(path.read_text().replace("import torch\n", "import torch\n" + head, 1))
+    (path.parent / "tuner.py").write_text(
+        "import torch\nfrom torch.cuda import Event\ndef made():\n    return torch.cuda.Event\n"
+    )
+    data.write("airbench", dataset, folder, torch.device("cpu"))
+    done = launch(folder, path, 1, out)
+    assert done.returncode == 0, done.stderr
+    assert [run["accuracy"] for run in records.read(out)[:-1]] == [0.6]
+
+
+def test_a_lent_event_is_taken_back():
+    own = torch.cuda.Event
+    with pytest.raises(ZeroDivisionError), lent_to(globals(), Clock):
+        assert torch.cuda.Event is Clock
+        assert torch._dynamo.device_interface.CudaInterface.Event is own
+        # compiled code that asks torch.cuda is traced as ever
+        compiled = torch.compile(lambda x: x - 1 if torch.cuda.is_available() else x, backend="eager", fullgraph=True)
+        assert compiled(torch.ones(2)).tolist() == ([0, 0] if torch.cuda.is_available() else [1, 1])
+        _ = 1 / 0
+    assert torch.cuda.Event is own
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import gc
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -188,13 +189,20 @@ class FakeCuda:
 
     def __init__(self, state):
         self.state, self.replays = state, 0
+        self.made, self.warmed_up_on, self.captured_on = [], [], []
 
-    def Stream(self):
+    def Stream(self, device):
+        self.made.append(self.current_stream())
+        return self.made[-1]
+
+    def current_stream(self):
         return SimpleNamespace(wait_stream=lambda other: None)
 
-    current_stream = Stream
+    def current_device(self):
+        return 0
 
     def stream(self, stream):
+        self.warmed_up_on.append(stream)
         return nullcontext()
 
     def CUDAGraph(self):
@@ -205,17 +213,25 @@ class FakeCuda:
         self.state += 1
 
     @contextmanager
-    def graph(self, graph, pool):
+    def graph(self, graph, pool, stream):
+        self.captured_on.append(stream)
         before = self.state.clone()
         yield
         self.state.copy_(before)
 
 
-def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(monkeypatch):
-    """At the last step of an epoch there is no next batch to warm up with."""
-    count, seen = torch.tensor([7]), []
-    fake = FakeCuda(count)
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeCuda(torch.tensor([7]))
     monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=fake, no_grad=torch.no_grad))
+    # none of the fake's streams may be found by a later test
+    monkeypatch.setattr(graph, "_side_stream", cache(graph._side_stream.__wrapped__))
+    return fake
+
+
+def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(fake):
+    """At the last step of an epoch there is no next batch to warm up with."""
+    count, seen = fake.state, []
 
     def call():
         seen.append(count.item())
@@ -226,6 +242,14 @@ def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(monk
     assert seen == [7] * (graph._WARM_UP_CALLS + 1) and count.item() == 8 and fake.replays == 1
     replay()
     assert len(seen) == graph._WARM_UP_CALLS + 1 and count.item() == 9 and fake.replays == 2
+
+
+def test_all_captures_share_one_stream(fake):
+    """A stream of its own would keep each capture's workspaces and what its warm-up freed."""
+    for _ in range(2):
+        graph.Replay(lambda: None, [], enabled=True)()
+    (stream,) = fake.made
+    assert fake.warmed_up_on == fake.captured_on == [stream] * 2
 
 
 gpu = pytest.mark.gpu

@@ -6,19 +6,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import whitening
 from model.backend import reference
 from model.layers import NormAct, ProjectedStem, WhitenStem
 from model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
+from tests.small import random_images
 
 MEAN, STD = torch.tensor([0.49, 0.3, 0.6]), torch.tensor([0.25, 0.1, 0.3])
 kernels = pytest.mark.parametrize("kernel", [2, 3], ids=["2x2", "3x3"])
-
-
-def random_images(count, height, width, seed=0):
-    random = np.random.RandomState(seed)
-    return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
 def direct_moments(images, kernel):
@@ -54,9 +51,10 @@ def test_moments_equal_explicit_loops(count, height, width, kernel, seed):
 @kernels
 def test_moments_in_chunks_with_a_partial_last_one(monkeypatch, kernel):
     images = random_images(7, 5, 6)
-    monkeypatch.setattr(whitening, "_CHUNK_PIXELS", 2 * 5 * 6 + 3)
+    of_an_image = (6 - kernel) * (7 - kernel) * 3 * kernel**2 * 4
+    monkeypatch.setattr(whitening, "_CHUNK_BYTES", 2 * of_an_image + 3)
     assert_moments(patch_moments(images, kernel), images, kernel)
-    monkeypatch.setattr(whitening, "_CHUNK_PIXELS", 1)
+    monkeypatch.setattr(whitening, "_CHUNK_BYTES", 1)
     assert_moments(patch_moments(images, kernel), images, kernel)
 
 
@@ -69,6 +67,37 @@ def test_moments_stay_exact_at_the_largest_sums(shape, value):
     if value is None:
         images += (random_images(2, *shape) < 4).to(torch.uint8)
     assert_moments(patch_moments(images, 2), images, 2)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that compute, each of which is a launch or a few on a GPU, and their results' bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.names.append(func._schema.name)
+            self.bytes.append(out.nbytes)
+        return out
+
+
+@kernels
+@pytest.mark.parametrize("side", [16, 40], ids=["float32", "float64"])
+def test_calls_grow_with_the_chunks_only_and_memory_with_nothing(kernel, side, monkeypatch):
+    calls = {}
+    of_an_image = (side + 1 - kernel) ** 2 * 3 * kernel**2 * (4 if side == 16 else 8)
+    monkeypatch.setattr(whitening, "_CHUNK_BYTES", 8 * of_an_image)
+    for images in (1, 8, 16):
+        with Calls() as calls[images]:
+            patch_moments(torch.zeros(images, side, side, 3, dtype=torch.uint8), kernel)
+        # on a GPU it launches a kernel an image
+        assert "aten::im2col" not in calls[images].names
+        assert max(calls[images].bytes) <= 8 * of_an_image
+    one, full, two = (len(calls[images].names) for images in (1, 8, 16))
+    assert one == full and two < 2 * full <= 30
 
 
 @kernels
@@ -150,7 +179,7 @@ def test_filters_are_ordered_and_signed_one_way(kernel):
 def test_order_of_the_images_does_not_matter(kernel, monkeypatch):
     images = random_images(9, 8, 8)
     weight = whitening_weight(patch_moments(images, kernel), MEAN, STD, 1e-2)
-    monkeypatch.setattr(whitening, "_CHUNK_PIXELS", 2 * 64)
+    monkeypatch.setattr(whitening, "_CHUNK_BYTES", 2 * 49 * 12 * 4)
     shuffled = patch_moments(images[torch.from_numpy(np.random.RandomState(1).permutation(9))], kernel)
     assert torch.equal(whitening_weight(shuffled, MEAN, STD, 1e-2), weight)
 

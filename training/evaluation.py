@@ -3,33 +3,71 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gather import Gather
+from model.network import Network
 
-def mirrored_logits(network: nn.Module, images: Tensor, own: Tensor | None = None) -> Tensor:
-    """The mean over an image and its mirror; images [B, C, H, W] uint8; own: the images' own logits if known."""
-    flipped = images.flip(3).contiguous(memory_format=torch.channels_last)
-    return ((network(images) if own is None else own) + network(flipped)) / 2
-
-
-def translated_logits(network: nn.Module, images: Tensor, own: Tensor | None = None) -> Tensor:
-    """Half from the image, a quarter each from its two 1-pixel diagonal translations, all with their mirrors.
-
-    What a translation uncovers is reflected. Source: airbench94.
-    """
-    height, width = images.shape[2:]
-    padded = F.pad(images.float(), (1, 1, 1, 1), "reflect").to(images.dtype)
-    moved = [padded[:, :, start : start + height, start : start + width] for start in (0, 2)]
-    near = sum(mirrored_logits(network, m.contiguous(memory_format=torch.channels_last)) for m in moved) / 2
-    return (mirrored_logits(network, images, own) + near) / 2
-
-
-VIEWS = {
-    None: lambda network, images, own=None: network(images) if own is None else own,
-    "mirror": mirrored_logits,
-    "mirror+translate": translated_logits,
+# of each view beside the image itself: by how many pixels it is moved along both axes, and whether it is then mirrored
+VIEWS: dict[str | None, tuple[tuple[int, bool], ...]] = {
+    None: (),
+    "mirror": ((0, True),),
+    "mirror+translate": ((0, True), (-1, False), (-1, True), (1, False), (1, True)),
 }
+
+# beyond it an activation's elements need 64-bit offsets, which libraries have slower kernels for, if any
+_MOST_BYTES = 2**31
+_PART_OF_GPU = 16
+# a CPU gains nothing from more
+_CPU_BYTES = 2**27
+_ALIKE = 16
+
+
+def images_at_once(
+    network: Network, image_shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """How many images [C, H, W] are evaluated at once: those whose widest activations, in `dtype`, fill the room.
+
+    The room is a sixteenth of a GPU's memory and at most 2 GiB, so that launches are few and large and the number is
+    the same in every run; all that is alive at once takes about twice the room.
+    """
+    room = _CPU_BYTES
+    if device.type == "cuda":
+        room = min(_MOST_BYTES, torch.cuda.get_device_properties(device).total_memory // _PART_OF_GPU)
+    return max(1, room // (network.widest_activation(image_shape[1:]) * dtype.itemsize))
+
+
+def in_parts(tensor: Tensor, most: int) -> tuple[Tensor, ...]:
+    """As few parts as `most` elements each allow, alike in size and, where that is at least 16, multiples of 16.
+
+    Triton compiles once for all such sizes, and anew for others.
+    """
+    if most >= _ALIKE:
+        most = most // _ALIKE * _ALIKE
+    size = math.ceil(len(tensor) / math.ceil(len(tensor) / most))
+    return tensor.split(min(most, math.ceil(size / _ALIKE) * _ALIKE))
+
+
+def view_gather(index: Tensor, views: tuple[tuple[int, bool], ...]) -> Gather:
+    """All views of images `index` [n] int64 as one batch, view after view; what a translation uncovers is reflected."""
+    shift = index.new_zeros(len(views), len(index), 2)
+    flip = torch.zeros(len(views), len(index), dtype=torch.bool, device=index.device)
+    for i, (pixels, mirrored) in enumerate(views):
+        if pixels:
+            shift[i] = pixels
+        if mirrored:
+            flip[i] = True
+    moved = any(pixels for pixels, _ in views)
+    return Gather(index.repeat(len(views)), shift.flatten(0, 1) if moved else None, flip.flatten())
+
+
+def averaged(own: Tensor, others: Tensor) -> Tensor:
+    """The mean over an image and its mirror; where it was translated, half of that and half of those views' mean.
+
+    own [n, classes]: the images' logits; others [views, n, classes]: those of `VIEWS`. Source: airbench94.
+    """
+    centred = (own + others[0]) / 2
+    return centred if len(others) == 1 else (centred + others[1:].mean(0)) / 2
 
 
 def unsure(count: int, fraction: float) -> int:
@@ -39,23 +77,27 @@ def unsure(count: int, fraction: float) -> int:
 
 @torch.no_grad()
 def logits_of(
-    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, batch_size: int = 2000
+    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, at_once: int = 2000
 ) -> Tensor:
     """images [N, H, W, C] uint8 -> logits [N, classes] float32, the network left in the mode it was in.
 
     tta: None, "mirror" or "mirror+translate"; below 1, only the `fraction` of the images is augmented whose two largest
-    probabilities are closest. Source of the latter: hiverge's cifar10-speedrun.
+    probabilities are closest; at_once: how many images, views counted, a batch has at most. Source of the fraction:
+    hiverge's cifar10-speedrun.
     """
     was_training = network.training
     network.eval()
-    first = tta if fraction >= 1 else None
-    logits = torch.cat([VIEWS[first](network, chunk.permute(0, 3, 1, 2)) for chunk in images.split(batch_size)])
-    if first != tta:
-        largest = logits.softmax(1).topk(2, dim=1).values
-        chosen = (largest[:, 1] - largest[:, 0]).topk(unsure(len(images), fraction)).indices
-        for part in chosen.split(batch_size):
-            chunk = images[part].permute(0, 3, 1, 2)
-            logits[part] = VIEWS[tta](network, chunk, logits[part])
+    count, views, source = len(images), VIEWS[tta], images.permute(0, 3, 1, 2)
+    logits = torch.cat([network(part) for part in in_parts(source, at_once)])
+    augmented = unsure(count, fraction) if views else 0
+    if augmented:
+        chosen = torch.arange(count, device=images.device)
+        if augmented < count:
+            largest = logits.softmax(1).topk(2, dim=1).values
+            chosen = (largest[:, 1] - largest[:, 0]).topk(augmented).indices
+        for part in in_parts(chosen, max(1, at_once // len(views))):
+            others = network(source, view_gather(part, views)).unflatten(0, (len(views), len(part)))
+            logits[part] = averaged(logits[part], others)
     network.train(was_training)
     return logits
 

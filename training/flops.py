@@ -11,13 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import backend
 from model.network import Network
-from training.evaluation import unsure
+from training.evaluation import VIEWS, unsure
 from training.loop import Budget
 from training.optimizer import Optimizer
 from training.recipes import Recipe
 from training.step import phase_of
-
-_VIEWS = {"mirror": 2, "mirror+translate": 6}
 
 
 @dataclass(frozen=True)
@@ -81,5 +79,5 @@ def run_flops(
         2 * whitened * positions * (channels * k * k) ** 2 if k else 0,
         training,
         update * budget.total_steps,
-        forward * (test_images + (_VIEWS[recipe.tta] - 1) * unsure(test_images, recipe.tta_fraction)),
+        forward * (test_images + len(VIEWS[recipe.tta]) * unsure(test_images, recipe.tta_fraction)),
     )

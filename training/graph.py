@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
 
 # cuDNN tries its algorithms and Triton compiles in the first call; the later ones find the allocator settled
 _WARM_UP_CALLS = 3
+
+
+@cache
+def _side_stream(device: int) -> "torch.cuda.Stream":
+    """The one stream that captures happen on: each stream keeps cuBLAS workspaces and freed memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
@@ -43,7 +50,7 @@ class Replay:
         self._graph.replay()
 
     def _capture(self) -> "torch.cuda.CUDAGraph":
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_CALLS):
@@ -53,6 +60,6 @@ class Replay:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # this records and runs nothing
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             self._call()
         return graph

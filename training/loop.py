@@ -16,7 +16,7 @@ from training.batches import Batches
 from training.clock import Stopwatch
 from training.data.dataset import Dataset
 from training.errors import UserError
-from training.evaluation import accuracy, logits_of
+from training.evaluation import accuracy, images_at_once, logits_of
 from training.optimizer import Optimizer, WeightAverage
 from training.precision import Precision
 from training.recipes import Recipe
@@ -120,6 +120,7 @@ class Trainer:
         self.budget, self.graph = budget, graph
         self.device, self.image_shape = dataset.device, dataset.image_shape
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
+        self._at_once = images_at_once(self.network, self.image_shape, precision.compute, self.device)
         self._average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._batches = Batches(
             dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, recipe.cutout,
@@ -188,6 +189,11 @@ class Trainer:
         """Whether first uses take longer than later ones, which a warm-up is for."""
         return self.device.type == "cuda" or self._backend.compile
 
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether there are kernels that `compile_ahead` compiles."""
+        return self.device.type == "cuda" and self._backend.name == "fused"
+
     def warm_up(self, seed: int) -> dict[str, float]:
         """Each part of a run once, on random labels, and nobody counts it: what compiles, captures or picks algorithms
         does so here. A later run is not changed by it.
@@ -197,11 +203,10 @@ class Trainer:
         labels, classes = self._dataset.train_labels, len(self._dataset.classes)
         generator = torch.Generator(self.device).manual_seed(0)
         seconds, began = {}, time.perf_counter()
-        if self._backend.name == "fused":
+        if self.compiles_ahead:
             self.compile_ahead(seed)
             # what compiling takes is not what training takes
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
             seconds["kernels"], began = time.perf_counter() - began, time.perf_counter()
         self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
         # all later epochs are drawn as the second is
@@ -279,7 +284,8 @@ class Trainer:
 
     def _final_logits(self) -> Tensor:
         """Of the test images, test-time augmented."""
-        return logits_of(self.network, self._dataset.test_images, self._recipe.tta, self._recipe.tta_fraction)
+        recipe, images = self._recipe, self._dataset.test_images
+        return logits_of(self.network, images, recipe.tta, recipe.tta_fraction, self._at_once)
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:
@@ -293,12 +299,16 @@ class Trainer:
         if limit == 0:
             return None, None
         images, labels = self._dataset.test_images[:limit], self._dataset.test_labels[:limit]
+
+        def measured() -> float:
+            return accuracy(logits_of(self.network, images, None, at_once=self._at_once), labels)
+
         with self.precision.autocast(self.device):
-            live = accuracy(logits_of(self.network, images, None), labels)
+            live = measured()
         if self._average is None or not self._average.started:
             return live, None
         with self._evaluated():
-            return live, accuracy(logits_of(self.network, images, None), labels)
+            return live, measured()
 
 
 def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:

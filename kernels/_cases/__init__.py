@@ -1,4 +1,4 @@
-"""One list of calls for every op: the shapes that the hlb network really uses, and any other.
+"""One list of calls for every op: the shapes that the hlb network and the recipe blink really use, and any other.
 
 The tests, the ahead-of-time compile report and the benchmarks all work from it, so a new op is registered once, here,
 with its arguments and what its mathematics costs. Bytes are what an ideal fused op must move to and from memory: each
@@ -6,6 +6,7 @@ large tensor once for every pass that a dependency forces; vectors of a value pe
 """
 
 from .base import Case, Cost, Tensors, activations, images, mapped, named
+from .blink import blink_cases
 from .layers import (
     cross_entropy,
     excite_norm_act_add,
@@ -18,9 +19,9 @@ from .updates import AIR_FILTERS, HLB_SHAPES, muon, narrowed, newton_schulz, sgd
 from .whitening import GATHER_PARTS, whiten, whiten_project_norm_act
 
 __all__ = [
-    "AIR_FILTERS", "GATHER_PARTS", "HLB_SHAPES", "SWEEP", "Case", "Cost", "Tensors", "activations", "case_at",
-    "cross_entropy", "excite_norm_act_add", "images", "mapped", "muon", "named", "network_cases", "newton_schulz",
-    "norm_act", "pool_norm_act", "se_gate", "sgd_nesterov", "small_cases", "squeeze_excite", "whiten",
+    "AIR_FILTERS", "GATHER_PARTS", "HLB_SHAPES", "SWEEP", "Case", "Cost", "Tensors", "activations", "blink_cases",
+    "case_at", "cross_entropy", "excite_norm_act_add", "images", "mapped", "muon", "named", "network_cases",
+    "newton_schulz", "norm_act", "pool_norm_act", "se_gate", "sgd_nesterov", "small_cases", "squeeze_excite", "whiten",
     "whiten_project_norm_act",
 ]  # fmt: skip
 

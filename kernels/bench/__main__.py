@@ -20,6 +20,8 @@ from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPS = tuple(dict.fromkeys(case.op for case in _cases.network_cases(1)))
+# what --shapes names: the cases, at a batch
+NAMED = {"network": (_cases.network_cases, 512), "blink": (_cases.blink_cases, 2000)}
 _REDUCED_BATCH = 2
 _QUICK_BATCH = 128
 
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
         if options.list:
-            for case in _cases.network_cases():
+            for case, _ in choose_cases(options):
                 print(f"{case.op:26}{case.label}")
             return 0
         if options.compare:
@@ -64,17 +66,18 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
     for name, rate in roofs.items():
         print(f"matmul roof {name}: {rate / 1e12:.2f} TFLOP/s")
-    rows = []
+    rows: list[dict] = []
+    content = {"schema": 1, "environment": facts, "quick": options.quick, "matmul_flop_s": roofs, "rows": rows}
     for case, reduced in choose_cases(options):
         for name in dtypes:
             for row in race(case, reduced, name, options, device, seconds, roofs[name]):
                 rows.append(row)
                 print(format_row(row), flush=True)
+            if options.json is not None:
+                # after each, so that nothing that ends this process takes a finished one with it
+                write_json(options.json, content)
     print(first_call_line(rows))
     print(closing_line(rows))
-    content = {"schema": 1, "environment": facts, "quick": options.quick, "matmul_flop_s": roofs, "rows": rows}
-    if options.json is not None:
-        write_json(options.json, content)
     if options.plot is not None:
         draw_plots(rows, f"{facts['device']}, torch {facts['torch']}", options.plot)
     return 1 if any(refused(name, p) for row in rows for name, p in row["providers"].items()) else 0
@@ -88,9 +91,9 @@ def refused(name: str, entry: dict) -> bool:
 def choose_cases(options: argparse.Namespace) -> list[tuple[_cases.Case, _cases.Case]]:
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
     ops = options.ops or OPS
-    if options.shapes == "network":
-        batch = _QUICK_BATCH if options.quick else 512
-        pairs = list(zip(_cases.network_cases(batch), _cases.network_cases(_REDUCED_BATCH)))
+    if options.shapes in NAMED:
+        cases, batch = NAMED[options.shapes]
+        pairs = list(zip(cases(_QUICK_BATCH if options.quick else batch), cases(_REDUCED_BATCH)))
         pairs = [pair for pair in pairs if pair[0].op in ops]
     else:
         shapes = _cases.SWEEP if options.shapes == "sweep" else parse_shapes(options.shapes)
@@ -99,6 +102,8 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[_cases.Case, _cases.
             for op in ops
             for shape in shapes
         ]
+    if not pairs:
+        raise Mistake(f"--shapes {options.shapes} has no case of {', '.join(ops)}; leave one of them out")
     if options.quick:
         pairs = list({pair[0].op: pair for pair in reversed(pairs)}.values())[::-1]
     return pairs
@@ -191,14 +196,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
-    add("--shapes", default="network", metavar="S", help="network, sweep, or BxHxWxC,... (default: network)")
+    add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxHxWxC,... (default: network)")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
     add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...")
     add("--pass", dest="passes", choices=("fwd", "bwd", "both"), default="both")
     add("--json", type=Path, metavar="FILE", help="write everything, with GPU, power limit, versions, commit")
     add("--plot", type=Path, metavar="DIR", help="write a roofline plot and a bar chart per op")
     add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
-    add("--list", action="store_true", help="print the network's cases and stop")
+    add("--list", action="store_true", help="print the cases and stop")
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json")
     add("--band", type=float, default=5.0, metavar="PERCENT", help="noise band of --compare (default: 5)")
     options = parser.parse_args(arguments)
@@ -228,7 +233,7 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
     for part in text.split(","):
         sizes = part.split("x")
         if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise Mistake(f"--shapes {part!r}: expected network, sweep or BxHxWxC, as in 512x15x15x128")
+            raise Mistake(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxHxWxC, as in 512x15x15x128")
         if min(int(sizes[1]), int(sizes[2])) < 2:
             raise Mistake(f"--shapes {part!r}: height and width must be at least 2, the whitening kernel's size")
         shapes.append(tuple(map(int, sizes)))

@@ -137,6 +137,8 @@ class Stepper:
         self.trainer = trainer
         self._generator = torch.Generator(trainer.device).manual_seed(seed)
         self._count = 0
+        if trainer.compiles_ahead:
+            trainer.compile_ahead(seed)
         trainer.prepare(seed)
 
     def __call__(self) -> None:
@@ -169,7 +171,10 @@ def _timed(stepper: Stepper, steps: int) -> float:
 
 
 def trace_steps(stepper: Stepper, path: Path, eager: list[Work] | None = None) -> list[Step]:
-    """Profile a few steps, write their chrome trace to `path` (gzipped) and read it."""
+    """Profile a few steps, write their chrome trace to `path` (gzipped) and read it.
+
+    Raises UserError where the profiler did not record the device's work.
+    """
     cuda = stepper.trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
@@ -179,7 +184,7 @@ def trace_steps(stepper: Stepper, path: Path, eager: list[Work] | None = None) -
         _synchronize(stepper.trainer.device)
     profiler.export_chrome_trace(str(path))
     with gzip.open(path, "rt") as file:
-        return steps_of(json.load(file), eager)
+        return steps_of(json.load(file), cuda, eager)
 
 
 def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: int, folder: Path) -> Profile:

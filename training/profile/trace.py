@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
+from training.errors import UserError
+
 PART, STEP = "part:", "step"
 UNNAMED = "other"
 _GPU_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -157,11 +159,12 @@ def _host_work(event: Event, owners: Owners) -> Iterator[Work]:
             yield from _host_work(child, owners)
 
 
-def steps_of(trace: dict, eager: list[Work] | None = None) -> list[Step]:
+def steps_of(trace: dict, on_gpu: bool, eager: list[Work] | None = None) -> list[Step]:
     """Every step but the last that the trace holds (the last has no successor to end it).
 
-    eager: the work of one step that ran without a CUDA graph: in a graph's replay the kernels have no host operator,
-    and each takes the owner of its counterpart in the same order.
+    on_gpu: whether the work is a GPU's and not the host's. eager: the work of one step that ran without a CUDA graph:
+    in a graph's replay the kernels have no host operator, and each takes the owner of its counterpart in the same
+    order. Raises UserError for a trace that lacks the work of a step.
     """
     events = trace["traceEvents"]
     threads = _threads(events)
@@ -169,17 +172,32 @@ def steps_of(trace: dict, eager: list[Work] | None = None) -> list[Step]:
     marks = sorted(
         (e for e in _walk(roots) if e.category == "user_annotation" and e.name == STEP), key=lambda e: e.start
     )
-    if any(e.get("cat") in _GPU_WORK for e in events):
+    if on_gpu:
         work = _gpu_work(events, roots, marks, eager)
     else:
         owners = Owners(roots)
         work = [sorted(_host_work(mark, owners), key=lambda w: w.start) for mark in marks]
-    begins = [pieces[0].start if pieces else None for pieces in work]
-    return [
-        Step(pieces, after - begin)
-        for pieces, begin, after in zip(work, begins, begins[1:])
-        if begin is not None and after is not None
-    ]
+    missing = sum(not pieces for pieces in work)
+    if missing or len(work) < 2:
+        _refuse(events, missing, len(work), on_gpu)
+    begins = [pieces[0].start for pieces in work]
+    return [Step(pieces, after - begin) for pieces, begin, after in zip(work, begins, begins[1:])]
+
+
+def _refuse(events: list[dict], missing: int, steps: int, on_gpu: bool) -> None:
+    """Raise UserError that says what a trace lacks: times of anything else must not pass for those of the work."""
+    if steps < 2:
+        raise UserError(f"the profiler recorded {steps} training steps; expected at least 2: run --profile again")
+    if not on_gpu:
+        raise UserError(
+            f"the profiler recorded no operator in {missing} of {steps} training steps; run --profile again"
+        )
+    found = sum(e.get("cat") in _GPU_WORK for e in events)
+    raise UserError(
+        f"the profiler recorded {found} pieces of GPU work, none in {missing} of {steps} training steps; expected some "
+        "in each: end other profilers (ncu, nsys) and see that this user may read the GPU's activity (CUPTI), or use "
+        "--device cpu"
+    )
 
 
 def _gpu_work(events: list[dict], roots: list[Event], marks: list[Event], eager: list[Work] | None) -> list[list[Work]]:
