@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, block_of, sigmoid
+from ._common import activate, activation_backward, block_of, sigmoid
 from ._launch import launch, opaque_op
 
 _BLOCK_B = 16
@@ -43,7 +43,8 @@ def _fwd_kernel(
         hidden = tl.dot(s, w1.to(tl.float32), acc=hidden, input_precision="ieee")
     hidden += tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
     tl.store(hidden_ptr + b[:, None] * R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
-    h = activate(hidden, ACT)
+    # beyond R an infinite squeeze times a weight of 0 is NaN
+    h = tl.where(in_r[None, :], activate(hidden, ACT), 0.0)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         in_c = c < C
@@ -76,7 +77,8 @@ def _bwd_kernel(
         dh = tl.dot(dlogit, w2.to(tl.float32), acc=dh, input_precision="ieee")
     at = b[:, None] * R + r[None, :]
     mask = in_b[:, None] & in_r[None, :]
-    dh *= activate_grad(tl.load(hidden_ptr + at, mask=mask, other=0.0), ACT)
+    # beyond R an infinite gradient times a weight of 0 is NaN
+    dh = tl.where(mask, activation_backward(dh, tl.load(hidden_ptr + at, mask=mask, other=0.0), ACT), 0.0)
     tl.store(dhidden_ptr + at, dh, mask=mask)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
