@@ -51,22 +51,25 @@ def activate(z, ACT: tl.constexpr):
     elif ACT == "relu":
         return tl.where(z < 0, 0.0, z)
     else:
+        tl.static_assert(ACT == "identity", "unknown activation")
         return z
 
 
 @triton.jit
-def activate_grad(z, ACT: tl.constexpr):
-    """d act(z) / dz."""
+def activation_backward(dy, z, ACT: tl.constexpr):
+    """dy * d act(z) / dz; for infinite and NaN dy or z what PyTorch gives."""
     if ACT == "gelu":
         cdf, e = gelu_parts(z)
-        return cdf + 0.3989422804014327 * z * e
+        return dy * (cdf + 0.3989422804014327 * z * e)
     elif ACT == "silu":
         s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        return dy * (s * (1.0 + z * (1.0 - s)))
     elif ACT == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        # a choice, not a product: an infinite dy times 0 would be NaN; a NaN z lets dy through
+        return tl.where(z <= 0, 0.0, dy)
     else:
-        return tl.full(z.shape, 1.0, tl.float32)
+        tl.static_assert(ACT == "identity", "unknown activation")
+        return dy
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import activate, activate_grad, block_of, rounded_product, sum_partials
+from ._common import activate, activation_backward, block_of, rounded_product, sum_partials
 from ._launch import launch
 
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
@@ -185,7 +185,7 @@ def _bwd_reduce_kernel(
                 t += load_fp32(dy2_ptr + base * C, offsets, mask)
             if HAS_SQUEEZE:
                 t += shared[None, :]
-            g = t * activate_grad(xhat + bias[None, :], ACT)
+            g = activation_backward(t, xhat + bias[None, :], ACT)
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
@@ -226,7 +226,7 @@ def _bwd_kernel(
             if HAS_GATE:
                 v = x * gate[None, :]
             xhat = (v - mean[None, :]) * rstd[None, :]
-            dv = load_fp32(dy_ptr + base * C, offsets, mask) * activate_grad(xhat + bias[None, :], ACT)
+            dv = activation_backward(load_fp32(dy_ptr + base * C, offsets, mask), xhat + bias[None, :], ACT)
             if TRAINING:
                 dv = dv - mean_g[None, :] - xhat * mean_gx[None, :]
             dv = dv * rstd[None, :]

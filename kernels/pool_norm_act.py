@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks, _norm_act
-from ._common import activate_grad, block_of, channels_last_like, rounded_product
+from ._common import activation_backward, block_of, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._norm_act import Partials, load_fp32, rstd_of
 
@@ -129,7 +129,7 @@ def _unpool_kernel(
                     t += load_fp32(dy2, offsets, mask)
                 if HAS_SQUEEZE:
                     t += shared[None, :]
-                dp = t * activate_grad(xhat + bias[None, :], ACT)
+                dp = activation_backward(t, xhat + bias[None, :], ACT)
                 if TRAINING:
                     dp = dp - mean_g[None, :] - xhat * mean_gx[None, :]
                 dp = (dp * rstd[None, :]).to(dx_ptr.dtype.element_ty)

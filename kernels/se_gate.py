@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, block_of, rounded_product, sigmoid
+from ._common import activate, activation_backward, block_of, rounded_product, sigmoid
 from ._launch import launch, opaque_op
 
 _BLOCK_B = 16
@@ -102,7 +102,7 @@ def _bwd_kernel(
             in_c = c < C
             dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
             dh = _add_product(dh, dlogit, _load_matrix(w2_ptr, c, r, in_c, in_r, R))
-        dh *= activate_grad(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
+        dh = activation_backward(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
         tl.store(dhidden_ptr + b[:, None] * R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
     # as in the forward pass
     tl.debug_barrier()

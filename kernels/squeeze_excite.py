@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, rounded_product, sigmoid
+from ._common import activate, activation_backward, rounded_product, sigmoid
 from ._launch import launch, opaque_op
 from .se_gate import check_gate_weights, weight_gradients
 
@@ -48,7 +48,9 @@ def _fwd_kernel(
         hidden = tl.sum(rounded_product(w1, s[None, :]), 1) + tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)
         tl.store(hidden_ptr + image * R + r, hidden, mask=in_r)
         w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
-        logit += tl.sum(rounded_product(w2, activate(hidden, ACT)[:, None]), 0)
+        # beyond R an infinite squeeze times a weight of 0 is NaN
+        h = tl.where(in_r, activate(hidden, ACT), 0.0)
+        logit += tl.sum(rounded_product(w2, h[:, None]), 0)
     gate = sigmoid(logit)
     tl.store(gate_ptr + image * C + c, gate, mask=in_c)
     for start in range(0, hw, BLOCK_HW):
@@ -88,7 +90,9 @@ def _bwd_kernel(
         both = in_r[:, None] & in_c[None, :]
         w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
         hidden = tl.load(hidden_ptr + image * R + r, mask=in_r, other=0.0)
-        dhidden = tl.sum(rounded_product(w2, dlogit[None, :]), 1) * activate_grad(hidden, ACT)
+        dh = tl.sum(rounded_product(w2, dlogit[None, :]), 1)
+        # beyond R an infinite gradient times a weight of 0 is NaN
+        dhidden = tl.where(in_r, activation_backward(dh, hidden, ACT), 0.0)
         tl.store(dhidden_ptr + image * R + r, dhidden, mask=in_r)
         w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
         ds += tl.sum(rounded_product(w1, dhidden[:, None]), 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, channels_last_like, rounded_product, sum_partials
+from ._common import activate, activation_backward, channels_last_like, rounded_product, sum_partials
 from ._launch import launch, opaque_op
 from ._patches import (
     PatchSource,
@@ -109,7 +109,7 @@ def _bwd_kernel(
                 UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
             )  # fmt: skip
             z = filter_patches(q, matrix, c, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
-            g *= activate_grad(z, ACT)
+            g = activation_backward(g, z, ACT)
         acc += tl.where(mask, g, 0.0)
     tl.store(partial_ptr + tl.program_id(0) * O + o, tl.sum(acc, 0), mask=o < O)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._common import activate, activate_grad, channels_last_like, rounded_product
+from ._common import activate, activation_backward, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
 from ._patches import (
@@ -108,7 +108,7 @@ def _bwd_kernel(
         dy = dy_ptr + tl.cast(start, tl.int64) * C
         g = tl.load(dy + lane[:, None] * C + o[None, :], mask=mask, other=0.0).to(tl.float32)
         z = filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
-        g = tl.where(mask, g * activate_grad(z, ACT), 0.0)
+        g = tl.where(mask, activation_backward(g, z, ACT), 0.0)
         if JITTER:
             contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
             sums += tl.sum(g, 0)
