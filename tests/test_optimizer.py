@@ -203,6 +203,23 @@ def test_weight_average_starts_as_a_copy_and_follows_the_recurrence_buffers_incl
         assert torch.equal(value, live[name])
 
 
+def test_weight_average_starts_anew_after_a_reset_in_the_memory_it_had():
+    """Taken in the middle of a run, it would split blocks that the run's evaluation needs whole."""
+    network = averaged_network()
+    average = WeightAverage(network, 0.5)
+    average.update()
+    before = list(average._average)
+    average.reset()
+    with pytest.raises(RuntimeError, match="never updated"), average.applied():
+        pass
+    disturb(network)
+    average.update()
+    assert average.started and all(new is old for new, old in zip(average._average, before))
+    expected = floats(network)
+    with average.applied():
+        assert_state(network, expected)
+
+
 def test_weight_average_is_taken_off_after_an_exception():
     network = averaged_network()
     average = WeightAverage(network, 0.5)

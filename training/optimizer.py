@@ -167,27 +167,27 @@ class WeightAverage:
     def __init__(self, network: nn.Module, decay: float):
         self._live = [t for t in network.state_dict().values() if t.is_floating_point()]
         self._decay = decay
-        self._average: list[Tensor] | None = None
-
-    @property
-    def started(self) -> bool:
-        return self._average is not None
+        self._average: list[Tensor] = []
+        self.started = False
 
     def reset(self) -> None:
-        """As before the first update."""
-        self._average = None
+        """As before the first update; the memory stays, where a run would split what later parts of it need whole."""
+        self.started = False
 
     @torch.no_grad()
     def update(self) -> None:
         live = [t.detach().float() for t in self._live]
-        if self._average is None:
+        if not self._average:
             self._average = [t.clone() for t in live]
+        elif not self.started:
+            torch._foreach_copy_(self._average, live)
+        self.started = True
         torch._foreach_lerp_(self._average, live, 1 - self._decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network holds the average; outside, its own values again."""
-        if self._average is None:
+        if not self.started:
             raise RuntimeError("the weight average was never updated")
         kept = [t.detach().clone() for t in self._live]
         try:
