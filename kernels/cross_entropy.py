@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._common import block_of
 from ._launch import launch, opaque_op
+from .differentiation import differentiable_once
 
 # logits that a program holds at a time
 _TILE = 2048
@@ -222,7 +222,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("cross_entropy")
     def backward(ctx, dloss, _):
         return _bwd(dloss, *ctx.saved_tensors, ctx.label_smoothing, ctx.scale), None, None, None
 

@@ -10,10 +10,10 @@ Ioffe and Szegedy 2015.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks, _norm_act
 from ._launch import opaque_op
+from .differentiation import differentiable_once
 
 
 @opaque_op("excite_norm_act_add_fwd", mutates=("running_mean", "running_var"))
@@ -66,6 +66,21 @@ def _(dy, x, gate, bias, mean, var, training, eps, activation):
     return torch.empty_like(x, memory_format=torch.channels_last), dgate, torch.empty_like(mean)
 
 
+def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of every argument of `ExciteNormActAdd`, or of `NormAct`, whose node `ctx` is."""
+    x, gate, bias, mean, var = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx, dgate, dbias = _bwd(dy, x, gate, bias, mean, var, ctx.training, ctx.eps, ctx.activation)
+    needs_x, needs_gate, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    return (
+        dx if needs_x else None,
+        dgate if needs_gate else None,
+        dbias.to(bias.dtype) if needs_bias else None,
+        dy if needs_residual else None,
+        *[None] * 6,
+    )
+
+
 class ExciteNormActAdd(torch.autograd.Function):
     """Saved for backward: x, gate, bias and the statistics used ([C] each); z is recomputed."""
 
@@ -79,19 +94,9 @@ class ExciteNormActAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("excite_norm_act_add")
     def backward(ctx, dy):
-        x, gate, bias, mean, var = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        dx, dgate, dbias = _bwd(dy, x, gate, bias, mean, var, ctx.training, ctx.eps, ctx.activation)
-        needs_x, needs_gate, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        return (
-            dx if needs_x else None,
-            dgate if needs_gate else None,
-            dbias.to(bias.dtype) if needs_bias else None,
-            dy if needs_residual else None,
-            *[None] * 6,
-        )
+        return gradients(ctx, dy)
 
 
 def excite_norm_act_add(

@@ -6,7 +6,17 @@ Sources: batch normalization, Ioffe and Szegedy 2015; GELU, Hendrycks and Gimpel
 from torch import Tensor
 
 from . import _checks
-from .excite_norm_act_add import ExciteNormActAdd
+from .differentiation import differentiable_once
+from .excite_norm_act_add import ExciteNormActAdd, gradients
+
+
+class NormAct(ExciteNormActAdd):
+    """The same under this op's name."""
+
+    @staticmethod
+    @differentiable_once("norm_act")
+    def backward(ctx, dy):
+        return gradients(ctx, dy)
 
 
 def norm_act(
@@ -44,4 +54,4 @@ def norm_act(
     _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, bias, running_mean, running_var)
-    return ExciteNormActAdd.apply(x, None, bias, None, running_mean, running_var, training, momentum, eps, name)
+    return NormAct.apply(x, None, bias, None, running_mean, running_var, training, momentum, eps, name)

@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks, _norm_act
 from ._common import activation_backward, block_of, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._norm_act import Partials, load_fp32, rstd_of
+from .differentiation import differentiable_once
 
 # elements of one of the four pixels of every window that a program holds at a time
 _TILE = 512
@@ -284,7 +284,7 @@ class PoolNormAct(torch.autograd.Function):
         return (y, *([y.view_as(y)] if fork else []), *([means] if squeeze else []))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("pool_norm_act")
     def backward(ctx, *grads):
         pooled, index, bias, mean, var = ctx.saved_tensors
         dsqueeze = grads[-1] if ctx.squeeze else None

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._common import activate, activation_backward, block_of, rounded_product, sigmoid
 from ._launch import launch, opaque_op
+from .differentiation import differentiable_once
 
 _BLOCK_B = 16
 _BLOCK_C = 32
@@ -239,7 +239,7 @@ class SEGate(torch.autograd.Function):
         return gate
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("se_gate")
     def backward(ctx, dgate):
         squeeze, gate, hidden, weight1, weight2 = ctx.saved_tensors
         grads = _bwd(dgate.contiguous(), gate, hidden, squeeze, weight1, weight2, ctx.activation)

@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._common import activate, activation_backward, rounded_product, sigmoid
 from ._launch import launch, opaque_op
+from .differentiation import differentiable_once
 from .se_gate import check_gate_weights, weight_gradients
 
 # bytes of x that a program holds at a time; of a weight matrix it holds as many elements
@@ -186,7 +186,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("squeeze_excite")
     def backward(ctx, dy):
         x, weight1, weight2, *tables = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._common import activate, activation_backward, channels_last_like, rounded_product, sum_partials
@@ -27,6 +26,7 @@ from ._patches import (
     tile_sizes,
     weight_offset,
 )
+from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 
 _BWD_PROGRAMS = 512
@@ -212,7 +212,7 @@ class Whiten(torch.autograd.Function):
         return _fwd(images, weight, bias, mean, std, activation, dtype, *gather)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("whiten")
     def backward(ctx, dy):
         images, weight, bias, mean, std, *gather = ctx.saved_tensors
         dbias = None

@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._common import activate, activation_backward, channels_last_like, rounded_product
@@ -40,6 +39,7 @@ from ._patches import (
     output_dtype,
     tile_sizes,
 )
+from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 
 _PROGRAMS = 512
@@ -253,7 +253,7 @@ class WhitenProjectNormAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("whiten_project_norm_act")
     def backward(ctx, dy):
         *gather, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd = ctx.saved_tensors
         flat = project_weight.reshape(project_weight.shape[0], -1)

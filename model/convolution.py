@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
+
+from kernels.differentiation import differentiable_once
 
 _GEOMETRY = dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=False, output_padding=[0, 0], groups=1)
 
@@ -66,7 +67,7 @@ class _Conv3x3(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("conv3x3", instead="plain_conv3x3")
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         work = arithmetic_dtype(x)

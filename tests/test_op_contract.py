@@ -119,13 +119,18 @@ def test_only_what_requires_a_gradient_gets_one(case):
 
 
 @every_op
-def test_second_derivative_is_a_clear_error(case):
-    tensors = trained(case)
-    leaf = tensors[case.differentiable[0]]
-    y = case.combined(kernels, tensors, torch.float32)
-    (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("loss", [lambda y: y.square().sum(), lambda y: y.sum()], ids=["square", "sum"])
+def test_second_derivative_is_a_clear_error(case, loss):
+    """Of a plain sum too, whose gradient needs none itself: terms of the second order are refused, never left out."""
+    for name in case.differentiable:
+        tensors = case.make(DEVICE, torch.float32)
+        leaf = tensors[name].requires_grad_()
+        y = loss(case.combined(kernels, tensors, torch.float32))
+        (plain,) = torch.autograd.grad(y, leaf, retain_graph=True)
+        (grad,) = torch.autograd.grad(y, leaf, create_graph=True)
+        assert not plain.requires_grad and torch.equal(plain, grad.detach()), name
+        with pytest.raises(RuntimeError, match=rf"^{case.op} is differentiable once.*use reference\.{case.op}$"):
+            grad.square().sum().backward()
 
 
 @every_op
