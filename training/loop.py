@@ -240,7 +240,7 @@ class Trainer:
 
     def _whiten(self) -> None:
         recipe, dataset = self._recipe, self._dataset
-        initialize_stem(
+        varying = initialize_stem(
             self.network.stem,
             dataset.train_images[: recipe.whiten_images],
             dataset.mean,
@@ -248,6 +248,7 @@ class Trainer:
             recipe.network.whiten_eps,
             recipe.centered_whitening,
         )
+        self.network.copy_only(varying)
 
     def _restart(self, seed: int, labels: Tensor) -> None:
         """Everything as before the first step of a run; the tensors stay where captured graphs know them."""
