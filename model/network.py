@@ -30,7 +30,8 @@ class NetworkConfig:
 
     whiten_kernel: 2 or 3; None: no whitening, but a trained 3x3 'same' convolution from the normalized pixels.
     stem_channels: what the whitened pixels are projected to; None: no projection, but whitening by every filter and its
-    negative with a trained bias. dirac: each convolution starts as the identity of its input as far as it has filters.
+    negative with a trained bias. dirac: each convolution starts as the identity of its input as far as it has filters
+    (and, see `Network.copy_only`, as far as the images vary).
     head_std: the standard deviation that the head's random weights are scaled to; None: PyTorch's.
     gates_start_constant: the last weights of every squeeze-and-excite gate start at 0, so that all images get the same
     gate, which the BatchNorm after it undoes: the network starts as the one without gates.
@@ -128,6 +129,24 @@ class Network(nn.Module):
                     nn.init.zeros_(module.fc2.weight)
         if self.config.head_std is not None:
             self.head.weight.mul_(self.config.head_std / self.head.weight.std())
+
+    @torch.no_grad()
+    def copy_only(self, varying: Tensor) -> None:
+        """Of what the first convolution takes, no channel but these ([C] bool, of `initialize_stem`) starts copied.
+
+        The identities would carry a constant through every layer, whose BatchNorm multiplies its gradient by
+        1 / sqrt(eps), no variance being there. Such a filter starts random, as those beyond the identities do. Where
+        nothing varies all filters start at zero, where none of them has a gradient.
+        """
+        weights = [module.weight for module in self.modules() if isinstance(module, Conv3x3)]
+        if self.config.dirac:
+            first = weights[0][: len(varying)]
+            # PyTorch's own, drawn on the CPU: the same on every device
+            random = nn.init.kaiming_uniform_(torch.empty(first.shape), a=5**0.5)
+            first.copy_(torch.where(varying[: len(first), None, None, None], first, random.to(first)))
+        something = varying.any()
+        for weight in weights:
+            weight.mul_(something)
 
     def forward(self, images: Tensor, gather: Gather | None = None) -> Tensor:
         """With `gather`, images is the data set [N, C, H, W] and the batch is what gather takes of it."""

@@ -16,6 +16,8 @@ PIXEL_SHIFT = 128
 _EXACT_FLOAT32_POSITIONS = 1024
 # of patches at once: few launches, in memory that a training step of some thousand images takes too
 _CHUNK_BYTES = 1 << 29
+# of the largest variance: less than rounding pixels to 8 bits leaves, more than rounding the normalized pixels does
+_NO_VARIANCE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -69,33 +71,41 @@ def whitening_weight(moments: PatchMoments, mean: Tensor, std: Tensor, eps: floa
 
     v_i, lambda_i: eigenpairs of the covariance (or, not centred, of the second moment) of the normalized patches.
     Patches filtered so have covariance diag(lambda / (lambda + eps)). An eigenvector's sign is arbitrary: it is fixed
-    so that the largest component is positive, which makes the filters reproducible.
+    so that the largest component is positive, which makes the filters reproducible. Where the patches do not vary along
+    v_i (a constant channel, grey stored as colour) the filter is zero: it would show nothing but rounding, enlarged.
     """
-    patch_mean, matrix = moments.normalized(mean, std)
-    if not centered:
-        matrix = matrix + patch_mean[:, None] * patch_mean[None, :]
+    patch_mean, covariance = moments.normalized(mean, std)
+    matrix = covariance if centered else covariance + patch_mean[:, None] * patch_mean[None, :]
     eigenvalues, vectors = torch.linalg.eigh(matrix)
     vectors = vectors.mT.flip(0)
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     filters = vectors * largest.sign() / (eigenvalues.flip(0).clamp_min(0) + eps).sqrt()[:, None]
+    # not the eigenvalues: a second moment's also holds the mean
+    variances = ((vectors @ covariance) * vectors).sum(1)
+    filters = torch.where(variances > _NO_VARIANCE * variances.max(), filters.T, 0.0).T
     taps = moments.first.numel() // mean.numel()
     kernel_size = round(taps**0.5)
     return filters.reshape(-1, mean.numel(), kernel_size, kernel_size).float()
 
 
 @torch.no_grad()
-def initialize_stem(stem, images: Tensor, mean: Tensor, std: Tensor, eps: float, centered: bool = True) -> None:
+def initialize_stem(stem, images: Tensor, mean: Tensor, std: Tensor, eps: float, centered: bool = True) -> Tensor:
     """Set a stem's pixel statistics and, if it whitens, its frozen filters, from training images [N, H, W, C] uint8.
 
-    A stem with twice as many filters as the patches have dimensions gets each filter and its negative.
+    A stem with twice as many filters as the patches have dimensions gets each filter and its negative. Returns which
+    channels vary of what the network's first 3x3 convolution takes, [C] bool: of the pixels, or of the stem's result.
     """
     mean, std = mean.to(images.device), std.to(images.device)
     stem.mean.copy_(mean)
     stem.std.copy_(std)
     if not hasattr(stem, "whiten"):
-        return
+        pixels = images.flatten(0, 2)
+        return pixels.amax(0) != pixels.amin(0)
     moments = patch_moments(images, stem.whiten.kernel_size[0])
     filters = whitening_weight(moments, mean, std, eps, centered)
     if stem.whiten.out_channels == 2 * len(filters):
         filters = torch.cat([filters, -filters])
     stem.whiten.weight.copy_(filters)
+    varying = filters.flatten(1).any(1)
+    # a projection mixes all filters into each of its channels
+    return varying.any().expand(stem.out_channels) if hasattr(stem, "project") else varying

@@ -105,12 +105,17 @@ def test_budget_always_fits_the_data(images, batch_size, epochs):
 @pytest.mark.parametrize(
     ("bad", "text"), [(float("nan"), "nan"), (float("inf"), "inf")], ids=["not a number", "infinite"]
 )
-def test_check_finite_names_the_first_bad_step(bad, text):
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [("bf16", "--dtype fp32, a larger --batch-size"), ("fp32", "a larger --batch-size")]
+)
+def test_check_finite_names_the_first_bad_step(bad, text, dtype, advice):
+    """And advises only what is not so already."""
     budget = Budget(batch_size=64, steps_per_epoch=10, total_steps=40)
-    check_finite(torch.tensor([2.3, 1.0]), 20, budget)
-    message = rf"became {text} at step 23 of 40 \(batch size 64\).*--dtype fp32"
+    chosen = precision.choose(dtype, torch.device("cpu"), interpreted=False)
+    check_finite(torch.tensor([2.3, 1.0]), 20, budget, chosen)
+    message = rf"became {text} at step 23 of 40 \(batch size 64\); expected a finite loss: try {advice}"
     with pytest.raises(UserError, match=message) as raised:
-        check_finite(torch.tensor([2.3, 1.0, bad, float("nan")]), 20, budget)
+        check_finite(torch.tensor([2.3, 1.0, bad, float("nan")]), 20, budget, chosen)
     assert "\n" not in str(raised.value)
 
 

@@ -155,7 +155,7 @@ class Trainer:
             training_watch.stop()
             watch.stop()
             losses = self.step.losses[first:last]
-            check_finite(losses, first, budget)
+            check_finite(losses, first, budget, self.precision)
             row = EpochRow(
                 epoch + 1,
                 last,
@@ -245,7 +245,7 @@ class Trainer:
 
     def _whiten(self) -> None:
         recipe, dataset = self._recipe, self._dataset
-        initialize_stem(
+        varying = initialize_stem(
             self.network.stem,
             dataset.train_images[: recipe.whiten_images],
             dataset.mean,
@@ -253,6 +253,7 @@ class Trainer:
             recipe.network.whiten_eps,
             recipe.centered_whitening,
         )
+        self.network.copy_only(varying)
 
     def _restart(self, seed: int, labels: Tensor) -> None:
         """Everything as before the first step of a run; the tensors stay where captured graphs know them."""
@@ -324,11 +325,12 @@ def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
         )
 
 
-def check_finite(losses: Tensor, first_step: int, budget: Budget) -> None:
+def check_finite(losses: Tensor, first_step: int, budget: Budget, precision: Precision) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         step = first_step + int(bad[0])
+        dtype = "" if precision.name == "fp32" else "--dtype fp32, "
         raise UserError(
             f"the loss became {losses[int(bad[0])].item()} at step {step + 1} of {budget.total_steps} (batch size "
-            f"{budget.batch_size}); expected a finite loss: try --dtype fp32, a larger --batch-size or more --steps"
+            f"{budget.batch_size}); expected a finite loss: try {dtype}a larger --batch-size or more --steps"
         )
