@@ -12,5 +12,5 @@ def test_second_derivative_is_a_clear_error(leaf):
     arguments = {"x": torch.randn(2, 3, 4, 4), "weight": torch.randn(5, 3, 3, 3)}
     value = arguments[leaf].requires_grad_()
     (grad,) = torch.autograd.grad(conv3x3(**arguments).sum(), value, create_graph=True)
-    with pytest.raises(RuntimeError, match="conv3x3 is differentiable once.*use plain_conv3x3"):
+    with pytest.raises(RuntimeError, match=r"conv3x3 is differentiable once.*use plain_conv3x3"):
         grad.square().sum().backward()
