@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 
 # in an operator's signature: older torch infers no schema from list[Tensor]
 TensorList = List[Tensor]  # noqa: UP006
 FloatList = List[float]  # noqa: UP006
+IntList = List[int]  # noqa: UP006
 
 # tensors of one list that a launch takes: three lists of as many pointers stay far below 4 KiB of kernel parameters
 _MOST = 16
@@ -69,9 +70,9 @@ def kind(*tensors: Tensor) -> tuple:
     return (*(t.dtype for t in tensors), all(t.data_ptr() % 16 == 0 for t in tensors))
 
 
-def rates_at(lr: Tensor, indices: Sequence[int]) -> tuple[int, ...]:
-    """Where in `lr`, of one element or of one for each tensor of the whole list, the rates of these tensors are."""
-    return tuple(indices) if lr.numel() > 1 else (0,) * len(indices)
+def rates_at(lr: Tensor, positions: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
+    """Where in `lr`, of one element or of one for each position, the rates of the tensors at these indices are."""
+    return tuple(positions[i] if lr.numel() > 1 else 0 for i in indices)
 
 
 def running_sums(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -98,13 +99,29 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def check_list(op: str, name: str, values: Sequence[Tensor]) -> None:
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{op}: {name} must be a list of tensors, found {type(values).__name__}")
+
+
 def check_updates(
-    op: str, params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], lr: Tensor
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What an optimizer op requires of its lists; returns them detached, gradients in their parameter's layout."""
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, list[int]]:
+    """What an optimizer op requires of its lists and numbers.
+
+    Returns parameters, gradients and buffers where there is a gradient, lr, and the parameters' positions in the list;
+    gradients in their parameter's layout. Nothing is detached: under torch.compile that would hide from the operator
+    that two share memory.
+    """
+    _options.update(op, momentum, weight_decay)
     for name, values in (("params", params), ("grads", grads), ("momentum_buffers", momentum_buffers)):
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise TypeError(f"{op}: {name} must be a list of tensors, found {type(values).__name__}")
+        check_list(op, name, values)
         if len(values) != len(params):
             raise ValueError(f"{op}: {name} must be as many as params, {len(params)}, found {len(values)}")
     if not params:
@@ -119,25 +136,40 @@ def check_updates(
     if not is_dense(lr):
         raise ValueError(f"{op}: lr must be dense memory, found strides {list(lr.stride())}")
     for i, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers)):
+        _checks.tensor(op, f"params[{i}]", param)
         if param.numel() == 0:
             raise ValueError(f"{op}: params[{i}] is empty: {list(param.shape)}")
         _checks.dtype(op, f"params[{i}]", param, _checks.FLOATS)
+        _checks.not_negated(op, f"params[{i}]", param)
         if not is_dense(param):
             raise ValueError(f"{op}: params[{i}] must be dense memory, found strides {list(param.stride())}")
-        for name, value in ((f"grads[{i}]", grad), (f"momentum_buffers[{i}]", buffer)):
-            _checks.shape(op, name, value, tuple(param.shape))
-            _checks.dtype(op, name, value, tuple(dict.fromkeys((param.dtype, torch.float32))))
+        dtypes = tuple(dict.fromkeys((param.dtype, torch.float32)))
+        if grad is not None:
+            _checks.matches(op, f"grads[{i}]", grad, param.shape, dtypes)
+        _checks.matches(op, f"momentum_buffers[{i}]", buffer, param.shape, dtypes)
+        _checks.not_negated(op, f"momentum_buffers[{i}]", buffer)
         if layout_of(buffer) != layout_of(param):
             raise ValueError(
                 f"{op}: momentum_buffers[{i}] must have the layout of params[{i}], strides {list(param.stride())}, "
                 f"found {list(buffer.stride())}"
             )
     _checks.device(op, *params, *grads, *momentum_buffers, lr)
-    return (
-        [p.detach() for p in params],
-        [like_layout(g.detach(), p) for p, g in zip(params, grads)],
-        [b.detach() for b in momentum_buffers],
-    )
+    positions = [i for i, grad in enumerate(grads) if grad is not None]
+    with torch.no_grad():
+        aligned = [like_layout(grads[i], params[i]) for i in positions]
+    return [params[i] for i in positions], aligned, [momentum_buffers[i] for i in positions], lr, positions
+
+
+def check_separate(
+    op: str, positions: list[int], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: Tensor
+) -> None:
+    """No two tensors that a step updates share memory, nor one of them with what it reads: programs run at once."""
+
+    def named(name: str, values: list[Tensor]) -> dict[str, Tensor]:
+        return {f"{name}[{i}]": value for i, value in zip(positions, values)}
+
+    updated = named("params", params) | named("momentum_buffers", buffers)
+    _checks.separate(op, updated, named("grads", grads) | {"lr": lr})
 
 
 def like_layout(x: Tensor, model: Tensor) -> Tensor:

@@ -281,6 +281,11 @@ class Partials:
         return mean, var
 
 
+def kept(fixed_mean: Tensor, fixed_var: Tensor) -> tuple[Tensor, Tensor]:
+    """What backward reads of evaluation's statistics: training may move the running ones before it runs."""
+    return fixed_mean.clone(), fixed_var.clone()
+
+
 def batch_statistics(
     x: Tensor, gate: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:

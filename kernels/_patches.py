@@ -204,18 +204,6 @@ def jittered_positions(source: PatchSource) -> int:
     return max(16, 16384 // source.f_pad**2)
 
 
-def check_kernel(op: str, images: Tensor, weight: Tensor) -> None:
-    """weight [O, C_in, k, k] contiguous, and the image at least k x k."""
-    if weight.dim() != 4 or weight.shape[1] != images.shape[1] or weight.shape[2] != weight.shape[3]:
-        raise ValueError(
-            f"{op}: weight must be [O, {images.shape[1]}, k, k] for these images, found {list(weight.shape)}"
-        )
-    if min(images.shape[2:]) < weight.shape[2]:
-        raise ValueError(
-            f"{op}: images of {images.shape[2]}x{images.shape[3]} hold no {weight.shape[2]}x{weight.shape[2]} patch"
-        )
-
-
 def needs_float32(images: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether products run in float32: for float32 results, and for pixels that float16 does not hold exactly."""
     return out_dtype == torch.float32 or images.dtype in (torch.float32, torch.bfloat16)

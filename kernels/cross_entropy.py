@@ -9,14 +9,12 @@ round it twice, and in float16 would lose what a loss scale is there to keep.
 Sources: label smoothing, Szegedy et al. 2016; merging softmax sums of blocks, Milakov and Gimelshein 2018.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 from ._common import block_of
 from ._launch import launch, opaque_op
 from .differentiation import differentiable_once
@@ -246,10 +244,11 @@ def cross_entropy(
     whatever the batch, so that float16 gradients do not underflow.
     Saved: logits, labels, m and Z (2 B float32). Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape or layout, an empty batch, or options out of range; TypeError for a wrong dtype;
-    RuntimeError where the kernels cannot run.
+    Raises ValueError for a wrong shape or layout, an empty batch, or options out of range; TypeError for a wrong type
+    or dtype; RuntimeError where the kernels cannot run.
     """
     op = "cross_entropy"
+    _checks.tensor(op, "logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"{op}: logits must be [B, K], found {logits.dim()} dimensions {tuple(logits.shape)}")
     if logits.numel() == 0:
@@ -257,11 +256,8 @@ def cross_entropy(
     _checks.dtype(op, "logits", logits, _checks.FLOATS)
     if not logits.is_contiguous():
         raise ValueError(f"{op}: logits must be contiguous; call logits.contiguous()")
-    _checks.shape(op, "labels", labels, logits.shape[:1])
-    _checks.dtype(op, "labels", labels, (torch.int64,))
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, found {label_smoothing}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"{op}: scale must be positive and finite, found {scale}")
+    labels = _checks.operand(op, "labels", labels, logits.shape[:1], (torch.int64,))
+    _options.fraction(op, "label_smoothing", label_smoothing)
+    _options.positive(op, "scale", scale)
     _checks.device(op, logits, labels)
-    return CrossEntropy.apply(logits, labels.contiguous(), float(label_smoothing), float(scale))
+    return CrossEntropy.apply(logits, labels, float(label_smoothing), float(scale))

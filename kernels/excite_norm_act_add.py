@@ -11,7 +11,7 @@ Ioffe and Szegedy 2015.
 import torch
 from torch import Tensor
 
-from . import _checks, _norm_act
+from . import _checks, _norm_act, _options
 from ._launch import opaque_op
 from .differentiation import differentiable_once
 
@@ -24,23 +24,29 @@ def _fwd(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
+    fixed_mean: Tensor | None,
+    fixed_var: Tensor | None,
     momentum: float,
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, batch mean [C], batch variance [C]); both empty in evaluation mode, whose statistics are the running ones."""
-    if training:
+    """(y, batch mean [C], batch variance [C]); both empty in evaluation mode, which has fixed statistics."""
+    if fixed_mean is None:
+        _checks.separate(
+            "excite_norm_act_add",
+            {"running_mean": running_mean, "running_var": running_var},
+            {"x": x, "gate": gate, "bias": bias, "residual": residual},
+        )
         mean, var = _norm_act.batch_statistics(x, gate, running_mean, running_var, momentum)
         return _norm_act.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
-    y = _norm_act.forward(x, gate, bias, residual, running_mean, running_var, eps, activation)
+    y = _norm_act.forward(x, gate, bias, residual, fixed_mean, fixed_var, eps, activation)
     nothing = x.new_empty(0, dtype=torch.float32)
     return y, nothing, torch.empty_like(nothing)
 
 
 @_fwd.register_fake
-def _(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation):
-    statistics = (x.shape[1],) if training else (0,)
+def _(x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation):
+    statistics = (x.shape[1],) if fixed_mean is None else (0,)
     mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, memory_format=torch.channels_last), mean, torch.empty_like(mean)
 
@@ -77,7 +83,7 @@ def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dgate if needs_gate else None,
         dbias.to(bias.dtype) if needs_bias else None,
         dy if needs_residual else None,
-        *[None] * 6,
+        *[None] * 7,
     )
 
 
@@ -85,12 +91,16 @@ class ExciteNormActAdd(torch.autograd.Function):
     """Saved for backward: x, gate, bias and the statistics used ([C] each); z is recomputed."""
 
     @staticmethod
-    def forward(ctx, x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation):
-        y, mean, var = _fwd(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, activation)
-        if not training:
-            mean, var = running_mean, running_var
+    def forward(
+        ctx, x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation
+    ):
+        y, mean, var = _fwd(
+            x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation
+        )
+        ctx.training, ctx.eps, ctx.activation = fixed_mean is None, eps, activation
+        if not ctx.training and any(ctx.needs_input_grad):
+            mean, var = _norm_act.kept(fixed_mean, fixed_var)
         ctx.save_for_backward(x, gate, bias, mean, var)
-        ctx.training, ctx.eps, ctx.activation = training, eps, activation
         return y
 
     @staticmethod
@@ -116,11 +126,12 @@ def excite_norm_act_add(
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
     gate: [B, C] float32 (from `se_gate`), or None for no gate.
-    bias: [C] floating.
+    bias: [C] floating. Gate and bias may have any strides.
     residual: like x, or None.
-    running_mean, running_var: [C] float32, or both None. In training the batch's statistics are used and these move by
-        `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In evaluation they are
-        the statistics.
+    running_mean, running_var: [C] float32, contiguous, or both None. In training the batch's statistics are used and
+        these move by `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In
+        evaluation they are the statistics.
+    momentum: 0 to 1; eps: positive.
     activation: "gelu" (erf), "silu", "relu" or None.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
@@ -129,23 +140,22 @@ def excite_norm_act_add(
         dx = dv * gate     dgate = sum over H, W of dv * x     dbias = sum(g)     dresidual = dy
     Saved: x, gate, bias, mean, var. Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape, layout or activation, an empty batch, or one value per channel in training;
-    TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
+    training, or running statistics that share memory with another argument; TypeError for a wrong type or dtype;
+    RuntimeError where the kernels cannot run.
     """
     op = "excite_norm_act_add"
     name = _checks.activation(op, activation)
+    _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
     if gate is not None:
-        _checks.shape(op, "gate", gate, (batch, channels))
-        _checks.dtype(op, "gate", gate, (torch.float32,))
-        gate = gate.contiguous()
-    _checks.shape(op, "bias", bias, (channels,))
-    _checks.dtype(op, "bias", bias, _checks.FLOATS)
+        gate = _checks.operand(op, "gate", gate, (batch, channels), (torch.float32,))
+    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
     if residual is not None:
-        _checks.shape(op, "residual", residual, x.shape)
+        _checks.matches(op, "residual", residual, x.shape, (x.dtype,))
         _checks.images(op, "residual", residual, (x.dtype,))
-    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, gate, bias, residual, running_mean, running_var)
-    return ExciteNormActAdd.apply(x, gate, bias, residual, running_mean, running_var, training, momentum, eps, name)
+    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, name)

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ._launch import opaque_op
-from ._multi_tensor import FloatList, TensorList, check_updates, groups, kind, layout_of, rates_at
+from ._multi_tensor import (
+    FloatList,
+    IntList,
+    TensorList,
+    check_separate,
+    check_updates,
+    groups,
+    kind,
+    layout_of,
+    rates_at,
+)
 from ._newton_schulz import Batch
 from .newton_schulz import check_iteration
 
@@ -28,6 +38,7 @@ def _step(
     grads: TensorList,
     momentum_buffers: TensorList,
     lr: Tensor,
+    positions: IntList,
     momentum: float,
     weight_decay: float,
     renormalize: bool,
@@ -36,23 +47,26 @@ def _step(
     eps: float,
     dtype: torch.dtype,
 ) -> None:
+    check_separate("muon", positions, params, grads, momentum_buffers, lr)
     entries = list(zip(params, grads, momentum_buffers))
     for indices in groups([(*kind(*e), e[0].shape[0] ** 2 > e[0].numel()) for e in entries]):
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         batch = Batch([_matrix_shape(t) for t in p], lr.device, eps, dtype)
         batch.gather(g, buffer, p if renormalize else None, momentum)
         q = batch.iterate(steps, coefficients)
-        batch.update(p, q, lr, rates_at(lr, indices), weight_decay, renormalize)
+        batch.update(p, q, lr, rates_at(lr, positions, indices), weight_decay, renormalize)
 
 
 @_step.register_fake
-def _(params, grads, momentum_buffers, lr, momentum, weight_decay, renormalize, steps, coefficients, eps, dtype):
+def _(
+    params, grads, momentum_buffers, lr, positions, momentum, weight_decay, renormalize, steps, coefficients, eps, dtype
+):
     return None
 
 
 def muon(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     momentum_buffers: list[Tensor],
     lr: Tensor,
     *,
@@ -71,22 +85,24 @@ def muon(
     order of memory: the orthogonalization commutes with permutations of columns. They may require gradients: the step
     is not recorded.
     grads: of params' shapes, each in its parameter's dtype or float32; one in another layout is copied into its
-    parameter's first.
+    parameter's first. Where one is None, parameter and momentum stay as they are.
     momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
     step.
     lr: float32 on the parameters' device, one element or [len(params)], one for each; read by the kernels, so that a
     captured CUDA graph follows it.
-    weight_decay: decoupled. renormalize: first bring each weight to the Frobenius norm sqrt(O); zeros stay zeros.
+    momentum, weight_decay: 0 or more, the decay decoupled. renormalize: first bring each weight to the Frobenius norm
+    sqrt(O); zeros stay zeros.
     steps, coefficients, eps, dtype: see `newton_schulz`.
     Computes buf = momentum * buf + grad, g = grad + momentum * buf, U = newton_schulz(g),
     p = p * sqrt(O) / |p|_F * (1 - lr * weight_decay) - lr * U. Arithmetic is float32 but for the products with g;
     buf, where it goes on into g, and U are not rounded. Deterministic. Not differentiable.
 
-    Raises ValueError for lists of different lengths or none, a wrong shape or layout or impossible options; TypeError
-    for a wrong dtype; RuntimeError where the kernels cannot run.
+    Raises ValueError for lists of different lengths or none, a wrong shape or layout, impossible options, or parameters
+    and momenta that share memory with each other, a gradient or lr; TypeError for a wrong type or dtype; RuntimeError
+    where the kernels cannot run.
     """
     op = "muon"
-    lists = check_updates(op, params, grads, momentum_buffers, lr)
+    *tensors, positions = check_updates(op, params, grads, momentum_buffers, lr, momentum, weight_decay)
     for i, param in enumerate(params):
         if param.dim() < 2:
             raise ValueError(f"{op}: params[{i}] must be [O, ...] of at least 2 dimensions, found {list(param.shape)}")
@@ -96,7 +112,9 @@ def muon(
                 f"{list(param.stride())}"
             )
     check_iteration(op, steps, coefficients, eps, dtype, lr.device)
-    _step(
-        *lists, lr.detach(), float(momentum), float(weight_decay), renormalize, steps, [float(c) for c in coefficients],
-        eps, dtype,
-    )  # fmt: skip
+    if positions:
+        with torch.no_grad():
+            _step(
+                *tensors, positions, float(momentum), float(weight_decay), renormalize, steps,
+                [float(c) for c in coefficients], float(eps), dtype,
+            )  # fmt: skip

@@ -5,15 +5,14 @@
 Source: Muon, Jordan et al. 2024. Computed in Gram form, for which see `_newton_schulz`.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _checks, _launch
+from . import _checks, _launch, _options
 from ._launch import opaque_op
-from ._multi_tensor import FloatList, TensorList, groups, kind
+from ._multi_tensor import FloatList, TensorList, check_list, groups, kind
 from ._newton_schulz import Batch
 
 
@@ -37,12 +36,7 @@ def _(matrices, steps, coefficients, eps, dtype):
 def check_iteration(
     op: str, steps: int, coefficients: Sequence[float], eps: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{op}: steps must be an integer of at least 1, found {steps!r}")
-    if len(coefficients) != 3 or not all(math.isfinite(value) for value in coefficients):
-        raise ValueError(f"{op}: coefficients must be three finite numbers, found {coefficients!r}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"{op}: eps must be positive, found {eps!r}")
+    _options.iteration(op, steps, coefficients, eps)
     if dtype not in _checks.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, found {str(dtype).removeprefix('torch.')}")
     if dtype == torch.bfloat16 and device.type != "cuda" and not _launch.capturing():
@@ -68,15 +62,15 @@ def newton_schulz(
     Returns matrices of the given ones' shapes and dtypes. A matrix of zeros stays one. Everything but the products with
     X is float32, or as good (22 bits). Deterministic. Not differentiable: the result never requires a gradient.
 
-    Raises ValueError for no matrices, a wrong shape or layout or impossible options; TypeError for a wrong dtype;
-    RuntimeError where the kernels cannot run.
+    Raises ValueError for no matrices, a wrong shape or layout or impossible options; TypeError for a wrong type or
+    dtype; RuntimeError where the kernels cannot run.
     """
     op = "newton_schulz"
-    if isinstance(matrices, Tensor) or not isinstance(matrices, Sequence):
-        raise TypeError(f"{op}: matrices must be a list of tensors, found {type(matrices).__name__}")
+    check_list(op, "matrices", matrices)
     if not matrices:
         raise ValueError(f"{op}: matrices is empty; expected at least one matrix")
     for i, matrix in enumerate(matrices):
+        _checks.tensor(op, f"matrices[{i}]", matrix)
         _checks.dtype(op, f"matrices[{i}]", matrix, _checks.FLOATS)
         if matrix.dim() != 2 or matrix.numel() == 0:
             raise ValueError(f"{op}: matrices[{i}] must be [m, k] and not empty, found {list(matrix.shape)}")
@@ -84,4 +78,4 @@ def newton_schulz(
             raise ValueError(f"{op}: matrices[{i}] must be contiguous, found strides {list(matrix.stride())}")
     check_iteration(op, steps, coefficients, eps, dtype, matrices[0].device)
     _checks.device(op, *matrices)
-    return _orthogonalize([m.detach() for m in matrices], steps, [float(c) for c in coefficients], eps, dtype)
+    return _orthogonalize([m.detach() for m in matrices], steps, [float(c) for c in coefficients], float(eps), dtype)

@@ -5,7 +5,7 @@ Sources: batch normalization, Ioffe and Szegedy 2015; GELU, Hendrycks and Gimpel
 
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 from .differentiation import differentiable_once
 from .excite_norm_act_add import ExciteNormActAdd, gradients
 
@@ -33,8 +33,10 @@ def norm_act(
     """act(batch_norm(x) + bias), with a BatchNorm scale fixed at 1.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
-    bias: [C] floating.
-    running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
+    bias: [C] floating, of any strides.
+    running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
+        BatchNorm2d does.
+    momentum: the new batch's weight, 0 to 1; eps: positive.
     activation: "gelu" (erf), "silu", "relu" or None.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
@@ -42,16 +44,17 @@ def norm_act(
         dx = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dx = r * g)      dbias = sum(g)
     Saved: x, bias, mean, var. Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape, layout or activation, an empty batch, or one value per channel in training;
-    TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
+    training, or running statistics that share memory with another argument; TypeError for a wrong type or dtype;
+    RuntimeError where the kernels cannot run.
     """
     op = "norm_act"
     name = _checks.activation(op, activation)
+    _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
-    _checks.shape(op, "bias", bias, (channels,))
-    _checks.dtype(op, "bias", bias, _checks.FLOATS)
-    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
+    statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, bias, running_mean, running_var)
-    return NormAct.apply(x, None, bias, None, running_mean, running_var, training, momentum, eps, name)
+    return NormAct.apply(x, None, bias, None, *statistics, momentum, eps, name)

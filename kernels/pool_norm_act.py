@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _norm_act
+from . import _checks, _norm_act, _options
 from ._common import activation_backward, block_of, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._norm_act import Partials, load_fp32, rstd_of
@@ -185,7 +185,8 @@ def _fwd(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
+    fixed_mean: Tensor | None,
+    fixed_var: Tensor | None,
     momentum: float,
     eps: float,
     activation: str,
@@ -196,6 +197,9 @@ def _fwd(
 
     The squeeze is empty if not wanted, the statistics in evaluation mode, the index where nothing is saved.
     """
+    training = fixed_mean is None
+    running = {"running_mean": running_mean, "running_var": running_var}
+    _checks.separate("pool_norm_act", running, {"x": x, "bias": bias})
     batch, channels, height, width = x.shape
     tiling = _Tiling(x.shape, x.element_size())
     pooled = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
@@ -213,20 +217,20 @@ def _fwd(
     else:
         mean = torch.empty(0, dtype=torch.float32, device=x.device)
         var = torch.empty_like(mean)
-        used = (running_mean, running_var)
+        used = (fixed_mean, fixed_var)
     squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
     y = _norm_act.forward(pooled, None, bias, None, *used, eps, activation, squeeze if squeezed else None)
     return y, squeeze, pooled, index, mean, var
 
 
 @_fwd.register_fake
-def _(x, bias, running_mean, running_var, training, momentum, eps, activation, squeezed, save):
+def _(x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeezed, save):
     batch, channels, height, width = x.shape
     y = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
     groups = triton.cdiv((height // 2) * (width // 2), 4)
     index = torch.empty((batch, groups, channels) if save else (0,), dtype=torch.uint8, device=x.device)
     squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
-    mean = torch.empty(channels if training else 0, dtype=torch.float32, device=x.device)
+    mean = torch.empty(channels if fixed_mean is None else 0, dtype=torch.float32, device=x.device)
     return y, squeeze, torch.empty_like(y), index, mean, torch.empty_like(mean)
 
 
@@ -269,16 +273,18 @@ class PoolNormAct(torch.autograd.Function):
     """Saved for backward: pooled values, 2-bit winners, bias and the statistics used; not x, and z is recomputed."""
 
     @staticmethod
-    def forward(ctx, x, bias, running_mean, running_var, training, momentum, eps, activation, squeeze, fork):
+    def forward(
+        ctx, x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeeze, fork
+    ):
         save = any(ctx.needs_input_grad)
         y, means, pooled, index, mean, var = _fwd(
-            x, bias, running_mean, running_var, training, momentum, eps, activation, squeeze, save
+            x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeeze, save
         )
-        if not training:
-            mean, var = running_mean, running_var
+        ctx.size, ctx.training, ctx.eps, ctx.activation = x.shape[2:], fixed_mean is None, eps, activation
+        if not ctx.training and save:
+            mean, var = _norm_act.kept(fixed_mean, fixed_var)
         ctx.save_for_backward(pooled, index, bias, mean, var)
         ctx.set_materialize_grads(False)
-        ctx.size, ctx.training, ctx.eps, ctx.activation = x.shape[2:], training, eps, activation
         ctx.squeeze, ctx.fork = squeeze, fork
         # to autograd a view is an output of its own: two gradients arrive, not their sum
         return (y, *([y.view_as(y)] if fork else []), *([means] if squeeze else []))
@@ -290,7 +296,7 @@ class PoolNormAct(torch.autograd.Function):
         dsqueeze = grads[-1] if ctx.squeeze else None
         dys = [dy for dy in grads[: 2 if ctx.fork else 1] if dy is not None]
         if not dys and dsqueeze is None:
-            return (None,) * 10
+            return (None,) * 11
         dy, dy2, *_ = [dy.contiguous(memory_format=torch.channels_last) for dy in dys] + [None, None]
         dy = torch.zeros_like(pooled) if dy is None else dy
         dsqueeze = None if dsqueeze is None else dsqueeze.contiguous()
@@ -298,7 +304,7 @@ class PoolNormAct(torch.autograd.Function):
             dy, dy2, dsqueeze, pooled, index, bias, mean, var, *ctx.size, ctx.training, ctx.eps, ctx.activation
         )
         needs_x, needs_bias = ctx.needs_input_grad[:2]
-        return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 8)
+        return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 9)
 
 
 def pool_norm_act(
@@ -317,8 +323,10 @@ def pool_norm_act(
     """(act(batch_norm(max_pool2d(x, 2)) + bias), its mean over H and W), with a BatchNorm scale fixed at 1.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last, at least 2x2; an odd last row or column is dropped.
-    bias: [C] floating.
-    running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
+    bias: [C] floating, of any strides.
+    running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
+        BatchNorm2d does.
+    momentum: the new batch's weight, 0 to 1; eps: positive.
     activation: "gelu" (erf), "silu", "relu" or None.
     squeeze: whether the mean is wanted; None stands in its place if not.
     fork: whether y has two users. It is then returned twice, sharing memory (autograd refuses to modify either in
@@ -332,19 +340,20 @@ def pool_norm_act(
         dx = dp at each window's winner, 0 elsewhere      dbias = sum(g)
     Saved: the pooled values, a 2-bit index a window and channel, bias, mean, var. Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape, layout or activation, an empty batch, or one value per channel in training;
-    TypeError for a wrong dtype; RuntimeError where the kernels cannot run.
+    Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
+    training, or running statistics that share memory with another argument; TypeError for a wrong type or dtype;
+    RuntimeError where the kernels cannot run.
     """
     op = "pool_norm_act"
     name = _checks.activation(op, activation)
+    _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
     if min(height, width) < 2:
         raise ValueError(f"{op}: x must be at least 2x2 to pool, found {height}x{width}")
-    _checks.shape(op, "bias", bias, (channels,))
-    _checks.dtype(op, "bias", bias, _checks.FLOATS)
-    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
+    statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * (height // 2) * (width // 2), training)
     _checks.device(op, x, bias, running_mean, running_var)
-    y, *others = PoolNormAct.apply(x, bias, running_mean, running_var, training, momentum, eps, name, squeeze, fork)
+    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, name, squeeze, fork)
     return (y, *others) if squeeze else (y, *others, None)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _options
 from .gather import Gather, gathered
 
 ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -83,6 +84,7 @@ def whiten_project_norm_act(
     gather: Gather | None = None,
 ) -> Tensor:
     """act(batch_norm(project(whiten(images)))): see `kernels.whiten_project_norm_act`."""
+    _options.batch_norm("whiten_project_norm_act", momentum, eps)
     dtype = dtype or project_weight.dtype
     z = whiten(images, whiten_weight, mean=mean, std=std, dtype=dtype, gather=gather)
     z = F.conv2d(z, project_weight.flatten(1)[:, :, None, None].to(dtype))
@@ -103,6 +105,7 @@ def norm_act(
     activation: str | None = "gelu",
 ) -> Tensor:
     """act(batch_norm(x)) with a scale fixed at 1 and a trained bias: see `kernels.norm_act`."""
+    _options.batch_norm("norm_act", momentum, eps)
     # without a scale, CUDA's backward has no gradient for the bias
     y = F.batch_norm(x, running_mean, running_var, torch.ones_like(bias), bias, training, momentum, eps)
     return _activation(activation)(y)
@@ -122,6 +125,7 @@ def pool_norm_act(
     fork: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """(y, mean of y over H and W) with y = act(batch_norm(max_pool2d(x, 2))): see `kernels.pool_norm_act`."""
+    _options.batch_norm("pool_norm_act", momentum, eps)
     y = norm_act(
         F.max_pool2d(x, 2), bias, running_mean, running_var,
         training=training, momentum=momentum, eps=eps, activation=activation,
@@ -154,6 +158,7 @@ def excite_norm_act_add(
     activation: str | None = "gelu",
 ) -> Tensor:
     """act(batch_norm(x * gate)) + residual: see `kernels.excite_norm_act_add`."""
+    _options.batch_norm("excite_norm_act_add", momentum, eps)
     if gate is not None:
         x = x * gate[:, :, None, None].to(x.dtype)
     y = norm_act(
@@ -175,6 +180,8 @@ def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(summed cross entropy of scale * logits, rows classified correctly): see `kernels.cross_entropy`."""
+    _options.fraction("cross_entropy", "label_smoothing", label_smoothing)
+    _options.positive("cross_entropy", "scale", scale)
     scaled = scale * _at_least_fp32(logits)
     # no label may be ignored: whatever is no class is an error
     nothing = torch.iinfo(torch.int64).min
@@ -184,9 +191,20 @@ def cross_entropy(
     return loss, correct.sum()
 
 
+def _trained(
+    op: str, params: list[Tensor], grads: list[Tensor | None], momentum_buffers: list[Tensor], lr: Tensor
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters, gradients, buffers and learning rates where there is a gradient."""
+    if not params:
+        raise ValueError(f"{op}: params is empty; expected at least one tensor")
+    rates = lr.reshape(-1).expand(len(params)).unbind()
+    entries = [entry for entry in zip(params, grads, momentum_buffers, rates) if entry[1] is not None]
+    return tuple(map(list, zip(*entries))) or ([], [], [], [])
+
+
 def sgd_nesterov(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     momentum_buffers: list[Tensor],
     lr: Tensor,
     *,
@@ -194,7 +212,11 @@ def sgd_nesterov(
     weight_decay: float = 0.0,
 ) -> None:
     """One step of torch.optim.SGD(nesterov=True), computed in float32 at least: see `kernels.sgd_nesterov`."""
+    _options.update("sgd_nesterov", momentum, weight_decay)
     with torch.no_grad():
+        params, grads, momentum_buffers, rates = _trained("sgd_nesterov", params, grads, momentum_buffers, lr)
+        if not params:
+            return
         # a float32 tensor is its own copy, and updated in place
         p, velocity = ([_at_least_fp32(t.detach()) for t in values] for values in (params, momentum_buffers))
         g = torch._foreach_add([t.to(x.dtype) for t, x in zip(grads, p)], p, alpha=weight_decay)
@@ -204,7 +226,7 @@ def sgd_nesterov(
         if lr.numel() == 1:
             torch._foreach_mul_(g, lr.reshape(()))
         else:
-            torch._foreach_mul_(g, list(lr.unbind()))
+            torch._foreach_mul_(g, rates)
         torch._foreach_sub_(p, g)
         torch._foreach_copy_(params, p)
         torch._foreach_copy_(momentum_buffers, velocity)
@@ -219,6 +241,7 @@ def newton_schulz(
     dtype: torch.dtype = torch.float16,
 ) -> list[Tensor]:
     """The standard iteration, every product in `dtype`: see `kernels.newton_schulz`."""
+    _options.iteration("newton_schulz", steps, coefficients, eps)
     a, b, c = coefficients
     results = []
     for matrix in matrices:
@@ -235,7 +258,7 @@ def newton_schulz(
 
 def muon(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     momentum_buffers: list[Tensor],
     lr: Tensor,
     *,
@@ -248,8 +271,10 @@ def muon(
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """One Muon step, computed in float32 at least but for the iteration: see `kernels.muon`."""
+    _options.update("muon", momentum, weight_decay)
+    _options.iteration("muon", steps, coefficients, eps)
     with torch.no_grad():
-        for param, grad, buffer, rate in zip(params, grads, momentum_buffers, lr.reshape(-1).expand(len(params))):
+        for param, grad, buffer, rate in zip(*_trained("muon", params, grads, momentum_buffers, lr)):
             p, g = _at_least_fp32(param), _at_least_fp32(grad)
             velocity = momentum * buffer + g
             g = (g + momentum * velocity).flatten(1)

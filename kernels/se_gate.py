@@ -252,19 +252,14 @@ class SEGate(torch.autograd.Function):
 
 def check_gate_weights(
     op: str, channels: int, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> tuple[Tensor, Tensor]:
-    """weight1 [R, C] and weight2 [C, R], or the same as 1x1 convolutions; returns both as contiguous matrices."""
-    width = weight1.shape[0]
-    for name, value, expected in (
-        ("weight1", weight1, (width, channels)),
-        ("weight2", weight2, (channels, width)),
-        ("bias1", bias1, (width,)),
-        ("bias2", bias2, (channels,)),
-    ):
-        tail = value.dim() - len(expected) if name.startswith("weight") else 0
-        _checks.shape(op, name, value, expected + (1,) * tail)
-        _checks.dtype(op, name, value, _checks.FLOATS)
-    return weight1.flatten(1).contiguous(), weight2.flatten(1).contiguous()
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight1 [R, C] and weight2 [C, R], or the same as 1x1 convolutions, and their biases; returns all contiguous,
+    the weights as matrices."""
+    weight1 = _checks.pointwise(op, "weight1", weight1, (None, channels))
+    weight2 = _checks.pointwise(op, "weight2", weight2, (channels, len(weight1)))
+    bias1 = _checks.operand(op, "bias1", bias1, (len(weight1),), _checks.FLOATS)
+    bias2 = _checks.operand(op, "bias2", bias2, (channels,), _checks.FLOATS)
+    return weight1, bias1, weight2, bias2
 
 
 def se_gate(
@@ -278,8 +273,9 @@ def se_gate(
 ) -> Tensor:
     """sigmoid(act(squeeze W1^T + b1) W2^T + b2).
 
-    squeeze: [B, C] floating: per-image channel means.
-    weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating.
+    squeeze: [B, C] floating, of any strides: per-image channel means.
+    weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
+        of any strides.
     activation: "gelu" (erf), "silu", "relu" or None.
     Returns the gate [B, C] float32. Arithmetic is float32 throughout.
 
@@ -288,14 +284,15 @@ def se_gate(
         dW1 = dhidden^T s    db1 = sum dhidden    dsqueeze = dhidden W1
     Saved: squeeze, gate, hidden, both weights. Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape or activation or an empty batch; TypeError for a wrong dtype; RuntimeError where
-    the kernels cannot run.
+    Raises ValueError for a wrong shape or activation or an empty batch; TypeError for a wrong type or dtype;
+    RuntimeError where the kernels cannot run.
     """
     op = "se_gate"
     name = _checks.activation(op, activation)
+    _checks.tensor(op, "squeeze", squeeze)
     if squeeze.dim() != 2 or squeeze.numel() == 0:
         raise ValueError(f"{op}: squeeze must be [B, C] and not empty, found {list(squeeze.shape)}")
     _checks.dtype(op, "squeeze", squeeze, _checks.FLOATS)
-    weight1, weight2 = check_gate_weights(op, squeeze.shape[1], weight1, bias1, weight2, bias2)
-    _checks.device(op, squeeze, weight1, bias1, weight2, bias2)
-    return SEGate.apply(squeeze.float().contiguous(), weight1, bias1, weight2, bias2, name)
+    weights = check_gate_weights(op, squeeze.shape[1], weight1, bias1, weight2, bias2)
+    _checks.device(op, squeeze, *weights)
+    return SEGate.apply(squeeze.float().contiguous(), *weights, name)

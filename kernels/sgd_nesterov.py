@@ -6,12 +6,25 @@ Every weight, gradient and momentum value is read once; weight and momentum are 
 momentum as in Sutskever et al. 2013, in the form of torch.optim.SGD(nesterov=True).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, opaque_op
-from ._multi_tensor import TensorList, check_updates, groups, kind, owner_of, rates_at, running_sums, select, select_int
+from ._multi_tensor import (
+    IntList,
+    TensorList,
+    check_separate,
+    check_updates,
+    groups,
+    kind,
+    owner_of,
+    rates_at,
+    running_sums,
+    select,
+    select_int,
+)
 
 _BLOCK = 2048
 
@@ -55,27 +68,29 @@ def _step(
     grads: TensorList,
     momentum_buffers: TensorList,
     lr: Tensor,
+    positions: IntList,
     momentum: float,
     weight_decay: float,
 ) -> None:
+    check_separate("sgd_nesterov", positions, params, grads, momentum_buffers, lr)
     for indices in groups([kind(*entry) for entry in zip(params, grads, momentum_buffers)]):
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         sizes = tuple(t.numel() for t in p)
         first, programs = running_sums([triton.cdiv(size, _BLOCK) for size in sizes])
         launch(
             _update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay,
-            FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, indices), BLOCK=_BLOCK,
+            FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, positions, indices), BLOCK=_BLOCK,
         )  # fmt: skip
 
 
 @_step.register_fake
-def _(params, grads, momentum_buffers, lr, momentum, weight_decay):
+def _(params, grads, momentum_buffers, lr, positions, momentum, weight_decay):
     return None
 
 
 def sgd_nesterov(
     params: list[Tensor],
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     momentum_buffers: list[Tensor],
     lr: Tensor,
     *,
@@ -87,17 +102,21 @@ def sgd_nesterov(
     params: any shapes, float32, float16 or bfloat16, contiguous, channels_last or any other dense memory. They may
     require gradients: the step is not recorded.
     grads: of params' shapes, each in its parameter's dtype or float32; one in another layout is copied into its
-    parameter's first.
+    parameter's first. Where one is None, parameter and momentum stay as they are.
     momentum_buffers: of params' shapes and layouts, each in its parameter's dtype or float32; zeros before the first
     step.
     lr: float32 on the parameters' device, one element or [len(params)], one for each; read by the kernels, so that a
     captured CUDA graph follows it.
+    momentum, weight_decay: 0 or more.
     With g = grad + weight_decay * p:  buf = momentum * buf + g,  p -= lr * (g + momentum * buf).
     Arithmetic is float32, each result rounded once. Tensors of equal dtypes share a launch, 16 at a time.
     Deterministic. Not differentiable.
 
-    Raises ValueError for lists of different lengths or none, a wrong shape or layout; TypeError for a wrong dtype;
+    Raises ValueError for lists of different lengths or none, a wrong shape or layout, options out of range, or
+    parameters and momenta that share memory with each other, a gradient or lr; TypeError for a wrong type or dtype;
     RuntimeError where the kernels cannot run.
     """
-    lists = check_updates("sgd_nesterov", params, grads, momentum_buffers, lr)
-    _step(*lists, lr.detach(), float(momentum), float(weight_decay))
+    *tensors, positions = check_updates("sgd_nesterov", params, grads, momentum_buffers, lr, momentum, weight_decay)
+    if positions:
+        with torch.no_grad():
+            _step(*tensors, positions, float(momentum), float(weight_decay))

@@ -210,19 +210,20 @@ def squeeze_excite(
     """x * sigmoid(act(mean(x) W1^T + b1) W2^T + b2), the mean over H and W.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
-    weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating.
+    weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
+        of any strides.
     activation: "relu" (as torchvision.ops.SqueezeExcitation), "gelu" (erf), "silu" or None.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     Backward: dgate = sum over H, W of dy x; through the gate as in `se_gate` to ds; dx = dy gate + ds / (H W).
     Saved: x, weights, squeeze, gate, hidden. Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape, layout or activation or an empty batch; TypeError for a wrong dtype;
+    Raises ValueError for a wrong shape, layout or activation or an empty batch; TypeError for a wrong type or dtype;
     RuntimeError where the kernels cannot run.
     """
     op = "squeeze_excite"
     name = _checks.activation(op, activation)
     _checks.images(op, "x", x, _checks.FLOATS)
-    weight1, weight2 = check_gate_weights(op, x.shape[1], weight1, bias1, weight2, bias2)
-    _checks.device(op, x, weight1, bias1, weight2, bias2)
-    return SqueezeExciteFunction.apply(x, weight1, bias1, weight2, bias2, name)
+    weights = check_gate_weights(op, x.shape[1], weight1, bias1, weight2, bias2)
+    _checks.device(op, x, *weights)
+    return SqueezeExciteFunction.apply(x, *weights, name)

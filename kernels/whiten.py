@@ -18,7 +18,6 @@ from ._common import activate, activation_backward, channels_last_like, rounded_
 from ._launch import launch, opaque_op
 from ._patches import (
     PatchSource,
-    check_kernel,
     filter_patches,
     load_patches,
     needs_float32,
@@ -236,9 +235,10 @@ def whiten(
     """act(conv2d((images / 255 - mean) / std, weight) + bias), unpadded, stride 1, with a frozen weight.
 
     images: [B, C, H, W] uint8, or float32, float16, bfloat16 already normalized; channels_last.
-    weight: [O, C, k, k] floating, contiguous; treated as a constant.
+    weight: [O, C, k, k] floating; treated as a constant.
     bias: [O] floating, trainable, or None.
-    mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise.
+    mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise. Weight, bias, mean and
+        std may have any strides.
     activation: "gelu" (erf), "silu", "relu" or None.
     dtype: of the result; by default the images' if floating, else autocast's, else the weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C, H, W] uint8, the whole data set.
@@ -249,26 +249,24 @@ def whiten(
     none. Saved: the arguments; a data set is not copied. Deterministic. Differentiable once.
 
     Raises ValueError for a wrong shape, layout or activation, an empty batch, a missing or superfluous mean or std, or
-    images, a weight or a jitter that require a gradient; TypeError for a wrong dtype, and a gather of floating images;
-    RuntimeError where the kernels cannot run.
+    images, a weight, mean, std or jitter that require a gradient; TypeError for a wrong type or dtype, and a gather of
+    floating images; RuntimeError where the kernels cannot run.
     """
     op = "whiten"
     name = _checks.activation(op, activation)
     _checks.images(op, "images", images, (torch.uint8, *_checks.FLOATS))
-    check_kernel(op, images, weight)
-    _checks.dtype(op, "weight", weight, _checks.FLOATS)
+    weight = _checks.filters(op, "weight", weight, images)
     dtype = output_dtype(op, images, weight, dtype)
-    if images.requires_grad or weight.requires_grad:
-        raise ValueError(f"{op}: images and weight get no gradient (the weight is frozen); detach them")
     if bias is not None:
-        _checks.shape(op, "bias", bias, (weight.shape[0],))
-        _checks.dtype(op, "bias", bias, _checks.FLOATS)
+        bias = _checks.operand(op, "bias", bias, weight.shape[:1], _checks.FLOATS)
     if (images.dtype == torch.uint8) != (mean is not None) or (mean is None) != (std is None):
         raise ValueError(f"{op}: mean and std are for uint8 images, which need both; found images of {images.dtype}")
-    for label, value in (("mean", mean), ("std", std)):
-        if value is not None:
-            _checks.shape(op, label, value, (images.shape[1],))
-            _checks.dtype(op, label, value, (torch.float32,))
+    if mean is not None:
+        mean, std = (
+            _checks.operand(op, label, value, images.shape[1:2], (torch.float32,))
+            for label, value in (("mean", mean), ("std", std))
+        )
+    _checks.constant(op, images=images, weight=weight, mean=mean, std=std)
     chosen = _checks.gather(op, gather, images)
     _checks.device(op, images, weight, bias, mean, std, *chosen[:-1])
-    return Whiten.apply(images, weight.contiguous(), bias, mean, std, name, dtype, *chosen)
+    return Whiten.apply(images, weight, bias, mean, std, name, dtype, *chosen)

@@ -23,13 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 from ._common import activate, activation_backward, channels_last_like, rounded_product
 from ._launch import launch, opaque_op
 from ._moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
 from ._patches import (
     PatchSource,
-    check_kernel,
     correlate_patches,
     filter_patches,
     jittered_positions,
@@ -137,9 +136,10 @@ def _fwd(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    fixed_mean: Tensor | None,
+    fixed_var: Tensor | None,
     mean: Tensor,
     std: Tensor,
-    training: bool,
     momentum: float,
     eps: float,
     activation: str,
@@ -152,7 +152,16 @@ def _fwd(
     cutout_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, moments [F_PAD, F_PAD], matrix [C, F_PAD], shift [C], rstd [C])"""
-    channels = project_weight.shape[0]
+    _checks.separate(
+        "whiten_project_norm_act",
+        {"running_mean": running_mean, "running_var": running_var},
+        {
+            "images": images, "whiten_weight": whiten_weight, "project_weight": project_weight, "bias": bias,
+            "mean": mean, "std": std, "gather.index": index, "gather.shift": pixel_shift, "gather.flip": flip,
+            "gather.jitter": jitter, "gather.cutout": cutout,
+        },
+    )  # fmt: skip
+    training, channels = fixed_mean is None, project_weight.shape[0]
     gather = unflatten(index, pixel_shift, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
@@ -160,10 +169,11 @@ def _fwd(
     moments = patch_moments(source) if training else empty_moments(source)
     matrix = torch.empty(channels, source.f_pad, **fp32)
     shift, rstd = torch.empty(channels, **fp32), torch.empty(channels, **fp32)
-    tracked = running_mean is not None
+    statistics = (running_mean, running_var) if training else (fixed_mean, fixed_var)
+    tracked = statistics[0] is not None
     launch(
         _finish_kernel, (channels,), moments, project_weight, whiten_weight, bias, mean, std,
-        running_mean if tracked else rstd, running_var if tracked else rstd, matrix, shift, rstd,
+        *(statistics if tracked else (rstd, rstd)), matrix, shift, rstd,
         source.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked,
         **finish_sizes(project_weight, source),
     )  # fmt: skip
@@ -176,8 +186,8 @@ def _fwd(
 
 @_fwd.register_fake
 def _(
-    images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, training, momentum, eps,
-    activation, dtype, *gather,
+    images, whiten_weight, project_weight, bias, running_mean, running_var, fixed_mean, fixed_var, mean, std,
+    momentum, eps, activation, dtype, *gather,
 ):  # fmt: skip
     channels, device = project_weight.shape[0], images.device
     source = PatchSource(images, whiten_weight.shape[2], mean, unflatten(*gather))
@@ -240,35 +250,34 @@ class WhitenProjectNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, training, momentum,
-        eps, activation, dtype, *gather,
+        ctx, images, whiten_weight, project_weight, bias, running_mean, running_var, fixed_mean, fixed_var, mean, std,
+        momentum, eps, activation, dtype, *gather,
     ):  # fmt: skip
-        flat = project_weight.reshape(project_weight.shape[0], -1)
         y, *tables = _fwd(
-            images, whiten_weight, flat, bias, running_mean, running_var, mean, std, training, momentum, eps,
-            activation, dtype, *gather,
+            images, whiten_weight, project_weight, bias, running_mean, running_var, fixed_mean, fixed_var, mean, std,
+            momentum, eps, activation, dtype, *gather,
         )  # fmt: skip
         ctx.save_for_backward(*gather[:-1], images, whiten_weight, project_weight, mean, std, *tables)
-        ctx.training, ctx.activation, ctx.bias_dtype, ctx.cutout_size = training, activation, bias.dtype, gather[-1]
+        ctx.training, ctx.activation = fixed_mean is None, activation
+        ctx.bias_dtype, ctx.cutout_size = bias.dtype, gather[-1]
         return y
 
     @staticmethod
     @differentiable_once("whiten_project_norm_act")
     def backward(ctx, dy):
         *gather, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd = ctx.saved_tensors
-        flat = project_weight.reshape(project_weight.shape[0], -1)
         dy = dy.contiguous(memory_format=torch.channels_last)
         dproject, dbias = _bwd(
-            dy, images, whiten_weight, flat, mean, std, moments, matrix, shift, rstd, ctx.training, ctx.activation,
-            *gather, ctx.cutout_size,
+            dy, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd, ctx.training,
+            ctx.activation, *gather, ctx.cutout_size,
         )  # fmt: skip
         needs_project, needs_bias = ctx.needs_input_grad[2:4]
         return (
             None,
             None,
-            dproject.view(project_weight.shape).to(project_weight.dtype) if needs_project else None,
+            dproject.to(project_weight.dtype) if needs_project else None,
             dbias.to(ctx.bias_dtype) if needs_bias else None,
-            *[None] * 15,
+            *[None] * 16,
         )
 
 
@@ -292,11 +301,13 @@ def whiten_project_norm_act(
     """act(batch_norm(project(whiten((images / 255 - mean) / std))) + bias), unpadded, BatchNorm scale fixed at 1.
 
     images: [B, C_in, H, W] uint8, channels_last.
-    whiten_weight: [K, C_in, k, k] floating, contiguous, frozen.
+    whiten_weight: [K, C_in, k, k] floating, frozen.
     project_weight: [C, K] or [C, K, 1, 1] floating, trainable.
     bias: [C] floating, trainable (BatchNorm's).
-    running_mean, running_var: [C] float32, or both None; updated in training, used in evaluation, as BatchNorm2d does.
-    mean, std: [C_in] float32 in units of 0..1.
+    running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
+        BatchNorm2d does.
+    momentum: the new batch's weight, 0 to 1; eps: positive.
+    mean, std: [C_in] float32 in units of 0..1. Weights, bias, mean and std may have any strides.
     activation: "gelu" (erf), "silu", "relu" or None.
     dtype: of the result; by default autocast's if it is on, else project_weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C_in, H, W], the whole data set.
@@ -308,34 +319,31 @@ def whiten_project_norm_act(
     Saved: images (uint8; a data set is not copied), gather, the moments, the folded matrix and shift, rstd.
     Deterministic. Differentiable once.
 
-    Raises ValueError for a wrong shape, layout or activation, an empty batch, one value per channel in training, or a
-    whitening weight or jitter that requires a gradient; TypeError for a wrong dtype; RuntimeError where the kernels
-    cannot run.
+    Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
+    training, running statistics that share memory with another argument, or a whitening weight, mean, std or jitter
+    that requires a gradient; TypeError for a wrong type or dtype; RuntimeError where the kernels cannot run.
     """
     op = "whiten_project_norm_act"
     name = _checks.activation(op, activation)
+    _options.batch_norm(op, momentum, eps)
     _checks.images(op, "images", images, (torch.uint8,))
-    check_kernel(op, images, whiten_weight)
-    _checks.dtype(op, "whiten_weight", whiten_weight, _checks.FLOATS)
-    _checks.dtype(op, "project_weight", project_weight, _checks.FLOATS)
-    channels, filters = project_weight.shape[0], whiten_weight.shape[0]
-    _checks.shape(op, "project_weight", project_weight, (channels, filters, *(1,) * (project_weight.dim() - 2)))
-    _checks.shape(op, "bias", bias, (channels,))
-    _checks.dtype(op, "bias", bias, _checks.FLOATS)
-    for label, value in (("mean", mean), ("std", std)):
-        _checks.shape(op, label, value, (images.shape[1],))
-        _checks.dtype(op, label, value, (torch.float32,))
-    if whiten_weight.requires_grad:
-        raise ValueError(f"{op}: whiten_weight is frozen and gets no gradient; detach it")
-    _checks.running_statistics(op, running_mean, running_var, channels, training)
+    whiten_weight = _checks.filters(op, "whiten_weight", whiten_weight, images)
+    project_weight = _checks.pointwise(op, "project_weight", project_weight, (None, len(whiten_weight)))
+    channels = len(project_weight)
+    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
+    mean, std = (
+        _checks.operand(op, label, value, images.shape[1:2], (torch.float32,))
+        for label, value in (("mean", mean), ("std", std))
+    )
+    _checks.constant(op, whiten_weight=whiten_weight, mean=mean, std=std)
+    statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     chosen = _checks.gather(op, gather, images)
     lost = whiten_weight.shape[2] - 1
     batch = len(images if gather is None else gather.index)
     _checks.enough_values(op, batch * (images.shape[2] - lost) * (images.shape[3] - lost), training)
-    given = (images, whiten_weight, project_weight, bias, running_mean, running_var, mean, std, *chosen[:-1])
+    given = (images, whiten_weight, project_weight, bias, *statistics, mean, std, *chosen[:-1])
     _checks.device(op, *given)
     dtype = output_dtype(op, images, project_weight, dtype)
     return WhitenProjectNormAct.apply(
-        images, whiten_weight.contiguous(), project_weight, bias, running_mean, running_var, mean, std, training,
-        momentum, eps, name, dtype, *chosen,
+        images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, name, dtype, *chosen
     )  # fmt: skip

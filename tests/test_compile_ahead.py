@@ -71,6 +71,8 @@ def test_a_profiled_step_launches_nothing_that_was_not_compiled_ahead(launched, 
 class Kernel:
     """A stand-in that notes what it is warmed up with, once `together` threads are at it."""
 
+    arg_names = ("x_ptr",)
+
     def __init__(self, together: int = 1):
         self.calls, self._barrier = [], threading.Barrier(together)
 

@@ -32,6 +32,10 @@ def of_ops(cases):
 
 
 every_op = of_ops(CASES)
+EVALUATED = [replace(case, options={**case.options, "training": False}) for case in CASES if case.buffers]
+in_both_modes = pytest.mark.parametrize(
+    "case", CASES + EVALUATED, ids=lambda case: case.op + ("-eval" if case in EVALUATED else "")
+)
 FIRST = {
     "whiten": "images",
     "whiten_project_norm_act": "images",
@@ -198,7 +202,7 @@ def test_autocast(case):
     torch.testing.assert_close(y.float(), plain, rtol=2e-3, atol=2e-3)
 
 
-@every_op
+@in_both_modes
 def test_torch_compile_sees_one_opaque_op(case):
     """Traced whole (fullgraph) with its backward and its buffers, giving the eager result."""
     tensors, upstream = case.make(DEVICE, torch.float32), upstream_of(case)
@@ -217,7 +221,7 @@ def test_torch_compile_sees_one_opaque_op(case):
         assert torch.equal(value, compiled[name]), name
 
 
-@every_op
+@in_both_modes
 def test_operators_obey_their_declarations(case):
     """torch.library.opcheck on every operator a forward and backward call: schema, mutation, aliasing, fake shapes."""
     seen = []
