@@ -94,8 +94,11 @@ def _bwd_kernel(
     matrix = _load_matrix(matrix_ptr, o, C, F_PAD)
     shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
     acc = tl.zeros([BLOCK_O, F_PAD], dtype=tl.float32)
-    if JITTER:
+    # float32 products are chains of additions, which round a plain sum more than its own would
+    OWN_SUMS: tl.constexpr = JITTER or EXACT
+    if OWN_SUMS:
         sums = tl.zeros([BLOCK_O], dtype=tl.float32)
+    if JITTER:
         offset_sums = tl.zeros([BLOCK_O], dtype=tl.float32)
     for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
         position = start + lane
@@ -108,14 +111,17 @@ def _bwd_kernel(
         g = tl.load(dy + lane[:, None] * C + o[None, :], mask=mask, other=0.0).to(tl.float32)
         z = filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
         g = tl.where(mask, activation_backward(g, z, ACT), 0.0)
+        if OWN_SUMS:
+            sums += tl.sum(g, 0)
         if JITTER:
             contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
-            sums += tl.sum(g, 0)
             offset_sums += tl.sum(rounded_product(g, offset[:, None]), 0)
             g *= contrast[:, None]
         acc += correlate_patches(g, q, EXACT)
     if JITTER:
-        acc = tl.where((f == features)[None, :], sums[:, None], acc + offset_sums[:, None])
+        acc += offset_sums[:, None]
+    if OWN_SUMS:
+        acc = tl.where((f == features)[None, :], sums[:, None], acc)
     out = partial_ptr + tl.program_id(0) * C * F_PAD
     tl.store(out + o[:, None] * F_PAD + f[None, :], acc, mask=(o < C)[:, None])
 
@@ -228,7 +234,7 @@ def _bwd(
     partials = torch.empty(programs, channels, source.f_pad, **fp32)
     launch(
         _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, *source.pixels, source.jitter, matrix,
-        shift, partials, source.positions, ACT=activation, **tile,
+        shift, partials, source.positions, ACT=activation, maxnreg=168 if tile["EXACT"] else None, **tile,
     )  # fmt: skip
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     launch(
