@@ -3,12 +3,16 @@
 In evaluation mode and with one value a channel or image, so that no sum carries a NaN from one value to another.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError
 
 import kernels
 from kernels import _cases, _checks, reference
@@ -132,6 +136,19 @@ def test_an_infinite_gradient_stops_at_a_hidden_relu(op):
     assert results(kernels, op, arguments, upstream, {"activation": "relu"})["dweight1"].isfinite().all()
 
 
+@contextmanager
+def unknown_activation() -> Iterator[None]:
+    """The compiler, or the interpreter, gives up on it. What the compiler says is about the innermost function's
+    source; an error for each function that called it is raised from that."""
+    with pytest.raises((CompilationError, InterpreterError)) as raised:
+        yield
+    error, messages = raised.value, []
+    while error is not None:
+        messages.append(str(error))
+        error = error.__cause__ or error.__context__
+    assert any("unknown activation" in message for message in messages), messages
+
+
 @triton.jit
 def _named_kernel(z_ptr, out_ptr, ACT: tl.constexpr, BACKWARD: tl.constexpr):
     z = tl.load(z_ptr + tl.arange(0, 16))
@@ -144,7 +161,7 @@ def test_a_kernel_of_an_unknown_activation_does_not_compile(backward):
     z, out = torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)
     _named_kernel[(1,)](z, out, ACT="identity", BACKWARD=backward)
     assert torch.equal(out, z)
-    with pytest.raises(Exception, match="unknown activation"):
+    with unknown_activation():
         _named_kernel[(1,)](z, out, ACT="tanh", BACKWARD=backward)
 
 
@@ -161,5 +178,5 @@ def test_infinity_is_its_own_activation(activation):
 def test_no_op_takes_an_unknown_name_for_the_identity(case, monkeypatch):
     """Were the check at the boundary to let one through, the kernels would still refuse it."""
     monkeypatch.setattr(_checks, "activation", lambda op, name: "tanh")
-    with pytest.raises(Exception, match="unknown activation"):
+    with unknown_activation():
         case.call(kernels, case.make(DEVICE, torch.float32), torch.float32)

@@ -179,7 +179,8 @@ def test_gradients_and_tensors_of_any_memory(case):
 
     want = updated(case, kernels, tensors, torch.float32)
     for name, value in results({k: mapped(unaligned, v) for k, v in tensors.items()}).items():
-        assert torch.equal(value, want[name]), name
+        # compiled for odd addresses, a kernel may sum in another order
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
     read = "grads" if case.buffers else "matrices"
     changes = {"negated": lambda t: torch._neg_view(-t)}
     if case.buffers:
