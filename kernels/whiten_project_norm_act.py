@@ -234,7 +234,8 @@ def _bwd(
     partials = torch.empty(programs, channels, source.f_pad, **fp32)
     launch(
         _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, *source.pixels, source.jitter, matrix,
-        shift, partials, source.positions, ACT=activation, maxnreg=168 if tile["EXACT"] else None, **tile,
+        shift, partials, source.positions, ACT=activation,
+        maxnreg=128 if tile["EXACT"] and not source.jittered else None, **tile,
     )  # fmt: skip
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     launch(
