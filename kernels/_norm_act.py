@@ -312,7 +312,7 @@ def forward(
         _fwd_kernel, tiling.grid, x, gate if gate is not None else x, bias, residual if residual is not None else x,
         mean, var, y, squeeze if squeeze is not None else mean, tiling.rows, tiling.segments, eps,
         HAS_GATE=gate is not None, HAS_RESIDUAL=residual is not None, HAS_SQUEEZE=squeeze is not None,
-        ACT=activation, maxnreg=104, **tiling.constexprs,
+        ACT=activation, maxnreg=128, **tiling.constexprs,
     )  # fmt: skip
     return y
 
@@ -328,7 +328,7 @@ def reduce_gradients(
         _bwd_reduce_kernel, tiling.grid, dy, dy2 if dy2 is not None else dy, dsqueeze if dsqueeze is not None else mean,
         x, gate if gate is not None else x, bias, mean, var, partials, tiling.rows, tiling.segments, eps,
         HAS_DY2=dy2 is not None, HAS_GATE=gate is not None, HAS_SQUEEZE=dsqueeze is not None, ACT=activation,
-        maxnreg=128, **tiling.constexprs,
+        maxnreg=144, **tiling.constexprs,
     )  # fmt: skip
     return sum_partials(partials)
 
