@@ -235,7 +235,7 @@ def _bwd(
     launch(
         _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, *source.pixels, source.jitter, matrix,
         shift, partials, source.positions, ACT=activation,
-        maxnreg=128 if tile["EXACT"] and not source.jittered else None, **tile,
+        maxnreg=255 if tile["EXACT"] and not source.jittered else None, **tile,
     )  # fmt: skip
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     launch(
