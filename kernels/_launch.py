@@ -112,7 +112,7 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device.
 
-    maxnreg: for a kernel whose registers NVIDIA's assembler would rather keep few than not spill.
+    maxnreg: see `Launch`; stated where the assembler would otherwise aim at few registers and spill some.
     """
     check_argument_names(kernel)
     this = Launch(kernel, arguments, constexprs, num_warps, maxnreg)
