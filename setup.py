@@ -1,15 +1,42 @@
-"""Installs kernels/ as `blink_kernels`: `kernels` is the import name of another widely used package."""
+"""Installs this checkout as the package `blink`: each folder beside blink/ becomes a package inside it."""
 
-from setuptools import setup
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+_ROOT = Path(__file__).resolve().parent
+_FOLDERS = ("kernels", "model", "training", "experiments")
+_VERSION = next(
+    line.split('"')[1] for line in (_ROOT / "blink/__init__.py").read_text().splitlines() if "__version__" in line
+)
+
+
+def _packages(folder: str) -> list[str]:
+    return [f"blink.{folder}", *(f"blink.{folder}.{name}" for name in find_packages(str(_ROOT / folder)))]
+
 
 setup(
     name="blink-cifar",
-    version="0.1.0",
+    version=_VERSION,
     description="Fused Triton kernels for small-image classifiers, and a trainer that races on CIFAR-10 with them",
+    long_description=(_ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="MIT",
+    project_urls={"Origin of the system": "https://github.com/tysam-code/hlb-CIFAR10"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    package_dir={"blink_kernels": "kernels"},
-    packages=["blink_kernels", "blink_kernels._cases", "blink_kernels.bench"],
+    package_dir={f"blink.{folder}": folder for folder in _FOLDERS},
+    packages=["blink", *(name for folder in _FOLDERS for name in _packages(folder))],
+    package_data={"blink": ["py.typed"]},
+    entry_points={"console_scripts": ["blink = blink.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -15,10 +15,8 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from rich.console import Console
-
-from model import backend as backends
-from training.command import (
+from blink.model import backend as backends
+from blink.training.command import (
     Parser,
     Setting,
     add_setting_arguments,
@@ -31,11 +29,13 @@ from training.command import (
     natural,
     positive,
 )
-from training.data.dataset import Dataset
-from training.errors import UserError
-from training.loop import Listener, Trainer, plan_budget
-from training.recipes import RECIPES, Recipe
-from training.report import Report, save_weights, spread, write_json
+from blink.training.data.dataset import Dataset
+from blink.training.loop import Listener, Trainer, plan_budget
+from blink.training.recipes import RECIPES, Recipe
+from blink.training.report import Report, save_weights, spread, write_json
+from rich.console import Console
+
+from blink.errors import UserError
 
 _IMPORTED = time.perf_counter()
 
@@ -146,7 +146,7 @@ def train_until(
     options: argparse.Namespace, console: Console, facts: dict, setting: Setting, recipe: Recipe, dataset: Dataset
 ) -> int:
     """Find the smallest budget that reaches --until; what was found is written after each budget."""
-    from training import until
+    from blink.experiments import until
 
     tried: list[until.Trial] = []
 
@@ -195,7 +195,7 @@ def profile(
     make: Callable[[backends.Backend, bool], Trainer],
 ) -> int:
     """Profile the training step; make(backend, graph) makes a trainer of this configuration."""
-    from training.profile import measure, report
+    from blink.experiments.profile import measure, report
 
     backend, folder = setting.backend, options.profile
 

@@ -1,10 +1,13 @@
 """Fused Triton ops for small-image classifiers, each with a plain PyTorch reference in `reference`.
 
-Installed as `blink_kernels`; `kernels` from a checkout. The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
+The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
 them in Triton's interpreter on a CPU); `reference` needs neither.
 """
 
 from importlib.util import find_spec
+
+if __name__ == "kernels":
+    raise ImportError("this package is blink.kernels: from blink.kernels import ...")
 
 from . import reference
 from .gather import Gather
@@ -32,9 +35,9 @@ __all__ = [
 ]
 
 if HAS_TRITON:
-    from ._launch import interpreting
     from .cross_entropy import cross_entropy
     from .excite_norm_act_add import excite_norm_act_add
+    from .launching import interpreting
     from .layers import SqueezeExcite, Whiten
     from .muon import muon
     from .newton_schulz import newton_schulz

@@ -7,7 +7,7 @@ smaller a contiguous copy is taken. Lazily negated arguments are resolved by the
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import launching
 from .gather import Gather
 from .reference import ACTIVATIONS
 
@@ -21,9 +21,9 @@ def device(op: str, *tensors: Tensor | None) -> None:
     for t in present:
         if t.device != where:
             raise ValueError(f"{op}: all tensors must be on one device, found {where} and {t.device}")
-    if where.type == "cuda" or _launch.capturing():
+    if where.type == "cuda" or launching.capturing():
         return
-    if not _launch.interpreting():
+    if not launching.interpreting():
         raise RuntimeError(
             f"{op}: the kernels need a GPU and the tensors are on {where}; use the reference ops, "
             "or set TRITON_INTERPRET=1 before importing to interpret the kernels"

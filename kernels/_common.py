@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from .launching import launch
 
 
 @triton.jit

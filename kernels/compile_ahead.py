@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from ._launch import Launch, on_device, recorded, specialized
+from .launching import Launch, on_device, recorded, specialized
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import _checks, _options
 from ._common import block_of
-from ._launch import launch, opaque_op
 from .differentiation import differentiable_once
+from .launching import launch, opaque_op
 
 # logits that a program holds at a time
 _TILE = 2048

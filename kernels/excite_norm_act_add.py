@@ -11,9 +11,9 @@ Ioffe and Szegedy 2015.
 import torch
 from torch import Tensor
 
-from . import _checks, _norm_act, _options
-from ._launch import opaque_op
+from . import _batch_norm, _checks, _options
 from .differentiation import differentiable_once
+from .launching import opaque_op
 
 
 @opaque_op("excite_norm_act_add_fwd", mutates=("running_mean", "running_var"))
@@ -37,9 +37,9 @@ def _fwd(
             {"running_mean": running_mean, "running_var": running_var},
             {"x": x, "gate": gate, "bias": bias, "residual": residual},
         )
-        mean, var = _norm_act.batch_statistics(x, gate, running_mean, running_var, momentum)
-        return _norm_act.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
-    y = _norm_act.forward(x, gate, bias, residual, fixed_mean, fixed_var, eps, activation)
+        mean, var = _batch_norm.batch_statistics(x, gate, running_mean, running_var, momentum)
+        return _batch_norm.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
+    y = _batch_norm.forward(x, gate, bias, residual, fixed_mean, fixed_var, eps, activation)
     nothing = x.new_empty(0, dtype=torch.float32)
     return y, nothing, torch.empty_like(nothing)
 
@@ -63,7 +63,7 @@ def _bwd(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _norm_act.backward(dy, x, gate, bias, mean, var, training, eps, activation)
+    return _batch_norm.backward(dy, x, gate, bias, mean, var, training, eps, activation)
 
 
 @_bwd.register_fake
@@ -99,7 +99,7 @@ class ExciteNormActAdd(torch.autograd.Function):
         )
         ctx.training, ctx.eps, ctx.activation = fixed_mean is None, eps, activation
         if not ctx.training and any(ctx.needs_input_grad):
-            mean, var = _norm_act.kept(fixed_mean, fixed_var)
+            mean, var = _batch_norm.kept(fixed_mean, fixed_var)
         ctx.save_for_backward(x, gate, bias, mean, var)
         return y
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._launch import opaque_op
+from ._gram_iteration import Batch
 from ._multi_tensor import (
     FloatList,
     IntList,
@@ -24,7 +24,7 @@ from ._multi_tensor import (
     layout_of,
     rates_at,
 )
-from ._newton_schulz import Batch
+from .launching import opaque_op
 from .newton_schulz import check_iteration
 
 

@@ -2,7 +2,7 @@
 
     X = G / (|G|_F + eps)      per step: A = X X^T,  B = b A + c A A,  X = a X + B X
 
-Source: Muon, Jordan et al. 2024. Computed in Gram form, for which see `_newton_schulz`.
+Source: Muon, Jordan et al. 2024. Computed in Gram form, for which see `_gram_iteration`.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _checks, _launch, _options
-from ._launch import opaque_op
+from . import _checks, _options, launching
+from ._gram_iteration import Batch
 from ._multi_tensor import FloatList, TensorList, check_list, groups, kind
-from ._newton_schulz import Batch
+from .launching import opaque_op
 
 
 @opaque_op("newton_schulz")
@@ -39,7 +39,7 @@ def check_iteration(
     _options.iteration(op, steps, coefficients, eps)
     if dtype not in _checks.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, found {str(dtype).removeprefix('torch.')}")
-    if dtype == torch.bfloat16 and device.type != "cuda" and not _launch.capturing():
+    if dtype == torch.bfloat16 and device.type != "cuda" and not launching.capturing():
         raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
 
 

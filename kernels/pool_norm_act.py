@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks, _norm_act, _options
+from . import _batch_norm, _checks, _options
+from ._batch_norm import Partials, load_fp32, rstd_of
 from ._common import activation_backward, block_of, channels_last_like, rounded_product
-from ._launch import launch, opaque_op
-from ._norm_act import Partials, load_fp32, rstd_of
 from .differentiation import differentiable_once
+from .launching import launch, opaque_op
 
 # elements of one of the four pixels of every window that a program holds at a time
 _TILE = 512
@@ -219,7 +219,7 @@ def _fwd(
         var = torch.empty_like(mean)
         used = (fixed_mean, fixed_var)
     squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
-    y = _norm_act.forward(pooled, None, bias, None, *used, eps, activation, squeeze if squeezed else None)
+    y = _batch_norm.forward(pooled, None, bias, None, *used, eps, activation, squeeze if squeezed else None)
     return y, squeeze, pooled, index, mean, var
 
 
@@ -252,7 +252,7 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     """(dx [B, C, height, width], dbias [C] float32)"""
     batch, channels = pooled.shape[:2]
-    sums = _norm_act.reduce_gradients(dy, dy2, dsqueeze, pooled, None, bias, mean, var, eps, activation)
+    sums = _batch_norm.reduce_gradients(dy, dy2, dsqueeze, pooled, None, bias, mean, var, eps, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
     tiling = _Tiling(dx.shape, pooled.element_size())
     launch(
@@ -282,7 +282,7 @@ class PoolNormAct(torch.autograd.Function):
         )
         ctx.size, ctx.training, ctx.eps, ctx.activation = x.shape[2:], fixed_mean is None, eps, activation
         if not ctx.training and save:
-            mean, var = _norm_act.kept(fixed_mean, fixed_var)
+            mean, var = _batch_norm.kept(fixed_mean, fixed_var)
         ctx.save_for_backward(pooled, index, bias, mean, var)
         ctx.set_materialize_grads(False)
         ctx.squeeze, ctx.fork = squeeze, fork

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import _checks
 from ._common import activate, activation_backward, block_of, rounded_product, sigmoid
-from ._launch import launch, opaque_op
 from .differentiation import differentiable_once
+from .launching import launch, opaque_op
 
 _BLOCK_B = 16
 _BLOCK_C = 32

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, opaque_op
 from ._multi_tensor import (
     IntList,
     TensorList,
@@ -25,6 +24,7 @@ from ._multi_tensor import (
     select,
     select_int,
 )
+from .launching import launch, opaque_op
 
 _BLOCK = 2048
 

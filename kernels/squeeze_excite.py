@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import _checks
 from ._common import activate, activation_backward, rounded_product, sigmoid
-from ._launch import launch, opaque_op
 from .differentiation import differentiable_once
+from .launching import launch, opaque_op
 from .se_gate import check_gate_weights, weight_gradients
 
 # bytes of x that a program holds at a time; of a weight matrix it holds as many elements

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import _checks
 from ._common import activate, activation_backward, channels_last_like, rounded_product, sum_partials
-from ._launch import launch, opaque_op
 from ._patches import (
     PatchSource,
     filter_patches,
@@ -27,9 +26,10 @@ from ._patches import (
 )
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
+from .launching import launch, opaque_op
 
 _BWD_PROGRAMS = 512
-# what kernels.inspect would otherwise report as stores that are narrower than the layout allows
+# what the compile report would otherwise report as stores that are narrower than the layout allows
 NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
 

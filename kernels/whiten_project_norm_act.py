@@ -25,8 +25,7 @@ from torch import Tensor
 
 from . import _checks, _options
 from ._common import activate, activation_backward, channels_last_like, rounded_product
-from ._launch import launch, opaque_op
-from ._moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
+from ._patch_moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
 from ._patches import (
     PatchSource,
     correlate_patches,
@@ -40,6 +39,7 @@ from ._patches import (
 )
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
+from .launching import launch, opaque_op
 
 _PROGRAMS = 512
 

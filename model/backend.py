@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-
-from kernels.environment import has_c_compiler, has_cxx_compiler
-from model import convolution
+from blink.kernels.environment import has_c_compiler, has_cxx_compiler
+from blink.model import convolution
 
 CHOICES = ("auto", "fused", "reference", "compiled")
 
@@ -40,28 +39,28 @@ def _collect(name: str, ops, conv3x3: Callable = convolution.conv3x3, **options)
 
 def reference() -> Backend:
     """Plain PyTorch; runs anywhere."""
-    from kernels import reference as ops
+    from blink.kernels import reference as ops
 
     return _collect("reference", ops)
 
 
 def compiled() -> Backend:
     """The reference under torch.compile: what a user would otherwise pick."""
-    from kernels import reference as ops
+    from blink.kernels import reference as ops
 
     return _collect("compiled", ops, convolution.plain_conv3x3, compile=True)
 
 
 def eager() -> Backend:
     """Plain PyTorch with its own convolution too: what a CPU's step is raced against."""
-    from kernels import reference as ops
+    from blink.kernels import reference as ops
 
     return _collect("eager", ops, convolution.plain_conv3x3)
 
 
 def fused() -> Backend:
     """The hand-written Triton kernels; needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)."""
-    import kernels as ops
+    from blink import kernels as ops
 
     return _collect("fused", ops)
 
@@ -76,7 +75,7 @@ def select(choice: str, device: torch.device) -> Backend:
         raise ValueError(f"unknown kernels {choice!r}; expected one of {', '.join(CHOICES)}")
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
         return reference()
-    import kernels
+    from blink import kernels
 
     if device.type == "cuda" and kernels.HAS_TRITON and not has_c_compiler():
         raise ValueError(

@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from blink.kernels.gather import Gather
+from blink.kernels.reference import ACTIVATIONS, normalize
+from blink.model.backend import Backend
+from blink.model.convolution import Conv3x3
 from torch import Tensor, nn
-
-from kernels.gather import Gather
-from kernels.reference import ACTIVATIONS, normalize
-from model.backend import Backend
-from model.convolution import Conv3x3
 
 
 class NormAct(nn.Module):

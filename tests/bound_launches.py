@@ -11,27 +11,28 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from blink.kernels import compile_ahead
+from blink.kernels.examine import ahead_of_time, cases
+from blink.kernels.examine.ahead_of_time import kernel_name, source_of
+from blink.kernels.launching import Launch
+from blink.model import backend
+from blink.training.loop import Trainer, plan_budget
+from blink.training.precision import Precision
+from blink.training.recipes import RECIPES, with_network
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from kernels import _ahead_of_time, _cases, compile_ahead
-from kernels._ahead_of_time import kernel_name, source_of
-from kernels._launch import Launch
-from model import backend
 from tests.small import small_dataset
-from training.loop import Trainer, plan_budget
-from training.precision import Precision
-from training.recipes import RECIPES, with_network
 
 _BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
 def of_cases() -> Iterator[tuple[str, Launch]]:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for case in _cases.small_cases() + _cases.network_cases(4):
-            for launch in _ahead_of_time.capture(case, dtype):
+        for case in cases.small_cases() + cases.network_cases(4):
+            for launch in ahead_of_time.capture(case, dtype):
                 yield f"{case.op} {case.label} {dtype}", launch
 
 

@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-
-from training.data import synthetic
-from training.data.dataset import Dataset, assemble
+from blink.training.data import synthetic
+from blink.training.data.dataset import Dataset, assemble
 
 
 def small_dataset(train: int, test: int, side: int) -> Dataset:

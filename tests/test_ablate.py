@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from blink.experiments import ablate, compare, records
+from blink.experiments.plans import PLANS, Plan, narrowed, stretched
+from blink.model import backend
+from blink.training import precision
+from blink.training.loop import Trainer, plan_budget
+from blink.training.recipes import AIR, HLB, Resolution
 
-from model import backend
+from blink.errors import UserError
 from tests.small import small_dataset
-from training import ablate, compare, precision, records
-from training.errors import UserError
-from training.loop import Trainer, plan_budget
-from training.plans import PLANS, Plan, narrowed, stretched
-from training.recipes import AIR, HLB, Resolution
 
 
 def record(variant, seed, accuracy, seconds=10.0, recipe=None, epochs=4, **changes):

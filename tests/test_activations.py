@@ -11,12 +11,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from blink.kernels import _checks, reference
+from blink.kernels._common import activate, activation_backward
+from blink.kernels.examine import cases
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError
 
-import kernels
-from kernels import _cases, _checks, reference
-from kernels._common import activate, activation_backward
+from blink import kernels
 from tests.oracle import DEVICE
 
 ACTIVATIONS = [name for name in reference.ACTIVATIONS if name is not None]
@@ -173,7 +174,7 @@ def test_infinity_is_its_own_activation(activation):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in _cases.small_cases() if "activation" in case.options], ids=lambda case: case.label
+    "case", [case for case in cases.small_cases() if "activation" in case.options], ids=lambda case: case.label
 )
 def test_no_op_takes_an_unknown_name_for_the_identity(case, monkeypatch):
     """Were the check at the boundary to let one through, the kernels would still refuse it."""

@@ -1,6 +1,6 @@
 """Every kernel compiles for GPUs that are not here, at the network's shapes, with no register spilled to memory.
 
-The report is made by `python -m kernels.inspect`, in processes without TRITON_INTERPRET, which would turn the kernels
+The report is made by `blink inspect`, in processes without TRITON_INTERPRET, which would turn the kernels
 into plain functions; what the report computes from numbers and text is tested here directly.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from blink.kernels.examine import compile_report
+from blink.kernels.examine.ahead_of_time import innermost_bytes
+from blink.kernels.examine.cases import network_cases
+from blink.kernels.examine.machine_code import PROCESSORS, count_amdgcn, count_sass, fused_shuffles, occupancy
+from blink.kernels.launching import interpreting
 
-import kernels
-from kernels import inspect
-from kernels._ahead_of_time import innermost_bytes
-from kernels._cases import network_cases
-from kernels._launch import interpreting
-from kernels._machine_code import PROCESSORS, count_amdgcn, count_sass, fused_shuffles, occupancy
+from blink import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 # one dtype for all targets, the others where the first users are
@@ -42,7 +42,9 @@ def reports(tmp_path_factory):
     made = []
     for dtypes, targets in CALLS:
         path = folder / f"{dtypes}.json"
-        done = compiling("-m", "kernels.inspect", "--dtype", dtypes, "--target", targets, "--json", str(path))
+        done = compiling(
+            "-m", "blink.kernels.examine.compile_report", "--dtype", dtypes, "--target", targets, "--json", str(path)
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         made.append((done.stdout, json.loads(path.read_text())))
     return made
@@ -63,16 +65,16 @@ def every_kernel() -> set[str]:
     found = set()
     for module in pkgutil.iter_modules(kernels.__path__):
         if not module.ispkg:
-            for name, value in vars(importlib.import_module(f"kernels.{module.name}")).items():
+            for name, value in vars(importlib.import_module(f"blink.kernels.{module.name}")).items():
                 if name.endswith("_kernel") and hasattr(value, "fn"):
-                    found.add(f"{value.fn.__module__.removeprefix('kernels.')}.{name}")
+                    found.add(f"{value.fn.__module__.removeprefix('blink.kernels.')}.{name}")
     return found
 
 
 def test_every_kernel_compiles_for_every_target(rows):
     """Every jitted *_kernel of the package, so that a new one cannot be left out of the network's cases."""
     every = every_kernel()
-    assert {"whiten._bwd_kernel", "se_gate._weight_grad_kernel", "_norm_act._stats_kernel"} <= every
+    assert {"whiten._bwd_kernel", "se_gate._weight_grad_kernel", "_batch_norm._stats_kernel"} <= every
     for dtype, target in JOBS:
         of_target = [row for row in rows if row["target"] == target]
         # kernels of float32 arguments only do not differ between dtypes, and are compiled once a target
@@ -82,21 +84,34 @@ def test_every_kernel_compiles_for_every_target(rows):
 
 def test_no_register_is_spilled(rows):
     """To memory, that is: on gfx942 the compiler parks scalar registers in vector ones, without traffic."""
-    allowed = inspect.allowed_spills("sm_90", triton.__version__)
+    allowed = compile_report.allowed_spills("sm_90", triton.__version__)
     spilled = [row for row in rows if row["local_loads"] + row["local_stores"] > allowed]
     assert not spilled, "\n".join(map(str, spilled))
 
 
 def test_one_version_is_held_to_no_spill_and_others_to_few():
-    assert [inspect.allowed_spills("sm_90", version) for version in ("3.8.0", "3.6.0", "3.80.0")] == [0, 8, 8]
-    assert inspect.allowed_spills("sm_75", "3.8.0") == inspect.allowed_spills("gfx942", "3.8.0") == float("inf")
+    assert [compile_report.allowed_spills("sm_90", version) for version in ("3.8.0", "3.6.0", "3.80.0")] == [0, 8, 8]
+    assert (
+        compile_report.allowed_spills("sm_75", "3.8.0")
+        == compile_report.allowed_spills("gfx942", "3.8.0")
+        == float("inf")
+    )
 
 
 def test_every_op_fits_the_shared_memory_of_smaller_gpus(tmp_path):
     """Products without tensor cores (sm_75), and blocks that may use 64 or 99 KB; the ops that use most."""
     path, targets = tmp_path / "report.json", ["sm_75", "sm_86", "sm_89", "sm_120"]
     ops = ["se_gate", "squeeze_excite", "newton_schulz", "pool_norm_act"]
-    done = compiling("-m", "kernels.inspect", *ops, "--quick", "--target", ",".join(targets), "--json", str(path))
+    done = compiling(
+        "-m",
+        "blink.kernels.examine.compile_report",
+        *ops,
+        "--quick",
+        "--target",
+        ",".join(targets),
+        "--json",
+        str(path),
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(path.read_text())["rows"]
     assert {row["target"] for row in rows} == set(targets)
@@ -106,7 +121,7 @@ def test_every_op_fits_the_shared_memory_of_smaller_gpus(tmp_path):
 
 def test_large_tensors_are_moved_in_16_byte_pieces(cuda_rows):
     """What reads and writes activations of channel counts divisible by 8 does so 16 bytes at a time."""
-    both = {f"{module}._{kernel}_kernel" for module in ("_norm_act", "squeeze_excite") for kernel in ("fwd", "bwd")}
+    both = {f"{module}._{kernel}_kernel" for module in ("_batch_norm", "squeeze_excite") for kernel in ("fwd", "bwd")}
     stores = {"whiten._fwd_kernel", "whiten_project_norm_act._fwd_kernel"}
     checked = set()
     for row in cuda_rows:
@@ -120,7 +135,7 @@ def test_large_tensors_are_moved_in_16_byte_pieces(cuda_rows):
 
 def test_patch_products_run_on_tensor_cores(cuda_rows):
     names = [f"whiten_project_norm_act._{name}_kernel" for name in ("fwd", "bwd")]
-    names += [f"_moments._{name}_kernel" for name in ("moments", "image_moments")]
+    names += [f"_patch_moments._{name}_kernel" for name in ("moments", "image_moments")]
     products = [row for row in cuda_rows if row["dtype"] == "float16" and row["kernel"] in names]
     assert len(products) >= len(names)
     for row in products:
@@ -310,11 +325,11 @@ NARROW = {"wide_loads": 0, "wide_stores": 0}
 def test_offenses(changes, reason, monkeypatch, capsys):
     """What fails the report, in one line with its kernel, and the exit code that follows."""
     row = row_of(**changes)
-    found = inspect.offenses([row], triton.__version__)
+    found = compile_report.offenses([row], triton.__version__)
     assert found == ([f"whiten._fwd_kernel ({row['target']}, float16, some): {reason}"] if reason else [])
-    monkeypatch.setattr("kernels._launch._INTERPRETED", False)
-    monkeypatch.setattr(inspect, "_compile", lambda jobs: [dict(row)])
-    assert inspect.main([]) == (1 if reason else 0)
+    monkeypatch.setattr("blink.kernels.launching._INTERPRETED", False)
+    monkeypatch.setattr(compile_report, "_compile", lambda jobs: [dict(row)])
+    assert compile_report.main([]) == (1 if reason else 0)
     printed = capsys.readouterr().out
     assert all(line in printed for line in found)
     assert (f"narrow: {row['narrow_reason']}" in printed) == bool(row["narrow_reason"])
@@ -322,9 +337,9 @@ def test_offenses(changes, reason, monkeypatch, capsys):
 
 SPILLING = """
 import torch, triton, triton.language as tl
-from kernels._ahead_of_time import TARGETS, compile_launch
-from kernels._common import rounded_product
-from kernels._launch import Launch
+from blink.kernels.examine.ahead_of_time import TARGETS, compile_launch
+from blink.kernels._common import rounded_product
+from blink.kernels.launching import Launch
 
 @triton.jit
 def _hoard_kernel(x_ptr, N: tl.constexpr):
@@ -373,7 +388,7 @@ def test_faults_are_seen(tmp_path):
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, expected, capsys):
     with pytest.raises(SystemExit) as exit:
-        inspect.main(arguments)
+        compile_report.main(arguments)
     assert exit.value.code == 2
     printed = capsys.readouterr()
     assert expected in printed.err and printed.err.count("\n") == 1 and not printed.out
@@ -381,5 +396,5 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, expected, capsys):
 
 @pytest.mark.skipif(not interpreting(), reason="the kernels are compiled here")
 def test_the_interpreter_is_refused(capsys):
-    assert inspect.main(["--quick"]) == 2
+    assert compile_report.main(["--quick"]) == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blink.kernels import environment, reference
+from blink.kernels.examine import cases
+from blink.kernels.examine.bench import __main__ as bench
+from blink.kernels.examine.bench import measure, providers, report
+from blink.model import backend
+from blink.training.loop import Trainer, plan_budget
+from blink.training.precision import Precision
+from blink.training.recipes import BLINK
 
-from kernels import _cases, environment, reference
-from kernels.bench import __main__ as bench
-from kernels.bench import measure, providers, report
-from model import backend
 from tests.oracle import DEVICE
 from tests.small import small_dataset
-from training.loop import Trainer, plan_budget
-from training.precision import Precision
-from training.recipes import BLINK
 
 SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", "--dtype", "float32", "--quick"]
 
@@ -25,45 +26,45 @@ SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", 
     "case, which, moved, flops",
     [
         # images 2*4*5*3 = 120 bytes, 2*3*4 = 24 positions of 6 filters: 144 values; 24 * 6 * 12 multiply-adds
-        (_cases.whiten(2, 4, 5, 6), "fwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
-        (_cases.whiten(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
-        (_cases.whiten(2, 4, 5, 6, activation=None), "bwd", 144 * 2, 0),
+        (cases.whiten(2, 4, 5, 6), "fwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
+        (cases.whiten(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 24 * 6 * 12),
+        (cases.whiten(2, 4, 5, 6, activation=None), "bwd", 144 * 2, 0),
         # images twice; moments are 24 * 12 * 12 multiply-adds more
-        (_cases.whiten_project_norm_act(2, 4, 5, 6), "fwd", 240 + 144 * 2, 2 * (24 * 6 * 12 + 24 * 12 * 12)),
-        (_cases.whiten_project_norm_act(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 2 * 24 * 6 * 12),
+        (cases.whiten_project_norm_act(2, 4, 5, 6), "fwd", 240 + 144 * 2, 2 * (24 * 6 * 12 + 24 * 12 * 12)),
+        (cases.whiten_project_norm_act(2, 4, 5, 6), "bwd", 120 + 144 * 2, 2 * 2 * 24 * 6 * 12),
         # [2, 8] float32 is 64 bytes, [2, 3] is 24, both weights 48 values of 2 bytes
-        (_cases.se_gate(2, 8, 3), "fwd", 2 * 64 + 24 + 96, 2 * 2 * 2 * 8 * 3),
-        (_cases.se_gate(2, 8, 3), "bwd", 6 * 64 + 4 * 24 + 96 + 48 * 4, 4 * 2 * 2 * 8 * 3),
+        (cases.se_gate(2, 8, 3), "fwd", 2 * 64 + 24 + 96, 2 * 2 * 2 * 8 * 3),
+        (cases.se_gate(2, 8, 3), "bwd", 6 * 64 + 4 * 24 + 96 + 48 * 4, 4 * 2 * 2 * 8 * 3),
         # 120 values of 2 bytes: x twice, residual, y
-        (_cases.excite_norm_act_add(2, 4, 3, 5), "fwd", 4 * 240, 0),
-        (_cases.excite_norm_act_add(2, 4, 3, 5, residual=False, training=False), "fwd", 2 * 240, 0),
-        (_cases.norm_act(2, 4, 3, 5), "fwd", 3 * 240, 0),
-        (_cases.norm_act(2, 4, 3, 5), "bwd", 5 * 240, 0),
+        (cases.excite_norm_act_add(2, 4, 3, 5), "fwd", 4 * 240, 0),
+        (cases.excite_norm_act_add(2, 4, 3, 5, residual=False, training=False), "fwd", 2 * 240, 0),
+        (cases.norm_act(2, 4, 3, 5), "fwd", 3 * 240, 0),
+        (cases.norm_act(2, 4, 3, 5), "bwd", 5 * 240, 0),
         # dy and x twice, dx
-        (_cases.excite_norm_act_add(2, 4, 3, 5), "bwd", 5 * 240, 0),
-        (_cases.squeeze_excite(2, 4, 3, 5, 2), "fwd", 2 * 240, 2 * 2 * 2 * 4 * 2),
-        (_cases.squeeze_excite(2, 4, 3, 5, 2), "bwd", 3 * 240, 4 * 2 * 2 * 4 * 2),
+        (cases.excite_norm_act_add(2, 4, 3, 5), "bwd", 5 * 240, 0),
+        (cases.squeeze_excite(2, 4, 3, 5, 2), "fwd", 2 * 240, 2 * 2 * 2 * 4 * 2),
+        (cases.squeeze_excite(2, 4, 3, 5, 2), "bwd", 3 * 240, 4 * 2 * 2 * 4 * 2),
         # x holds 2*4*5*4 = 160 values, pooled 2*4*2*2 = 32, the index 32 / 4 bytes
-        (_cases.pool_norm_act(2, 4, 5, 4), "fwd", 320 + 3 * 64 + 8, 0),
-        (_cases.pool_norm_act(2, 4, 5, 4), "bwd", 4 * 64 + 8 + 320, 0),
+        (cases.pool_norm_act(2, 4, 5, 4), "fwd", 320 + 3 * 64 + 8, 0),
+        (cases.pool_norm_act(2, 4, 5, 4), "bwd", 4 * 64 + 8 + 320, 0),
         # a second gradient of y is read twice too
-        (_cases.pool_norm_act(2, 4, 5, 4, fork=True), "bwd", 6 * 64 + 8 + 320, 0),
+        (cases.pool_norm_act(2, 4, 5, 4, fork=True), "bwd", 6 * 64 + 8 + 320, 0),
         # 20 logits of 2 bytes, 2 labels of 8, 2 pairs of float32
-        (_cases.cross_entropy(2, 10), "fwd", 40 + 16 + 16, 0),
-        (_cases.cross_entropy(2, 10), "bwd", 2 * 40 + 16 + 16, 0),
+        (cases.cross_entropy(2, 10), "fwd", 40 + 16 + 16, 0),
+        (cases.cross_entropy(2, 10), "bwd", 2 * 40 + 16 + 16, 0),
         # 4 * 3 * 9 = 108 values of 2 bytes and 4 of float32, each read three times and written twice
-        (_cases.sgd_nesterov([(4, 3, 3, 3), (4,)]), "fwd", 5 * (108 * 2 + 4 * 4), 0),
+        (cases.sgd_nesterov([(4, 3, 3, 3), (4,)]), "fwd", 5 * (108 * 2 + 4 * 4), 0),
         # [4, 27]: half of X X^T, Q X, and 9 halves of 4x4 products
-        (_cases.newton_schulz([(4, 3, 3, 3)]), "fwd", 4 * 108 * 2, 3 * 16 * 27 + 9 * 64),
-        (_cases.muon([(4, 3, 3, 3)]), "fwd", 9 * 108 * 2, 3 * 16 * 27 + 9 * 64),
+        (cases.newton_schulz([(4, 3, 3, 3)]), "fwd", 4 * 108 * 2, 3 * 16 * 27 + 9 * 64),
+        (cases.muon([(4, 3, 3, 3)]), "fwd", 9 * 108 * 2, 3 * 16 * 27 + 9 * 64),
     ],
-    ids=lambda value: value.op if isinstance(value, _cases.Case) else None,
+    ids=lambda value: value.op if isinstance(value, cases.Case) else None,
 )
 def test_counts_match_hand_counts(case, which, moved, flops):
-    assert case.cost(2)[which] == _cases.Cost(moved, flops)
+    assert case.cost(2)[which] == cases.Cost(moved, flops)
 
 
-@pytest.mark.parametrize("case", _cases.small_cases(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", cases.small_cases(), ids=lambda case: case.op)
 def test_every_pass_has_a_cost(case):
     assert set(case.cost(2)) == ({"fwd", "bwd"} if case.differentiable else {"fwd"})
     for which in case.cost(2):
@@ -73,7 +74,7 @@ def test_every_pass_has_a_cost(case):
 
 def test_shapes_make_a_case_of_every_op():
     for op in bench.OPS:
-        case = _cases.case_at(op, 2, 5, 5, 16)
+        case = cases.case_at(op, 2, 5, 5, 16)
         assert case.op == op
         case.call(reference, case.make(torch.device("cpu"), torch.float32), torch.float32)
 
@@ -106,10 +107,10 @@ def test_blinks_cases_are_the_calls_of_its_steps():
         trainer.step.rehearse(phase)
     made = {
         (c.op, shapes_of(next(iter(c.make(torch.device("cpu"), torch.float32).values()))))
-        for c in _cases.blink_cases(16)
+        for c in cases.blink_cases(16)
     }
     # the first layer's bias is trained for a part of the run only
-    assert len(called - made) == 1 and len(made) == len(_cases.blink_cases(16))
+    assert len(called - made) == 1 and len(made) == len(cases.blink_cases(16))
     assert made < called
 
 
@@ -204,7 +205,7 @@ def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
 def test_missing_compiler_is_noticed(monkeypatch):
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
-        providers.load("compile", _cases.small_cases()[0])
+        providers.load("compile", cases.small_cases()[0])
 
 
 def entry(time, status="timed", spread=0.01):

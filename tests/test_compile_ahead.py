@@ -5,18 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blink.experiments.plans import narrowed, stretched
+from blink.experiments.profile.measure import Stepper
+from blink.kernels import compile_ahead, launching
+from blink.kernels.launching import Launch
+from blink.model import backend
+from blink.training import precision
+from blink.training.loop import Trainer, plan_budget
+from blink.training.recipes import AIR, HLB, Recipe
 
-from kernels import _launch, compile_ahead
-from kernels._launch import Launch
-from model import backend
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 from tests.test_training_step import PHASED
-from training import precision
-from training.loop import Trainer, plan_budget
-from training.plans import narrowed, stretched
-from training.profile.measure import Stepper
-from training.recipes import AIR, HLB, Recipe
 
 
 def make(recipe: Recipe) -> Trainer:
@@ -35,7 +35,7 @@ def launched(monkeypatch) -> list[Launch]:
         seen.append(Launch(*fields))
         return seen[-1]
 
-    monkeypatch.setattr(_launch, "Launch", noted)
+    monkeypatch.setattr(launching, "Launch", noted)
     return seen
 
 
@@ -107,7 +107,7 @@ def test_each_specialization_is_compiled_once():
     assert not compile_ahead.specialization(compile_ahead.without_data(others[1]))[-1][0][1]
     with compile_ahead.compiled_ahead():
         for launch in same:
-            _launch.launch(launch.kernel, (1,), *launch.arguments, **options)
+            launching.launch(launch.kernel, (1,), *launch.arguments, **options)
     ((arguments, given),) = kernel.calls
     assert given == {"num_warps": 4, "enable_fp_fusion": True, "BLOCK": 16}
     assert arguments[0].data_ptr() != x.data_ptr() and arguments[1][1] == 32

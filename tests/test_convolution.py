@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from model.convolution import conv3x3
+from blink.model.convolution import conv3x3
 
 
 @pytest.mark.parametrize("leaf", ["x", "weight"])

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from blink.kernels.examine.cases import cross_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels._cases import cross_entropy
+from blink import kernels
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 INF, NAN = float("inf"), float("nan")
@@ -206,7 +206,7 @@ def test_agrees_with_pytorch_where_pytorch_is_the_definition():
 def test_many_blocks_per_program(monkeypatch):
     import importlib
 
-    module = importlib.import_module("kernels.cross_entropy")
+    module = importlib.import_module("blink.kernels.cross_entropy")
     monkeypatch.setattr(module, "_PROGRAMS", 3)
     monkeypatch.setattr(module, "_TILE", 64)
     judge(cross_entropy(101, 10), torch.float32, TOLERANCES[torch.float32])

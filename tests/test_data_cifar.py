@@ -14,12 +14,12 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from blink.training import data
+from blink.training.data import cifar
+from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from training import data
-from training.data import cifar
-from training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
-from training.errors import UserError
+from blink.errors import UserError
 
 ROWS = 4
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -250,7 +250,7 @@ def test_a_second_start_does_without_torchvision(tmp_path, monkeypatch, kind):
     first = load(str(tmp_path))
     for name in [name for name in sys.modules if name.startswith("torchvision")]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "training.data.cifar")
+    monkeypatch.delitem(sys.modules, "blink.training.data.cifar")
     monkeypatch.delattr(data, "cifar")
     assert load(str(tmp_path)).fingerprint == first.fingerprint
 
@@ -283,7 +283,7 @@ def test_default_source_is_a_local_cifar10(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_generated(monkeypatch):
-    from training.data import synthetic
+    from blink.training.data import synthetic
 
     generate = synthetic.generate
     monkeypatch.setattr(synthetic, "generate", lambda: generate(train=20, test=10))

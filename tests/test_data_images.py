@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from blink.training import data
+from blink.training.data import cache, image_tree
+from blink.training.data.dataset import assemble, fixed_order, pixel_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from training import data
-from training.data import cache, image_tree
-from training.data.dataset import assemble, fixed_order, pixel_statistics
-from training.errors import UserError
+from blink.errors import UserError
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from blink.model import backend
+from blink.model.whitening import initialize_stem
+from blink.training import precision
+from blink.training.data import synthetic
+from blink.training.data.dataset import Dataset, assemble
+from blink.training.loop import Trainer, plan_budget
+from blink.training.recipes import AIR, BLINK, HLB, Recipe, with_group, with_network
 from torch import nn
 
-from model import backend
-from model.whitening import initialize_stem
 from tests.oracle import DEVICE
-from training import precision
-from training.data import synthetic
-from training.data.dataset import Dataset, assemble
-from training.loop import Trainer, plan_budget
-from training.recipes import AIR, BLINK, HLB, Recipe, with_group, with_network
 
 TWO = ("disc", "stripes")
 

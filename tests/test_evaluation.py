@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blink.kernels.gather import gathered, reflect
+from blink.model import backend
+from blink.model.network import Network
+from blink.training import precision
+from blink.training.evaluation import accuracy, images_at_once, in_parts, logits_of, unsure
+from blink.training.loop import Trainer, plan_budget
+from blink.training.recipes import AIR, RECIPES
 from torch import nn
 
-from kernels.gather import gathered, reflect
-from model import backend
-from model.network import Network
 from tests.oracle import DEVICE
 from tests.small import random_images, small_dataset
-from training import precision
-from training.evaluation import accuracy, images_at_once, in_parts, logits_of, unsure
-from training.loop import Trainer, plan_budget
-from training.recipes import AIR, RECIPES
 
 
 class Asymmetric(nn.Module):
@@ -136,7 +136,7 @@ def test_a_gpu_evaluates_as_many_images_as_its_memory_has_room_for(memory, side,
 
 
 def test_a_trainer_evaluates_no_more_images_at_once(monkeypatch):
-    monkeypatch.setattr("training.loop.images_at_once", lambda *arguments: 16)
+    monkeypatch.setattr("blink.training.loop.images_at_once", lambda *arguments: 16)
     dataset = small_dataset(16, 40, side=16).to(DEVICE)
     budget = plan_budget(AIR, 16, 8, steps=1)
     recipe = replace(AIR, tta_fraction=0.5)

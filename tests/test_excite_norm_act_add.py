@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from blink.kernels.examine.cases import excite_norm_act_add
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels._cases import excite_norm_act_add
+from blink import kernels
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # float32: a few roundings a value; the gate's gradient sums up to H * W of them, which largely cancel;
@@ -92,9 +92,9 @@ def test_nan_stays_visible():
 
 def test_many_segments_per_program(monkeypatch):
     """With fewer programs than images, programs own several images each; results do not change beyond rounding."""
-    from kernels import _norm_act
+    from blink.kernels import _batch_norm
 
-    monkeypatch.setattr(_norm_act, "_PROGRAMS", 3)
+    monkeypatch.setattr(_batch_norm, "_PROGRAMS", 3)
     judge(excite_norm_act_add(8, 12, 3, 3), torch.float32, TOLERANCES[torch.float32])
     judge(excite_norm_act_add(30, 12, 5, 5, gate=False), torch.float32, TOLERANCES[torch.float32])
 

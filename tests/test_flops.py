@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import pytest
-
-from training.flops import run_flops
-from training.loop import plan_budget
-from training.recipes import AIR, HLB, Resolution, freezing
+from blink.training.flops import run_flops
+from blink.training.loop import plan_budget
+from blink.training.recipes import AIR, HLB, Resolution, freezing
 
 
 def by_hand(recipe, stem, convolutions, head, views, budget, frozen_from=None):

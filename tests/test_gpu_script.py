@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from blink.experiments import ablate
+from blink.experiments.race import __main__ as race
+from blink.kernels.examine.bench import __main__ as bench
 
 import train
-from kernels.bench import __main__ as bench
-from training import ablate
-from training.race import __main__ as race
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [line.split("()")[0].removeprefix("part_") for line in (ROOT / ".ci" / "gpu").read_text().splitlines()
@@ -66,7 +66,11 @@ def parse(command: list[str]) -> None:
     if script == "train.py":
         train.parse(arguments)
     elif script == "-m" and arguments[0] != "pytest":
-        parsers = {"kernels.bench": bench.parse, "training.ablate": ablate.parse, "training.race": race.parse}
+        parsers = {
+            "blink.kernels.examine.bench": bench.parse,
+            "blink.experiments.ablate": ablate.parse,
+            "blink.experiments.race": race.parse,
+        }
         parsers[arguments[0]](arguments[1:])
 
 

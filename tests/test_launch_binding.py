@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from kernels import _launch
-from training.recipes import RECIPES
+from blink.kernels import launching
+from blink.training.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,5 +38,5 @@ class Kernel:
 @pytest.mark.parametrize("name", ["params", "options", "specialization", "backend", "specialize_impl", "num_warps"])
 def test_names_that_triton_uses_itself_are_refused(name):
     with pytest.raises(ValueError, match=f"_some_kernel has an argument named '{name}', which Triton"):
-        _launch.check_argument_names(Kernel("x_ptr", name))
-    _launch.check_argument_names(Kernel("x_ptr", "param_ptrs"))
+        launching.check_argument_names(Kernel("x_ptr", name))
+    launching.check_argument_names(Kernel("x_ptr", "param_ptrs"))

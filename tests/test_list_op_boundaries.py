@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blink.kernels.examine import cases
+from blink.kernels.examine.cases import mapped, named
 
-import kernels
-from kernels import _cases
-from kernels._cases import mapped, named
+from blink import kernels
 from tests.oracle import DEVICE, copies, updated
 
-CASES = [case for case in _cases.small_cases() if not case.differentiable]
+CASES = [case for case in cases.small_cases() if not case.differentiable]
 OPTIMIZERS = [case for case in CASES if case.buffers]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 every_update = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case.op)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from blink.kernels import launching
+from blink.kernels.examine import cases
+from blink.kernels.examine.cases import mapped, named
 
-import kernels
-from kernels import _cases, _launch
-from kernels._cases import mapped, named
+from blink import kernels
 from tests.oracle import DEVICE, DTYPES, captured, copies, in_float64, name_of, updated
 
-CASES = [case for case in _cases.small_cases() if not case.differentiable]
+CASES = [case for case in cases.small_cases() if not case.differentiable]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 every_update = pytest.mark.parametrize("case", [case for case in CASES if case.buffers], ids=lambda case: case.op)
 
@@ -186,7 +187,7 @@ def test_operator_obeys_its_declaration(case):
     original = torch._ops.OpOverload.__call__
 
     def record(self, *args, **kwargs):
-        if self.namespace == _launch.NAMESPACE:
+        if self.namespace == launching.NAMESPACE:
             clone = tuple(
                 mapped(lambda t: t.clone(), a) if isinstance(a, torch.Tensor) or self_is_list(a) else a for a in args
             )

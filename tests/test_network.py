@@ -5,16 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from blink.kernels import Gather
+from blink.kernels.gather import gathered
+from blink.model import backend
+from blink.model.network import Group, Network, NetworkConfig
+from blink.model.whitening import initialize_stem
+from blink.training.data import synthetic
+from blink.training.optimizer import Optimizer
+from blink.training.recipes import HLB, ParamGroup, Schedule
 
-from kernels import Gather
-from kernels.gather import gathered
-from model import backend
-from model.network import Group, Network, NetworkConfig
-from model.whitening import initialize_stem
 from tests.oracle import DEVICE
-from training.data import synthetic
-from training.optimizer import Optimizer
-from training.recipes import HLB, ParamGroup, Schedule
 
 SMALL = NetworkConfig(stem_channels=8, groups=(Group(16), Group(16, depth=0), Group(32)), se_reduction=4)
 

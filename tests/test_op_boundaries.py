@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blink.kernels import reference
+from blink.kernels.examine import cases
+from blink.kernels.examine.cases.base import GATHER
 from torch import Tensor
 
-import kernels
-from kernels import _cases, reference
-from kernels._cases.base import GATHER
+from blink import kernels
 from tests.oracle import DEVICE
 
-CASES = [case for case in _cases.small_cases() if case.differentiable]
+CASES = [case for case in cases.small_cases() if case.differentiable]
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 NORMALIZING = [case for case in CASES if case.buffers and not any(part in case.label for part in ("gather",))]
 every_normalizing_op = pytest.mark.parametrize("case", NORMALIZING, ids=lambda case: case.op)

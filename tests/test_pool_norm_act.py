@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from blink.kernels.examine.cases import pool_norm_act
+from blink.kernels.launching import captured_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
-from kernels._cases import pool_norm_act
-from kernels._launch import captured_launches
+from blink import kernels
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # float32: a few roundings a value; 16 bits: y and the squeeze added to it for the comparison are rounded once each
@@ -166,7 +166,7 @@ def test_fork_inside_a_compiled_function():
 def test_many_images_per_program(monkeypatch):
     import importlib
 
-    monkeypatch.setattr(importlib.import_module("kernels.pool_norm_act"), "_PROGRAMS", 3)
+    monkeypatch.setattr(importlib.import_module("blink.kernels.pool_norm_act"), "_PROGRAMS", 3)
     judge(pool_norm_act(8, 12, 5, 5, fork=True), torch.float32, TOLERANCES[torch.float32])
 
 

@@ -4,19 +4,19 @@ import json
 
 import pytest
 import torch
+from blink.experiments.profile import measure
+from blink.experiments.profile.costs import step_costs
+from blink.experiments.profile.measure import Profile, Race, Row
+from blink.experiments.profile.report import convolution_table, race_lines, table
+from blink.experiments.profile.trace import Work, matched_owners, steps_of
+from blink.model import backend, convolution
+from blink.model.network import Network
+from blink.training.optimizer import Optimizer
+from blink.training.recipes import AIR, HLB
 
 import train
-from model import backend, convolution
-from model.network import Network
+from blink.errors import UserError
 from tests.oracle import DEVICE
-from training.errors import UserError
-from training.optimizer import Optimizer
-from training.profile import measure
-from training.profile.costs import step_costs
-from training.profile.measure import Profile, Race, Row
-from training.profile.report import convolution_table, race_lines, table
-from training.profile.trace import Work, matched_owners, steps_of
-from training.recipes import AIR, HLB
 
 
 def span(name, start, end, category="cpu_op", thread=1, **args):

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from blink.experiments import records
+from blink.experiments.race import __main__ as race
+from blink.experiments.race import data, table
+from blink.experiments.race.contest import only
+from blink.experiments.race.launch import Clock, lent_to
+from blink.experiments.race.peers import PEERS, Rows, find_script, with_runs
+from blink.training.data.dataset import assemble
 
+from blink.errors import UserError
 from tests.small import small_dataset
-from training import records
-from training.data.dataset import assemble
-from training.errors import UserError
-from training.race import __main__ as race
-from training.race import data, table
-from training.race.contest import only
-from training.race.launch import Clock, lent_to
-from training.race.peers import PEERS, Rows, find_script, with_runs
 
 ROOT = Path(race.__file__).resolve().parent.parent.parent
 
@@ -174,7 +174,16 @@ def test_the_first_images_hold_every_class():
 
 
 def launch(folder, path, runs, out):
-    command = [sys.executable, "-m", "training.race.launch", "airbench94_muon", str(path), str(runs), str(out), "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "blink.experiments.race.launch",
+        "airbench94_muon",
+        str(path),
+        str(runs),
+        str(out),
+        "cpu",
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 

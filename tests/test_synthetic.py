@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from training import data
-from training.data import synthetic
+from blink.training import data
+from blink.training.data import synthetic
 
 
 @pytest.fixture(scope="module")

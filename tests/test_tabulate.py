@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from blink.experiments import tabulate
 
 from tests.test_ablate import record
 from tests.test_race import block
-from training import tabulate
 
 ROOT = Path(tabulate.__file__).resolve().parent.parent
 

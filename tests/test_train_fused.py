@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blink.model import backend
+from blink.model.network import Group
+from blink.training import data, precision
+from blink.training.data import synthetic
+from blink.training.data.dataset import assemble
+from blink.training.loop import Trainer, build_network, plan_budget
+from blink.training.recipes import AIR, HLB, RECIPES, ParamGroup
 from safetensors.torch import load_file
 
 import train
-from model import backend
-from model.network import Group
 from tests.oracle import DEVICE
 from tests.test_training_step import PHASED
-from training import data, precision
-from training.data import synthetic
-from training.data.dataset import assemble
-from training.loop import Trainer, build_network, plan_budget
-from training.recipes import AIR, HLB, RECIPES, ParamGroup
 
 
 @pytest.mark.parametrize(("recipe", "rate"), [("hlb", 10), ("air", 4), ("blink", 4), ("phased", 4)])

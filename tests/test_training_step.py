@@ -9,15 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blink.experiments import stem
+from blink.experiments.plans import narrowed
+from blink.kernels.environment import has_cxx_compiler
+from blink.model import backend
+from blink.training import graph, precision
+from blink.training.loop import Listener, Trainer, plan_budget
+from blink.training.recipes import AIR, HLB, Resolution, freezing
 
-from kernels.environment import has_cxx_compiler
-from model import backend
 from tests.oracle import DEVICE
 from tests.small import small_dataset
-from training import graph, precision, stem
-from training.loop import Listener, Trainer, plan_budget
-from training.plans import narrowed
-from training.recipes import AIR, HLB, Resolution, freezing
 
 # every block that makes phases of a run: smaller images, frozen layers, images that sit out
 PHASED = freezing(replace(AIR, name="phased", resolutions=(Resolution(0.4, 0.75),), keep=0.75, tta_fraction=0.3), 0, 6)

@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from blink.kernels import environment
+from blink.model import backend as backends
+from blink.training import data, precision
+from blink.training.allocator import keep_freed_memory
+from blink.training.data.dataset import Dataset
+from blink.training.loop import Budget
+from blink.training.recipes import Recipe
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kernels import environment
-from model import backend as backends
-from training import data, precision
-from training.allocator import keep_freed_memory
-from training.data.dataset import Dataset
-from training.errors import UserError
-from training.loop import Budget
-from training.recipes import Recipe
+from blink.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +107,7 @@ def describe_stem(recipe: Recipe, backend: str) -> str:
 
 def count_flops(recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
     """FLOPs of a run by what they are spent on, and their total, ready for JSON."""
-    from training.flops import run_flops
+    from blink.training.flops import run_flops
 
     sizes = (len(dataset.train_images), len(dataset.test_images))
     flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)

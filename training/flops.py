@@ -7,15 +7,14 @@ Triton kernels), so the number is the recipe's and not an implementation's. Vali
 from dataclasses import dataclass
 
 import torch
+from blink.model import backend
+from blink.model.network import Network
+from blink.training.evaluation import VIEWS, unsure
+from blink.training.loop import Budget
+from blink.training.optimizer import Optimizer
+from blink.training.recipes import Recipe
+from blink.training.step import phase_of
 from torch.utils.flop_counter import FlopCounterMode
-
-from model import backend
-from model.network import Network
-from training.evaluation import VIEWS, unsure
-from training.loop import Budget
-from training.optimizer import Optimizer
-from training.recipes import Recipe
-from training.step import phase_of
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from blink.model.backend import Backend
+from blink.model.network import Network
+from blink.model.whitening import initialize_stem
+from blink.training.batches import Batches
+from blink.training.clock import Stopwatch
+from blink.training.data.dataset import Dataset
+from blink.training.evaluation import accuracy, images_at_once, logits_of
+from blink.training.optimizer import Optimizer, WeightAverage
+from blink.training.precision import Precision
+from blink.training.recipes import Recipe
+from blink.training.step import TrainingStep
 from torch import Tensor
 
-from model.backend import Backend
-from model.network import Network
-from model.whitening import initialize_stem
-from training.batches import Batches
-from training.clock import Stopwatch
-from training.data.dataset import Dataset
-from training.errors import UserError
-from training.evaluation import accuracy, images_at_once, logits_of
-from training.optimizer import Optimizer, WeightAverage
-from training.precision import Precision
-from training.recipes import Recipe
-from training.step import TrainingStep
+from blink.errors import UserError
 
 # fewer steps than this an epoch leave the schedule too coarse to learn from a small data set
 MIN_STEPS_PER_EPOCH = 16
@@ -225,7 +225,7 @@ class Trainer:
 
     def compile_ahead(self, seed: int) -> None:
         """Compile every kernel that a run launches, in parallel, where a run would compile them one after another."""
-        from kernels.compile_ahead import compiled_ahead
+        from blink.kernels.compile_ahead import compiled_ahead
 
         self.prepare(seed)
         self._batches.draw(torch.Generator(self.device).manual_seed(seed), 0)

@@ -7,11 +7,10 @@ from functools import partial
 from itertools import islice
 
 import torch
+from blink.model.backend import Backend
+from blink.model.convolution import Conv3x3
+from blink.training.recipes import ParamGroup, Recipe
 from torch import Tensor, nn
-
-from model.backend import Backend
-from model.convolution import Conv3x3
-from training.recipes import ParamGroup, Recipe
 
 
 def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list[list[nn.Parameter]]:

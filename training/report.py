@@ -6,17 +6,17 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
+from blink.training.data.dataset import Dataset
+from blink.training.loop import Budget, EpochRow, RunResult
+from blink.training.recipes import Recipe
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from kernels._files import replacing
-from training.data.dataset import Dataset
-from training.errors import UserError
-from training.loop import Budget, EpochRow, RunResult
-from training.recipes import Recipe
+from blink.errors import UserError
+from blink.files import replacing
 
 GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100

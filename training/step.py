@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from blink.kernels.gather import Gather
+from blink.model.backend import Backend
+from blink.model.network import Network
+from blink.training.batches import Batches
+from blink.training.graph import Replay, restored
+from blink.training.optimizer import Optimizer
+from blink.training.precision import Precision
+from blink.training.recipes import Recipe
 from torch import Tensor
-
-from kernels.gather import Gather
-from model.backend import Backend
-from model.network import Network
-from training.batches import Batches
-from training.graph import Replay, restored
-from training.optimizer import Optimizer
-from training.precision import Precision
-from training.recipes import Recipe
 
 
 @dataclass(frozen=True)

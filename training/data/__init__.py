@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from training.data import cache, image_tree
-from training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
-from training.data.layouts import LAYOUTS
-from training.errors import UserError
+from blink.training.data import cache, image_tree
+from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
+from blink.training.data.layouts import LAYOUTS
+from blink.errors import UserError
 
 DEFAULT_ROOT = Path("data")
 Progress = Callable[[int, int], None]
@@ -46,7 +46,7 @@ def _published(source: str, progress: Progress, note: Note) -> Dataset:
     for name in (layout.folder, layout.binary_folder):
         if (DEFAULT_ROOT / name).is_dir():
             return read(DEFAULT_ROOT / name, progress, note)
-    from training.data import cifar
+    from blink.training.data import cifar
 
     note(f"downloading {layout.name} ...")
     try:
@@ -58,7 +58,7 @@ def _published(source: str, progress: Progress, note: Note) -> Dataset:
 
 def generated() -> Dataset:
     """The embedded generated set: not CIFAR-10, and it says so."""
-    from training.data import synthetic
+    from blink.training.data import synthetic
 
     arrays = synthetic.generate()
     return assemble("generated shapes (not CIFAR-10)", synthetic.CLASSES, *arrays, generated=True)
@@ -110,7 +110,7 @@ def _recognize(path: Path, progress: Progress):
 
 
 def _read_published(root: Path, name: str, binary: bool):
-    from training.data import cifar
+    from blink.training.data import cifar
 
     read = cifar.read_binary_batches if binary else cifar.read_python_batches
     return read(root, cifar.PUBLISHED[name])

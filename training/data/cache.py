@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernels._files import replacing
-from training.data.dataset import Dataset
-from training.errors import UserError
+from blink.files import replacing
+from blink.training.data.dataset import Dataset
+from blink.errors import UserError
 
 _FORMAT = "1"
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")

@@ -17,10 +17,10 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
-from training.data import layouts
-from training.data.dataset import Arrays
-from training.data.layouts import Layout
-from training.errors import UserError
+from blink.training.data import layouts
+from blink.training.data.dataset import Arrays
+from blink.training.data.layouts import Layout
+from blink.errors import UserError
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE

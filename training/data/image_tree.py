@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from training.data.dataset import Arrays
-from training.errors import UserError
+from blink.training.data.dataset import Arrays
+from blink.errors import UserError
 
 _CHUNK = 500
 

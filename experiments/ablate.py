@@ -1,0 +1,198 @@
+"""`blink ablate PLAN`: train every variant of a plan, interleaved, with the same seeds, and compare them.
+
+Each run is written when it ends; a later call with the same file goes on where one stopped.
+"""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from blink.experiments import compare, records
+from blink.experiments.plans import PLANS, Plan, narrowed, stretched
+from blink.training.command import (
+    Parser,
+    Setting,
+    add_setting_arguments,
+    check_output,
+    choose_setting,
+    count_flops,
+    describe,
+    load_data,
+    natural,
+    positive,
+)
+from blink.training.data.dataset import Dataset
+from blink.training.loop import Trainer, plan_budget
+from blink.training.recipes import Recipe
+from rich.console import Console
+
+from blink.errors import UserError
+
+# what a run on file has at least
+_KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console()
+    if options.plan is None:
+        for name, plan in PLANS.items():
+            console.print(
+                f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", highlight=False, markup=False
+            )
+        return 0
+    try:
+        return run(options, console)
+    except UserError as error:
+        print(f"blink.experiments.ablate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("blink.experiments.ablate: interrupted; the runs that ended are kept", file=sys.stderr)
+        return 130
+
+
+def run(options: Namespace, console: Console) -> int:
+    began = time.perf_counter()
+    plan = PLANS[options.plan]
+    chosen = choose_variants(plan, options.plan, options.only)
+    path = options.json or Path("runs") / f"{options.plan}.jsonl"
+    check_output(path, append=True)
+    setting = choose_setting(options)
+    notes: list[str] = []
+    dataset = load_data(options.data, console, notes).limited(options.limit)
+    if options.tuning_split:
+        dataset = dataset.tuning_split()
+    dataset = dataset.to(setting.device)
+    for note in notes:
+        console.print(f"note     {note}", style="yellow", highlight=False, markup=False)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"{options.plan}: {plan.summary}")
+    runner = Runner(options, setting, dataset, plan.stems is not None)
+    queue = [(seed, name) for seed in range(options.seed, options.seed + options.runs) for name in chosen]
+    longest = 0.0
+    for number, (seed, name) in enumerate(queue, 1):
+        record = runner.describe(name, chosen[name], seed)
+        if any(same_run(record, old, path) for old in records.read(path, _KEYS)):
+            continue
+        spent = time.perf_counter() - began
+        if options.minutes is not None and spent + longest > 60 * options.minutes:
+            say(f"stopped before run {number} of {len(queue)}: {options.minutes:g} minutes would not hold it")
+            break
+        record |= runner.run(name, chosen[name], seed)
+        longest = max(longest, time.perf_counter() - began - spent)
+        records.append(path, record)
+        say(
+            f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
+            f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
+        )
+    written = [r for r in records.read(path, _KEYS) if r["plan"] == options.plan]
+    for shared, group in compare.comparable(written):
+        for line in compare.lines(shared, group, plan):
+            say(line)
+    return 0
+
+
+class Runner:
+    """Trains one variant with one seed; on a GPU each variant is warmed up, untimed, the first time."""
+
+    def __init__(self, options: Namespace, setting: Setting, dataset: Dataset, stem: bool):
+        self._options, self._setting, self._dataset, self._stem = options, setting, dataset, stem
+        self._trainers: dict[str, Trainer] = {}
+        self._stems: dict[str, dict] = {}
+        self._flops: dict[str, dict] = {}
+
+    def _scaled(self, recipe: Recipe) -> Recipe:
+        return stretched(narrowed(recipe, self._options.width), self._options.epochs)
+
+    def describe(self, name: str, recipe: Recipe, seed: int) -> dict:
+        """All of the record that is known before the run."""
+        recipe = self._scaled(recipe)
+        budget = plan_budget(recipe, len(self._dataset.train_images), self._options.batch_size)
+        record = {
+            "plan": self._options.plan,
+            "variant": name,
+            "seed": seed,
+            "width": self._options.width,
+            "epochs_factor": self._options.epochs,
+            **describe(self._setting, recipe, self._dataset, budget),
+        }
+        # as it will be read back: tuples become lists
+        return json.loads(json.dumps(record))
+
+    def run(self, name: str, recipe: Recipe, seed: int) -> dict:
+        """The rest of it."""
+        recipe, setting, dataset = self._scaled(recipe), self._setting, self._dataset
+        budget = plan_budget(recipe, len(dataset.train_images), self._options.batch_size)
+        trainer = self._trainers.get(name)
+        if trainer is None:
+            trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
+            if trainer.compiles:
+                # captured graphs and compiled code are worth keeping; else only memory would be kept
+                self._trainers[name] = trainer
+                trainer.warm_up(seed)
+        if self._stem and name not in self._stems:
+            from blink.experiments import stem
+
+            shape = stem.shape_of(trainer.network, dataset.image_shape[1:])
+            self._stems[name] = shape | {"milliseconds": stem.milliseconds(trainer)}
+        if name not in self._flops:
+            self._flops[name] = count_flops(recipe, budget, dataset)
+        result = trainer.run(seed, validate=0)
+        record = {
+            "accuracy": result.accuracy,
+            "seconds": result.seconds,
+            "images_per_second": result.images_per_second,
+            "epoch_losses": [row.train_loss for row in result.epochs],
+            "flops": self._flops[name],
+        }
+        return record | ({"stem": self._stems[name]} if self._stem else {})
+
+
+def same_run(record: dict, old: dict, path: Path) -> bool:
+    """Whether a run on file is this one: variant, seed, data and machine alike, whatever the commit.
+
+    Raises UserError when the variant's recipe was another then.
+    """
+    if record["variant"] != old["variant"] or compare.conditions(record) != compare.conditions(old):
+        return False
+    if not compare.same_recipe(record, old):
+        raise UserError(
+            f"{path} holds runs of {record['variant']!r} with another recipe or budget; name another --json"
+        )
+    return record["seed"] == old["seed"]
+
+
+def choose_variants(plan: Plan, name: str, only: list[str] | None) -> dict[str, Recipe]:
+    """Those named, in the plan's order. Raises UserError for one that it does not have."""
+    unknown = [variant for variant in only or () if variant not in plan.variants]
+    if unknown:
+        raise UserError(f"plan {name} has no variant {unknown[0]!r}; it has {', '.join(map(repr, plan.variants))}")
+    return {variant: recipe for variant, recipe in plan.variants.items() if only is None or variant in only}
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    parser = Parser(prog="blink.experiments.ablate", description="Compare the variants of a plan.", allow_abbrev=False)
+    add = parser.add_argument
+    add("plan", nargs="?", choices=PLANS, help="which plan; without one, the plans are listed")
+    add("--data", metavar="PATH", help="as for train.py")
+    add("--runs", type=positive(int), default=1, metavar="N", help="seeds a variant (default: %(default)s)")
+    add("--seed", type=natural, default=0, metavar="S", help="the first seed")
+    add("--only", action="append", metavar="VARIANT", help="this variant; may be given more than once")
+    add("--width", type=positive(float), default=1.0, metavar="W", help="times the channels (default: %(default)g)")
+    add("--epochs", type=positive(float), default=1.0, metavar="F", help="times the recipe's (default: %(default)g)")
+    add("--batch-size", type=positive(int), metavar="B", help="default: each recipe's")
+    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
+    add("--tuning-split", action="store_true", help="test on 500 training images a class, held out from training")
+    add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
+    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: runs/PLAN.jsonl)")
+    add_setting_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

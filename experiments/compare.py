@@ -1,0 +1,246 @@
+"""From the runs of a plan to its table: each variant against the first, paired by seed, with 95 % intervals."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+from blink.experiments.plans import Plan
+from blink.training.report import spread
+
+from blink.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant. accuracy, difference, seconds, ratio: mean, std, ci95 and n as `report.spread` gives them.
+
+    difference: accuracy less the baseline's of the same seed; ratio: the baseline's seconds of the same seed over
+    these; both None for the baseline itself and where no seed is shared. pflop: counted for a run.
+    """
+
+    variant: str
+    accuracy: dict
+    difference: dict | None
+    seconds: dict
+    ratio: dict | None
+    pflop: float
+    stem: dict | None
+    epochs: float
+
+
+def conditions(record: dict) -> dict:
+    """What two runs must share to be compared: the plan, the data, the scale, the machine and how it computes."""
+    environment, data = record["environment"], record["data"]
+    machine = {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+    return {
+        "plan": record["plan"],
+        "data": f"{data['name']} {data['fingerprint']}, {data['train']:,} training and {data['test']:,} test images",
+        "width": record["width"],
+        "epochs": record["epochs_factor"],
+        "kernels": record["kernels"]["name"],
+        "dtype": record["dtype"],
+        "graph": record["graph"],
+        "deterministic": record["deterministic"],
+        **machine,
+    }
+
+
+def same_recipe(a: dict, b: dict) -> bool:
+    """Whether two runs trained the same recipe for as many steps."""
+    return a["recipe"] == b["recipe"] and a["budget"] == b["budget"]
+
+
+def comparable(records: Iterable[dict]) -> list[tuple[dict, list[dict]]]:
+    """The records in groups that share their conditions, in order of appearance."""
+    groups: dict[str, tuple[dict, list[dict]]] = {}
+    for record in records:
+        shared = conditions(record)
+        groups.setdefault(json.dumps(shared), (shared, []))[1].append(record)
+    return list(groups.values())
+
+
+def compare(records: list[dict], plan: Plan) -> list[Row]:
+    """Rows of one comparable group in the plan's order; the first is the baseline.
+
+    Raises UserError when a variant's runs are of different recipes, or a seed occurs twice.
+    """
+    runs: dict[str, dict[int, dict]] = {name: {} for name in plan.variants}
+    for record in records:
+        name, seed = record["variant"], record["seed"]
+        seen = runs.setdefault(name, {})
+        if seed in seen:
+            raise UserError(f"the runs hold seed {seed} of {name!r} twice; keep one")
+        if seen and not same_recipe(next(iter(seen.values())), record):
+            raise UserError(f"the runs of {name!r} are of two recipes or budgets; keep those of one")
+        seen[seed] = record
+    runs = {name: seen for name, seen in runs.items() if seen}
+    baseline = next(iter(runs.values()))
+    rows = []
+    for name, seen in runs.items():
+        shared = [seed for seed in seen if seed in baseline and seen is not baseline]
+        gains = [seen[s]["accuracy"] - baseline[s]["accuracy"] for s in shared]
+        ratios = [baseline[s]["seconds"] / seen[s]["seconds"] for s in shared]
+        some = next(iter(seen.values()))
+        rows.append(
+            Row(
+                name,
+                spread([r["accuracy"] for r in seen.values()]),
+                spread(gains) if shared else None,
+                spread([r["seconds"] for r in seen.values()]),
+                spread(ratios) if shared else None,
+                some["flops"]["total"] / 1e15,
+                some.get("stem"),
+                some["budget"]["total_steps"] / some["budget"]["steps_per_epoch"],
+            )
+        )
+    return rows
+
+
+def percent(value: dict | None, signed: bool = False) -> str:
+    """A spread of fractions in percent, with its interval."""
+    if value is None:
+        return "-"
+    text = f"{100 * value['mean']:{'+' if signed else ''}.2f}"
+    return text if value["ci95"] is None else f"{text} +-{100 * value['ci95']:.2f}"
+
+
+COLUMNS = ("variant", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
+STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row's cells under COLUMNS; every +- is half of a 95 % t interval."""
+    return (
+        row.variant,
+        str(row.accuracy["n"]),
+        percent(row.accuracy),
+        percent(row.difference, signed=True),
+        f"{row.seconds['mean']:.1f}",
+        "1" if row.ratio is None else f"{row.ratio['mean']:.2f}x",
+        f"{row.pflop:.4f}",
+    )
+
+
+def stem_cells(row: Row, baseline: Row) -> tuple[str, ...]:
+    """A row's cells under STEM_COLUMNS."""
+    stem = row.stem
+    side = "x".join(str(n) for n in stem["output"])
+    milliseconds = f"{stem['milliseconds']:.2f}", f"{stem['milliseconds'] / baseline.stem['milliseconds']:.2f}x"
+    return row.variant, str(stem["features"]), str(stem["channels"]), side, f"{stem['macs'] / 1e3:.0f}", *milliseconds
+
+
+def machine(shared: dict) -> str:
+    """Where and how runs of these conditions were trained."""
+    power = shared["power_limit"] or f"{shared['threads']} thread{'s' if shared['threads'] != 1 else ''}"
+    return (
+        f"{shared['device']}, {power}, {shared['dtype']}, {shared['kernels']}, torch {shared['torch']}, "
+        f"triton {shared['triton']}"
+    )
+
+
+def heading(shared: dict, rows: list[Row]) -> str:
+    """One line that names what the table's runs share, n included."""
+    counts = sorted({row.accuracy["n"] for row in rows})
+    n = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+    width = "full width" if shared["width"] == 1 else f"{shared['width']:g} x the channels"
+    epochs = "the recipes' epochs" if shared["epochs"] == 1 else f"{shared['epochs']:g} x the epochs"
+    return f"{n}; {shared['data']}; {width}, {epochs}; {machine(shared)}"
+
+
+def equal_epochs(rows: list[Row], name: str, ladder: list[str]) -> float | None:
+    """How many epochs the ladder's recipe needs for the accuracy of `name`, by linear interpolation of its rungs.
+
+    ladder: variants that differ in their epochs only. None where that accuracy is outside them.
+    """
+    by_name = {row.variant: row for row in rows}
+    if name not in by_name or any(rung not in by_name for rung in ladder):
+        return None
+    target = by_name[name].accuracy["mean"]
+    points = sorted((by_name[rung].epochs, by_name[rung].accuracy["mean"]) for rung in ladder)
+    for (e0, a0), (e1, a1) in pairwise(points):
+        if min(a0, a1) <= target <= max(a0, a1) and a0 != a1:
+            return e0 + (e1 - e0) * (target - a0) / (a1 - a0)
+    return None
+
+
+def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[str]:
+    row = next((row for row in rows if row.variant == name), None)
+    if row is None:
+        return []
+    needed = equal_epochs(rows, name, list(rungs))
+    if needed is None:
+        return [f"{name}: its accuracy lies outside that of {', '.join(rungs)}, so no equal budget can be named"]
+    return [
+        f"{name}: the accuracy of {row.epochs:.3g} epochs, for which {rungs[0]!r} takes {needed:.3g} "
+        "(linear interpolation of the means)"
+    ]
+
+
+def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
+    """What hlb-CIFAR10's author said of the change, and what was measured here."""
+    by_name = {row.variant: row for row in rows}
+    if before not in by_name or after not in by_name:
+        return []
+    old, new = by_name[before], by_name[after]
+    pixels = [prod(row.stem["output"]) for row in (old, new)]
+    seconds, saved = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
+    lost = "" if new.difference is None else f", here {percent(new.difference, signed=True)} points"
+    return [
+        f"claimed of {before} -> {after}, beside what is measured here:",
+        f"- 27 -> 12 features: {old.stem['features']} -> {new.stem['features']}",
+        f"- 4/9 of the kernel's cost: {new.stem['macs'] / old.stem['macs']:.2f}x the stem's multiply-adds, "
+        f"{new.stem['milliseconds'] / old.stem['milliseconds']:.2f}x its time",
+        f"- fewer pixels: {pixels[0]} -> {pixels[1]}, {pixels[1] / pixels[0]:.2f}x",
+        f"- over a second saved of about ten: {saved:.1f} s of {seconds:.1f} s, {100 * saved / seconds:.1f} %",
+        f"- accuracy lost, which squeeze-and-excite pays back{lost}",
+    ]
+
+
+def footers(rows: list[Row], plan: Plan) -> list[str]:
+    """What a plan says below its table."""
+    out = _stem_claims(rows, *plan.stems) if plan.stems else []
+    return out + (_epochs_saved(rows, *plan.ladder) if plan.ladder else [])
+
+
+def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
+    """One comparable group as text of at most 80 columns but for its heading."""
+    rows = compare(records, plan)
+
+    def line(values: Iterable[str], sizes: tuple[int, ...] = (3, 13, 13, 8, 6, 7)) -> str:
+        first, *rest = values
+        return " ".join((f"{first:<22}", *(f"{value:>{size}}" for value, size in zip(rest, sizes))))
+
+    out = ["", heading(shared, rows), line(COLUMNS), *(line(cells(row)) for row in rows)]
+    if plan.stems:
+        sizes = tuple(max(8, len(name)) for name in STEM_COLUMNS[1:])
+        out += ["", *(line(c, sizes) for c in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
+    return out + footers(rows, plan)
+
+
+def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
+    """The same as Markdown tables under their heading."""
+    rows = compare(records, plan)
+    out = f"{heading(shared, rows)}\n\n{table(COLUMNS, [cells(row) for row in rows])}"
+    if plan.stems:
+        out += f"\n{table(STEM_COLUMNS, [stem_cells(row, rows[0]) for row in rows])}"
+    return out + "".join(f"\n{line}" for line in footers(rows, plan)) + ("\n" if footers(rows, plan) else "")
+
+
+RECORD_COLUMNS = ("recipe", "data", "machine", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
+
+
+def record_rows(shared: dict, records: list[dict], plan: Plan) -> list[tuple[str, ...]]:
+    """Rows under RECORD_COLUMNS, each of which names its data set, machine and n."""
+    out = []
+    for row in compare(records, plan):
+        name, *rest = cells(row)
+        out.append((name, shared["data"], machine(shared), *rest))
+    return out
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(columns)
+    return "".join("| " + " | ".join(values) + " |\n" for values in (head, ["---"] * len(head), *rows))

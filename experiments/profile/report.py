@@ -1,0 +1,69 @@
+"""The profile as a person reads it, in 80 columns, and as JSON."""
+
+from dataclasses import asdict
+
+from blink.experiments.profile.measure import Profile, Race
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value / scale:.{digits}f}"
+
+
+def table(profile: Profile) -> list[str]:
+    """Lines of at most 80 columns: one for each part and pass, then the totals."""
+    head = f"{'part':<22} {'pass':<6} {'ms':>8} {'share':>7} {'MB':>8} {'GFLOP':>8} {'floor ms':>8} {'of it':>6}"
+    lines = [head, "-" * len(head)]
+
+    def line(part: str, passed: str, ms: float, moved=None, flops=None, floor=None) -> str:
+        share = f"{100 * ms / profile.parts_ms:.1f} %"
+        reached = "-" if not floor or not ms else f"{100 * floor / ms:.0f} %"
+        return (
+            f"{part:<22} {passed:<6} {ms:8.3f} {share:>7} {_number(moved, 1, 1e6):>8} "
+            f"{_number(flops or None, 2, 1e9):>8} {_number(floor, 3):>8} {reached:>6}"
+        )
+
+    for row in profile.rows:
+        lines.append(line(row.part, row.passed, row.ms, row.bytes, row.flops, row.floor_ms))
+    lines.append(line("idle (gaps)", "", profile.idle_ms))
+    lines.append("-" * len(head))
+    lines.append(line("all parts", "", profile.parts_ms, profile.bytes, profile.flops, profile.floor_ms))
+    difference = 100 * (profile.parts_ms / profile.step_ms - 1)
+    lines.append(f"a step without the profiler: {profile.step_ms:.3f} ms; the parts differ by {difference:+.1f} %")
+    lines.append(
+        f"roofs: copy {profile.copy_rate / 1e9:,.0f} GB/s, matrix product {profile.matmul_rate / 1e12:.2f} TFLOP/s"
+    )
+    return lines
+
+
+def convolution_table(profile: Profile) -> list[str]:
+    """What decides whether own convolution kernels would pay: each pass's rate against the matrix product's."""
+    head = f"{'convolution':<22} {'pass':<6} {'ms':>8} {'TFLOP/s':>8} {'of the matrix product':>22}"
+    lines = [head, "-" * len(head)]
+    rows = [row for row in profile.rows if ".conv" in row.part and row.flops]
+
+    def line(part: str, passed: str, ms: float, flops: int) -> str:
+        rate = flops / (ms * 1e-3)
+        return f"{part:<22} {passed:<6} {ms:8.3f} {rate / 1e12:8.3f} {100 * rate / profile.matmul_rate:>20.0f} %"
+
+    lines += [line(row.part, row.passed, row.ms, row.flops) for row in rows]
+    if rows:
+        lines.append(line("all", "", sum(row.ms for row in rows), sum(row.flops for row in rows)))
+    return lines if rows else []
+
+
+def race_lines(race: Race) -> list[str]:
+    share = race.eager_convolution_ms / race.eager_profiled_ms
+    gained = (race.speedup - 1) / (race.allowed - 1) if race.allowed > 1 else float("inf")
+    return [
+        f"against eager PyTorch, alternating, median of {race.rounds} rounds:",
+        f"  {race.ms:.1f} ms to {race.eager_ms:.1f} ms a step: {race.speedup:.2f}x",
+        f"  convolutions are {100 * share:.1f} % of eager's step: at most {race.allowed:.2f}x without all else,",
+        f"  of which gain this is {100 * gained:.0f} %",
+    ]
+
+
+def as_dict(profile: Profile, race: Race | None) -> dict:
+    out = asdict(profile) | {"parts_ms": profile.parts_ms}
+    if race is not None:
+        out["race"] = asdict(race) | {"speedup": race.speedup, "allowed": race.allowed}
+    return out

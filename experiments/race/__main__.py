@@ -1,0 +1,184 @@
+"""`blink race PEER=PATH ...`: race this project against others' unmodified scripts.
+
+Same machine, same images, same clock: blocks of runs alternate, each in a process of its own, and the warm-up of each
+process does not count. What each block gave is written when it ends.
+"""
+
+import os
+import statistics
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from blink.experiments import records
+from blink.experiments.race import data, table
+from blink.experiments.race.contest import OURS, Block, Contestant, run_block
+from blink.experiments.race.peers import PEERS, find_script
+from blink.training.command import (
+    Parser,
+    Setting,
+    add_setting_arguments,
+    check_output,
+    choose_setting,
+    count_flops,
+    load_data,
+    make_folder,
+    natural,
+    positive,
+)
+from blink.training.data.dataset import Dataset
+from blink.training.loop import plan_budget
+from blink.training.recipes import RECIPES, Recipe
+from rich.console import Console
+
+from blink.errors import UserError
+
+_ON_CPU = "on a CPU: CUDA turned to the CPU, float16 to bfloat16, nothing compiled"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        return run(options, Console())
+    except UserError as error:
+        print(f"blink.experiments.race: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("blink.experiments.race: interrupted; the blocks that ended are kept", file=sys.stderr)
+        return 130
+
+
+def run(options: Namespace, console: Console) -> int:
+    setting = choose_setting(options)
+    named = [find(text) for text in options.peers]
+    failed = False
+    on_gpu = setting.device.type == "cuda"
+    for name, _ in [pair for pair in named if not on_gpu and not PEERS[pair[0]].on_cpu]:
+        print(
+            f"blink.experiments.race: {name} needs a GPU, and the device is {setting.device.type}; left out",
+            file=sys.stderr,
+        )
+        failed = True
+    named = [(name, script) for name, script in named if on_gpu or PEERS[name].on_cpu]
+    if not named:
+        raise UserError("no peer is left to race; name one that can run here")
+    path = options.json or options.scratch / "race.jsonl"
+    make_folder(options.scratch)
+    check_output(path, append=True)
+    notes: list[str] = []
+    dataset = load_data(options.data, console, notes).limited(options.limit)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    for note in notes:
+        say(f"note     {note}")
+    contestants = [Contestant(OURS, Path.cwd(), options=own_options(options))]
+    for name, script in named:
+        identity = f"{dataset.fingerprint}-{len(dataset.train_images)}-{len(dataset.test_images)}"
+        folder = options.scratch.resolve() / f"{name}-{identity}"
+        data.write(PEERS[name].data, dataset, folder, setting.device)
+        contestants.append(Contestant(name, folder, PEERS[name], script.resolve()))
+    facts = {c.name: describe(c, setting, dataset, options) for c in contestants}
+    first = first_block(path, facts[OURS])
+
+    caches = options.scratch.resolve() / "caches" / str(os.getpid())
+    jobs = [("cold", first), ("again", first)] if options.cold else []
+    jobs += [("block", number) for number in range(first, first + options.blocks)]
+    for kind, number in jobs:
+        # who goes first changes from block to block
+        turn = number % len(contestants)
+        for contestant in contestants[turn:] + contestants[:turn]:
+            asked = options.runs if kind == "block" else 1
+            seed = options.seed + number * options.runs
+            block = run_block(contestant, asked, seed, setting.device, caches / contestant.name)
+            records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
+            say(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
+            if block.error is not None:
+                print(f"blink.experiments.race: {contestant.name} {block.error}", file=sys.stderr)
+                failed = True
+    found = records.read(path)
+    if table.rows(found):
+        for line in table.text(found):
+            say(line)
+    return 2 if failed else 0
+
+
+def first_block(path: Path, ours: dict) -> int:
+    """The number of the next block in this file. Raises UserError when its blocks were run under other conditions."""
+    old = records.read(path, ("contestant", "shared", "block"))
+    if any(record["shared"] != ours["shared"] for record in old):
+        raise UserError(f"{path} holds blocks of other images, another machine or recipe; name another --json")
+    return 1 + max((record["block"] for record in old), default=-1)
+
+
+def summary(block: Block) -> str:
+    """A block in a few words."""
+    if not block.runs:
+        return f"no run in {block.process_seconds:.1f} s"
+    accuracy, seconds = (statistics.fmean(run[key] for run in block.runs) for key in ("accuracy", "our_seconds"))
+    return f"{len(block.runs)} runs: {accuracy:.4f}, {seconds:.3f} s; {block.process_seconds:.1f} s in all"
+
+
+def find(text: str) -> tuple[str, Path]:
+    """(name, script) of PEER=PATH. Raises UserError."""
+    name, mark, path = text.partition("=")
+    if not mark or name not in PEERS:
+        raise UserError(f"{text!r} is no peer; expected NAME=CHECKOUT with a name of {', '.join(PEERS)}")
+    return name, find_script(PEERS[name], Path(path).expanduser())
+
+
+def own_options(options: Namespace) -> tuple[str, ...]:
+    """The options of train.py that this project's blocks run with."""
+    given = ["--recipe", options.recipe, "--kernels", options.kernels, "--graph", options.graph]
+    for flag, value in (("--data", options.data), ("--dtype", options.dtype), ("--limit", options.limit)):
+        if value is not None:
+            given += [flag, str(value)]
+    return tuple(given + ["--deterministic"] * options.deterministic)
+
+
+def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options: Namespace) -> dict:
+    """What every record of a contestant says besides its runs."""
+    recipe: Recipe | None = RECIPES[options.recipe] if contestant.peer is None else contestant.peer.recipe
+    flops = images = None
+    if recipe is not None:
+        budget = plan_budget(recipe, len(dataset.train_images))
+        flops = count_flops(recipe, budget, dataset)["total"] / 1e15
+        images = budget.batch_size * budget.total_steps
+    environment, adapted = setting.environment, contestant.peer is not None and setting.device.type != "cuda"
+    machine = {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+    sizes = f"{len(dataset.train_images):,} training and {len(dataset.test_images):,} test images"
+    return {
+        "contestant": contestant.name,
+        "shared": {
+            "data": f"{dataset.name} {dataset.fingerprint}, {sizes}",
+            "kernels": f"{OURS}: {options.recipe}, {setting.backend.name}",
+            "dtype": setting.compute.name,
+            **machine,
+        },
+        "environment": environment,
+        "pflop": flops,
+        "images": images,
+        "note": f"{contestant.name} {_ON_CPU}" if adapted else None,
+    }
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    parser = Parser(prog="blink.experiments.race", description="Race others' training scripts.", allow_abbrev=False)
+    add = parser.add_argument
+    add("peers", nargs="+", metavar="PEER=PATH", help=f"a checkout of {', '.join(PEERS)}")
+    add("--recipe", choices=RECIPES, default="blink", help="what this project trains (default: %(default)s)")
+    add("--data", metavar="PATH", help="as for train.py; the peers train on the same images, in the same order")
+    add("--runs", type=positive(int), default=10, metavar="N", help="counted runs a block (default: %(default)s)")
+    add("--blocks", type=positive(int), default=3, metavar="N", help="blocks a contestant (default: %(default)s)")
+    add("--seed", type=natural, default=0, metavar="S", help="the first seed of this project's runs")
+    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
+    add("--no-cold", dest="cold", action="store_false", help="do not time whole processes with empty caches first")
+    add("--scratch", type=Path, default=Path("runs/race"), metavar="DIR", help="data files and caches of the peers")
+    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: race.jsonl in --scratch)")
+    add_setting_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""One block of a contestant: a process of its own that trains a number of runs; what came of it as one record."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blink.experiments import records
+from blink.experiments.race.peers import Peer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = "blink"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A peer with its script and the folder it runs in; or, with neither, this project itself.
+
+    options: of train.py, for this project.
+    """
+
+    name: str
+    folder: Path
+    peer: Peer | None = None
+    script: Path | None = None
+    options: tuple[str, ...] = ()
+
+    def command(self, runs: int, seed: int, out: Path, device: str) -> list[str]:
+        if self.peer is None:
+            own = ["--runs", str(runs), "--seed", str(seed), "--validate", "0", "--json", str(out), "--device", device]
+            return [sys.executable, str(ROOT / "train.py"), *self.options, *own]
+        launched = [self.name, str(self.script), str(runs), str(out), device]
+        return [sys.executable, "-m", "blink.experiments.race.launch", *launched]
+
+
+@dataclass(frozen=True)
+class Block:
+    """runs: accuracy, seconds by the script's own rules, our_seconds by our clock, of each counted run.
+
+    process_seconds: of the whole process, imports, data, compilation and warm-up included. error: why it has fewer
+    runs than were asked for; None: it has them all.
+    """
+
+    runs: list[dict]
+    process_seconds: float
+    peak_bytes: int | None
+    error: str | None
+
+
+def only(device: torch.device) -> dict[str, str]:
+    """The environment in which a process finds no GPU but this one, which a script then takes without being asked."""
+    if device.index is None:
+        return {}
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": listed.split(",")[device.index] if listed else str(device.index)}
+
+
+def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device, caches: Path) -> Block:
+    """Train `runs` runs in a new process, with its compilers' caches under `caches`. Never raises for what it does."""
+    contestant.folder.mkdir(parents=True, exist_ok=True)
+    own = {
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "runs.json"
+        began = time.perf_counter()
+        done = subprocess.run(
+            contestant.command(runs, seed, out, device.type),
+            cwd=contestant.folder,
+            env=os.environ | own | only(device),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        seconds = time.perf_counter() - began
+        found, peak = (_own_runs if contestant.peer is None else _peer_runs)(out)
+    error = None
+    # a script may fail after its last run by a fault of its own, which takes nothing from the runs
+    if len(found) < runs:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed no run")
+        error = f"ended with exit code {done.returncode} after {len(found)} of {runs} runs: {last.strip()}"
+    return Block(found, seconds, peak, error)
+
+
+def _own_runs(out: Path) -> tuple[list[dict], int | None]:
+    if not out.exists():
+        return [], None
+    content = json.loads(out.read_text())
+    runs = [{k: run[k] for k in ("accuracy", "seconds")} | {"our_seconds": run["seconds"]} for run in content["runs"]]
+    return runs, content["peak_bytes"]
+
+
+def _peer_runs(out: Path) -> tuple[list[dict], int | None]:
+    lines = records.read(out)
+    runs = [line for line in lines if "accuracy" in line]
+    return runs, next((line["peak_bytes"] for line in lines if "peak_bytes" in line), None)

@@ -1,0 +1,212 @@
+"""`blink tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
+
+Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
+table, JSON lines of `blink ablate` and `blink race` tables of theirs; other JSON files, such as a benchmark's,
+are left out. `--check` writes nothing and fails where a table is stale.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blink.experiments import compare, records
+from blink.experiments.compare import table
+from blink.experiments.plans import PLANS
+from blink.experiments.race import table as race
+from blink.training.report import with_spread
+
+from blink.errors import UserError
+
+_ROOT = Path(__file__).resolve().parent.parent
+_HEADER = """# Results
+
+Made by `blink tabulate`; nothing here is typed in.
+
+## Trainings
+
+Accuracy: test images, test-time augmented, of the weight average where the recipe keeps one. Seconds: whitening,
+training and final evaluation, without compilation. A figure on one data set's fingerprint compares with figures on the
+same fingerprint only.
+
+"""
+_PERFORMANCE = """
+## Training steps
+
+One step, by `train.py --profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
+copy rate and counted FLOPs over the measured matrix product rate; idle is the gaps between pieces of work. Against
+eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but eager's convolutions took no time.
+
+"""
+_PLANS = """
+# Plans
+
+Variants of a plan against its first one, by `blink ablate`, with the same seeds; interleaved, unless
+variants were called for one at a time, as those of `search` on a CPU were. "difference" is of accuracy,
+in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is half of a 95 % t
+interval of the mean, which one run does not have.
+"""
+_RACES = """
+# Races
+
+Against others' unmodified scripts, by `blink race`: blocks of runs in processes of their own alternate,
+the warm-up of each does not count. "seconds" by each script's own rules, "our clock" by the wall clock around the
+same spans; "times blink's" is of our clock, block by block; "cold s" and "again s" are whole processes of one counted
+run, first with empty compiler caches, then with those. A race on a few thousand images proves the command and nothing
+else: the peers keep their batches of thousands, which leaves them a few steps, and blink's shrink to 16 steps an epoch.
+"""
+RUN_COLUMNS = ["run", "data", "recipe; kernels", "steps x batch", "n", "accuracy", "seconds", "machine", "commit"]
+PROFILE_COLUMNS = [
+    "profile", "recipe; kernels", "graph", "batch", "step ms", "convolutions", "all else", "idle", "floor ms",
+    "floor / step", "eager ms", "speed-up", "allowed", "machine", "commit",
+]  # fmt: skip
+
+
+def machine_of(content: dict) -> str:
+    environment = content["environment"]
+    machine = environment["device"]
+    if environment["device_type"] == "cpu":
+        machine += f", {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
+    else:
+        machine += f", {environment['power_limit']}, driver {environment['driver']}"
+    return f"{machine}, {content['dtype']}, torch {environment['torch']}, triton {environment['triton']}"
+
+
+def run_row(path: Path, content: dict, prefix: str) -> list[str]:
+    """A training's row."""
+    data, summary = content["data"], content["summary"]
+    return [
+        f"[{path.stem}]({prefix}{path.name})",
+        f"{data['name']} {data['fingerprint']}, {data['train']:,} + {data['test']:,} images",
+        f"{content['recipe']['name']}; {content['kernels']['name']}; {content['kernels']['stem']}",
+        f"{content['budget']['total_steps']} x {content['budget']['batch_size']}",
+        str(summary["accuracy"]["n"]),
+        with_spread(summary["accuracy"], 4),
+        with_spread(summary["seconds"], 2),
+        machine_of(content),
+        str(content["environment"]["commit"]),
+    ]
+
+
+def profile_row(path: Path, content: dict, prefix: str) -> list[str]:
+    """A profile's row."""
+    found, race = content["profile"], content["profile"]["race"]
+    convolutions = sum(row["ms"] for row in found["rows"] if "conv" in row["part"])
+    rest = found["parts_ms"] - found["idle_ms"] - convolutions
+    return [
+        f"[{path.stem}]({prefix}{path.name})",
+        f"{content['recipe']['name']}; {content['kernels']['name']}",
+        "on" if content["graph"] else "off",
+        str(content["budget"]["batch_size"]),
+        *(f"{ms:.2f}" for ms in (found["step_ms"], convolutions, rest, found["idle_ms"], found["floor_ms"])),
+        f"{100 * found['floor_ms'] / found['step_ms']:.0f} %",
+        f"{race['eager_ms']:.2f}",
+        f"{race['speedup']:.2f}x",
+        f"{race['allowed']:.2f}x",
+        machine_of(content),
+        str(content["environment"]["commit"]),
+    ]
+
+
+def tables(folder: Path, prefix: str) -> tuple[str, str]:
+    """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError."""
+    runs, profiles = [], []
+    for path in sorted(folder.glob("*.json")):
+        with whole(path):
+            content = json.loads(path.read_text())
+            if "profile" in content:
+                profiles.append(profile_row(path, content, prefix))
+            elif content.get("summary"):
+                runs.append(run_row(path, content, prefix))
+    return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
+
+
+def plan_tables(folder: Path) -> tuple[str, str]:
+    """(every plan's tables, the rows of the recipes against each other) of every file of JSON lines in `folder`."""
+    plans: dict[str, str] = {}
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        with whole(path):
+            found = records.read(path)
+            if found and "contestant" in found[0]:
+                continue
+            for shared, group in compare.comparable(found):
+                name = shared["plan"]
+                text = f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
+                plans[name] = plans.get(name, "") + text
+                # a recipe made smaller is none to claim anything of
+                if name == "recipes" and shared["width"] == shared["epochs"] == 1:
+                    rows += compare.record_rows(shared, group, PLANS[name])
+    # in the order of the plans, whatever their files are called
+    text = "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
+    return text, table(compare.RECORD_COLUMNS, rows)
+
+
+def race_tables(folder: Path) -> tuple[str, str]:
+    """(every race, for README.md the races on GPUs or, where there are none, those on CPUs) of the files of JSON lines
+    in `folder`.
+    """
+    out, near = "", {"cuda": "", "cpu": ""}
+    for path in sorted(folder.glob("*.jsonl")):
+        with whole(path):
+            found = records.read(path)
+            if found and "contestant" in found[0]:
+                out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+                link = f"[{path.name}](results/{path.name})"
+                near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
+    return out, near["cuda"] or near["cpu"]
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Inside, a file that is not as a command of this project wrote it raises UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not whole as it was written ({error!r}); delete or remake it") from error
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """`text` with what stands between <!-- name --> and <!-- end --> replaced. Raises UserError without these marks."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise UserError(f"README.md lacks the marks <!-- {name} --> and <!-- end --> that its table goes between")
+    return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="blink.experiments.tabulate", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=_ROOT, help="the checkout (default: this one)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
+    options = parser.parse_args(arguments)
+    folder, readme = options.root / "results", options.root / "README.md"
+    try:
+        runs, profiles = tables(folder, "")
+        plans, record = plan_tables(folder)
+        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
+        races, near_races = race_tables(folder)
+        if races:
+            wanted[folder / "README.md"] += _RACES + races
+        near_runs, near_profiles = tables(folder, "results/")
+        text = readme.read_text()
+        for name, content in (("record", near_races + record), ("results", near_runs), ("performance", near_profiles)):
+            text = fill(text, name, content)
+        wanted[readme] = text
+        stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+        if options.check:
+            for path in stale:
+                print(f"{path} is stale: run blink tabulate", file=sys.stderr)
+            return 1 if stale else 0
+        for path in stale:
+            path.write_text(wanted[path])
+    except (UserError, OSError) as error:
+        print(f"blink.experiments.tabulate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

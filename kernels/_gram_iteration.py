@@ -1,0 +1,377 @@
+"""The Newton-Schulz iteration of many matrices at once, in Gram form, shared by `newton_schulz` and `muon`.
+
+The standard iteration X <- (aI + bA + cA^2) X with A = X X^T multiplies by X, [m, k], in every step. As X only ever
+gains factors that are polynomials in A, it can as well run on m x m matrices:
+
+    R = X X^T      per step: P = aI + bR + cR^2,  Q = PQ,  R = PRP      at the end: X <- Q X
+
+where every product is symmetric: the tiles on and above the diagonal are computed and mirrored. X enters the two
+products with it in `dtype`, scaled to a root mean square of 1, which float16 holds for every input. The m x m matrices
+are float32, multiplied on tensor cores as pairs of float16 (22 bits; three products), because float32 products proper
+do without tensor cores; only where `dtype` is float32 are they these. Rounding makes R drift away from X X^T, by most
+where singular values are small, so X is formed anew every _STEPS_A_GRAM steps (for float32 every step, which is the
+standard iteration).
+
+Matrices of all shapes share each launch. They are zero-padded to whole tiles in a float32 workspace: zero rows and
+columns of X stay zero, and a padded P or Q is only ever multiplied with those.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import rounded_product
+from ._multi_tensor import running_sums, select, select_int
+from .launching import launch
+
+_TILE = tl.constexpr(64)
+_ROWS = tl.constexpr(32)  # of a tile of the first pass, and a tile's side in the products of m x m matrices
+_SLICE = tl.constexpr(16)
+_CHUNK = 256  # columns of X that one program of R = X X^T sums over
+_STEPS_A_GRAM = 3
+
+Tensors = tuple[Tensor, ...]
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _upper_tile(index):
+    """(i, j) with i <= j of the index-th tile on or above the diagonal, counted column by column."""
+    j = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    # a root that was rounded
+    j += (index >= (j + 1) * (j + 2) // 2).to(tl.int32)
+    j -= (index < j * (j + 1) // 2).to(tl.int32)
+    return index - j * (j + 1) // 2, j
+
+
+@triton.jit
+def _sum_of(values, count):
+    """The sum of count float32 values, in a fixed order."""
+    lane = tl.arange(0, 256)
+    total = tl.zeros([256], dtype=tl.float32)
+    for start in range(0, count, 256):
+        total += tl.load(values + start + lane, mask=start + lane < count, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _scale_to_unit_rms(
+    sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, FIRST: tl.constexpr
+):
+    """What X is multiplied by as an operand: sqrt(m k), over the Frobenius norm where that is not yet divided out."""
+    # not sqrt_rn and div_rn, whose slow paths are calls and cost registers
+    root = tl.sqrt(select_int(SIZES, matrix).to(tl.float32))
+    if FIRST:
+        norm = tl.sqrt(_sum_of(sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
+        return root / (norm + eps)
+    return root
+
+
+@triton.jit
+def _gather_kernel(
+    matrix_ptrs, buffer_ptrs, param_ptrs, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
+    ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N_AT: tl.constexpr,
+    TRANSPOSED: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """Each matrix [ROWS, COLS] into the workspace, [M, K] float32, and a sum of squares a tile.
+
+    UPDATE: matrices are gradients; momentum is updated, and what goes on is the Nesterov gradient.
+    """
+    tile, matrix = tl.program_id(0), tl.program_id(1)
+    m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
+    # a transposed matrix has the long side first
+    high, wide = m, k
+    if TRANSPOSED:
+        high, wide = k, m
+    if tile >= (high // _ROWS) * (wide // _TILE):
+        return
+    row = tile // (wide // _TILE) * _ROWS + tl.arange(0, _ROWS)
+    col = tile % (wide // _TILE) * _TILE + tl.arange(0, _TILE)
+    cols = select_int(COLS, matrix)
+    mask = (row < select_int(ROWS, matrix))[:, None] & (col < cols)[None, :]
+    at = row[:, None] * cols + col[None, :]
+    g = tl.load(select(matrix_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
+    if UPDATE:
+        buffer_ptr = select(buffer_ptrs, matrix)
+        buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
+        tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
+        g += momentum * buffer
+    sum_at = select_int(N_AT, matrix) + tile
+    tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(g, g), 1), 0))
+    if RENORMALIZE:
+        p = tl.load(select(param_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(p, p), 1), 0))
+    x = x_ptr + select_int(X_AT, matrix)
+    if TRANSPOSED:
+        tl.store(x + tl.cast(col, tl.int64)[:, None] * k + row[None, :], tl.trans(g))
+    else:
+        tl.store(x + tl.cast(row, tl.int64)[:, None] * k + col[None, :], g)
+
+
+@triton.jit
+def _gram_kernel(
+    x_ptr, x_sums_ptr, partial_ptr, eps,
+    SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr,
+    PARTIAL_AT: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tiles of m k X X^T / |X|^2 on and above the diagonal, each summed over a chunk of columns."""
+    tile, matrix, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
+    tiles = (m // _TILE) * (m // _TILE + 1) // 2
+    if (tile >= tiles) | (chunk * CHUNK >= k):
+        return
+    i, j = _upper_tile(tile)
+    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT, FIRST)
+    lane = tl.arange(0, _TILE)
+    x = x_ptr + select_int(X_AT, matrix)
+    left = x + tl.cast(i * _TILE + lane, tl.int64)[:, None] * k
+    right = x + tl.cast(j * _TILE + lane, tl.int64)[:, None] * k
+    acc = tl.zeros([_TILE, _TILE], dtype=tl.float32)
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, k), BLOCK_K):
+        col = start + tl.arange(0, BLOCK_K)[None, :]
+        a = (tl.load(left + col) * scale).to(DTYPE)
+        b = (tl.load(right + col) * scale).to(DTYPE)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(chunk * tiles + tile, tl.int64) * (_TILE * _TILE)
+    tl.store(partial + lane[:, None] * _TILE + lane[None, :], acc)
+
+
+@triton.jit
+def _sum_chunks_kernel(
+    partial_ptr, r_ptr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R_AT: tl.constexpr,
+    PARTIAL_AT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """R = X X^T / |X|^2, whole and symmetric, from the sums over chunks in their order."""
+    tile, matrix = tl.program_id(0), tl.program_id(1)
+    m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
+    tiles = (m // _TILE) * (m // _TILE + 1) // 2
+    if tile >= tiles:
+        return
+    i, j = _upper_tile(tile)
+    inner = tl.program_id(2) * _SLICE + tl.arange(0, _SLICE)
+    lane = tl.arange(0, _TILE)
+    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (_TILE * _TILE)
+    at = inner[:, None] * _TILE + lane[None, :]
+    acc = tl.zeros([_SLICE, _TILE], dtype=tl.float32)
+    for chunk in range((k + CHUNK - 1) // CHUNK):
+        acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (_TILE * _TILE) + at)
+    acc = acc * (1.0 / select_int(SIZES, matrix).to(tl.float32))
+    r = r_ptr + select_int(R_AT, matrix)
+    row, col = i * _TILE + inner, j * _TILE + lane
+    tl.store(r + row[:, None] * m + col[None, :], acc)
+    if i != j:
+        tl.store(r + col[:, None] * m + row[None, :], tl.trans(acc))
+
+
+@triton.jit
+def _split(x):
+    """x = hi + lo / 2048 with hi, lo float16: 22 bits, down to 2^-35 of the unit that these matrices are scaled to."""
+    hi = x.to(tl.float16)
+    return hi, ((x - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+
+
+@triton.jit
+def _product_kernel(
+    left_ptrs, right_ptrs, out_ptrs, a, b, c,
+    M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself."""
+    tile, matrix, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m = select_int(M, matrix).to(tl.int32)
+    if tile >= (m // _ROWS) * (m // _ROWS + 1) // 2:
+        return
+    i, j = _upper_tile(tile)
+    first = select_int(R_AT, matrix)
+    left = select(left_ptrs, which) + first
+    right, out = select(right_ptrs, which) + first, select(out_ptrs, which) + first
+    row, col = i * _ROWS + tl.arange(0, _ROWS), j * _ROWS + tl.arange(0, _ROWS)
+    main = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
+    rest = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
+    for start in range(0, m, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        l = tl.load(left + row[:, None] * m + inner[None, :])
+        r = tl.load(right + inner[:, None] * m + col[None, :])
+        if SPLIT:
+            l_hi, l_lo = _split(l)
+            r_hi, r_lo = _split(r)
+            main = tl.dot(l_hi, r_hi, main)
+            rest = tl.dot(l_hi, r_lo, rest)
+            rest = tl.dot(l_lo, r_hi, rest)
+        else:
+            main = tl.dot(l, r, main, input_precision="ieee")
+    value = main + rest * (1.0 / 2048.0)
+    if POLYNOMIAL:
+        value = b * tl.load(left + row[:, None] * m + col[None, :]) + c * value
+        value += tl.where(row[:, None] == col[None, :], a, 0.0)
+    tl.store(out + row[:, None] * m + col[None, :], value)
+    if i != j:
+        tl.store(out + col[:, None] * m + row[None, :], tl.trans(value))
+
+
+@triton.jit
+def _finish_kernel(
+    out_ptrs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
+    R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
+    LR_AT: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """U = Q X, stored as each out [ROWS, COLS]; UPDATE: outs are weights, and become weights * shrink - lr * U."""
+    tile, matrix = tl.program_id(0), tl.program_id(1)
+    m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
+    if tile >= (m // _TILE) * (k // _TILE):
+        return
+    lane = tl.arange(0, _TILE)
+    row, col = tile // (k // _TILE) * _TILE + lane, tile % (k // _TILE) * _TILE + lane
+    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT, FIRST)
+    left = q_ptr + select_int(R_AT, matrix) + row[:, None] * m
+    right = x_ptr + select_int(X_AT, matrix) + col[None, :]
+    u = tl.zeros([_TILE, _TILE], dtype=tl.float32)
+    for start in range(0, m, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        q = tl.load(left + inner[None, :])
+        x = (tl.load(right + tl.cast(inner, tl.int64)[:, None] * k) * scale).to(DTYPE)
+        high = q.to(DTYPE)
+        u = tl.dot(high, x, u, input_precision="ieee")
+        if SPLIT:
+            # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
+            u = tl.dot((q - high.to(tl.float32)).to(DTYPE), x, u)
+    u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
+    if TRANSPOSED:
+        u = tl.trans(u)
+        row, col = col, row
+    rows, cols = select_int(ROWS, matrix), select_int(COLS, matrix)
+    out_ptr = select(out_ptrs, matrix)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    at = row[:, None] * cols + col[None, :]
+    if UPDATE:
+        lr = tl.load(lr_ptr + select_int(LR_AT, matrix))
+        shrink = 1.0 - lr * weight_decay
+        if RENORMALIZE:
+            norm = tl.sqrt(_sum_of(p_sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
+            # a weight of zeros has no norm to set
+            norm = tl.where(norm == 0, 1.0, norm)
+            shrink *= tl.sqrt(rows.to(tl.float32)) / norm
+        p = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        u = shrink * p - lr * u
+    tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class Batch:
+    """Matrices [rows, cols], all with rows <= cols or all with rows > cols, and where each lies in the workspace."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], device: torch.device, eps: float, dtype: torch.dtype):
+        self._eps, self._dtype, self._first = eps, _DTYPES[dtype], True
+        # float32 is for accuracy: the standard iteration, whose products do without tensor cores and take registers
+        self._full = dtype == torch.float32
+        self._steps_a_gram = 1 if self._full else _STEPS_A_GRAM
+        rows, cols = zip(*shapes)
+        self._transposed = rows[0] > cols[0]
+        tile, part = _TILE.value, _ROWS.value
+        self._m = tuple(triton.cdiv(min(shape), tile) * tile for shape in shapes)
+        self._k = tuple(triton.cdiv(max(shape), tile) * tile for shape in shapes)
+        self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
+        tiles, small = ([m // side * (m // side + 1) // 2 for m in self._m] for side in (tile, part))
+        chunks = [triton.cdiv(k, _CHUNK) for k in self._k]
+        sums = tuple(size // (part * tile) for size in self._x_sizes)
+        x_at, x_size = running_sums(self._x_sizes)
+        r_at, self._r_size = running_sums([m * m for m in self._m])
+        n_at, n_size = running_sums(sums)
+        partial_at, partial_size = running_sums([t * c * tile**2 for t, c in zip(tiles, chunks)])
+        count = len(shapes)
+        self._gather_grid, self._gram_grid = (max(sums), count), (max(tiles), count, max(chunks))
+        self._sum_grid = (max(tiles), count, tile // _SLICE.value)
+        self._product_grid, self._finish_grid = (max(small), count), (max(self._x_sizes) // tile**2, count)
+        self._shapes, self._padded = dict(ROWS=rows, COLS=cols), dict(M=self._m, K=self._k)
+        self._sizes, self._x_at = dict(SIZES=tuple(a * b for a, b in shapes)), dict(X_AT=x_at)
+        self._r_at, self._partial_at = dict(R_AT=r_at), dict(PARTIAL_AT=partial_at, CHUNK=_CHUNK)
+        self._n, self._n_at = dict(N=sums), dict(N_AT=n_at)
+        self._x, self._partial, self._x_sums, self._p_sums = (
+            torch.empty(size, dtype=torch.float32, device=device) for size in (x_size, partial_size, n_size, n_size)
+        )
+
+    def gather(
+        self, matrices: Tensors, buffers: Tensors | None = None, params: Tensors | None = None, momentum: float = 0.0
+    ) -> None:
+        """Fill the workspace; from gradients, if there are momentum buffers. params: sum their squares too."""
+        launch(
+            _gather_kernel, self._gather_grid, matrices, buffers or matrices, params or matrices, self._x,
+            self._x_sums, self._p_sums, momentum, TRANSPOSED=self._transposed, UPDATE=buffers is not None,
+            RENORMALIZE=params is not None, **self._shapes, **self._padded, **self._x_at, **self._n_at,
+        )  # fmt: skip
+
+    def iterate(self, steps: int, coefficients: Sequence[float]) -> Tensor:
+        """The Q that is left to be multiplied with X."""
+        while steps > self._steps_a_gram:
+            q = self._polynomial(self._gram(), self._steps_a_gram, coefficients)
+            x = torch.empty_like(self._x)
+            self._finish(x.split(self._x_sizes), q, dict(ROWS=self._m, COLS=self._k), TRANSPOSED=False)
+            self._x, self._first = x, False
+            steps -= self._steps_a_gram
+        return self._polynomial(self._gram(), steps, coefficients)
+
+    def store(self, outs: Tensors, q: Tensor) -> None:
+        """outs = Q X."""
+        self._finish(outs, q, self._shapes, TRANSPOSED=self._transposed)
+
+    def update(
+        self, params: Tensors, q: Tensor, lr: Tensor, lr_at: tuple[int, ...], weight_decay: float, renormalize: bool
+    ) -> None:
+        """params = params * shrink - lr * Q X, each weight's rate being lr[lr_at]."""
+        self._finish(
+            params, q, self._shapes, lr, weight_decay,
+            TRANSPOSED=self._transposed, UPDATE=True, RENORMALIZE=renormalize, LR_AT=lr_at,
+        )  # fmt: skip
+
+    def _gram(self) -> Tensor:
+        launch(
+            _gram_kernel, self._gram_grid, self._x, self._x_sums, self._partial, self._eps, FIRST=self._first,
+            DTYPE=self._dtype, BLOCK_K=32, num_warps=4 if self._full else 8, **self._sizes, **self._padded,
+            **self._x_at, **self._n, **self._n_at, **self._partial_at,
+        )  # fmt: skip
+        r = self._x.new_empty(self._r_size)
+        launch(
+            _sum_chunks_kernel, self._sum_grid, self._partial, r,
+            **self._sizes, **self._padded, **self._r_at, **self._partial_at,
+        )  # fmt: skip
+        return r
+
+    def _polynomial(self, r: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
+        """The product of `steps` steps' P."""
+        q = None
+        for step in range(1, steps + 1):
+            (p,) = self._multiply([(r, r)], coefficients)
+            pairs = [] if q is None else [(p, q)]
+            if step < steps:
+                pairs.append((p, r))
+            products = self._multiply(pairs) if pairs else []
+            q = p if q is None else products[0]
+            if step < steps:
+                (r,) = self._multiply([(products[-1], p)])
+        return q
+
+    def _multiply(self, pairs: list[tuple[Tensor, Tensor]], polynomial: Sequence[float] | None = None) -> list[Tensor]:
+        """Each pair's product, or the polynomial of a pair that is one matrix twice."""
+        lefts, rights = zip(*pairs)
+        outs = [torch.empty_like(left) for left in lefts]
+        launch(
+            _product_kernel, (*self._product_grid, len(pairs)), lefts, rights, tuple(outs),
+            *map(float, polynomial or (0, 0, 1)), POLYNOMIAL=polynomial is not None, SPLIT=not self._full,
+            BLOCK_K=32 if self._full else 64, M=self._m, **self._r_at,
+        )  # fmt: skip
+        return outs
+
+    def _finish(
+        self, outs: Tensors, q: Tensor, shapes: dict, lr: Tensor | None = None, weight_decay: float = 0.0, *,
+        UPDATE: bool = False, RENORMALIZE: bool = False, LR_AT: tuple[int, ...] = (0,), **constexprs,
+    ) -> None:  # fmt: skip
+        launch(
+            _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
+            q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
+            RENORMALIZE=RENORMALIZE, LR_AT=LR_AT, SPLIT=not self._full, BLOCK_K=16 if self._full else 32,
+            num_warps=4 if self._full else 8, **shapes, **self._sizes, **self._padded, **self._x_at, **self._r_at,
+            **self._n, **self._n_at, **constexprs,
+        )  # fmt: skip

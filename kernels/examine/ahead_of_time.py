@@ -1,0 +1,198 @@
+"""Compile recorded launches for a GPU that is not there, and read what the compiler made of them.
+
+Signatures, specialization on 1 and divisibility by 16 are derived from the recorded arguments exactly as at a launch,
+so the code examined is the code that would run. Needs no device; cannot work where TRITON_INTERPRET is set, which turns
+kernels into plain functions.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blink import kernels
+
+from .. import launching
+from ..launching import Launch, captured_launches, specialized
+from .cases import Case, network_cases
+from .machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, fused_shuffles, occupancy
+
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+# a tensor smaller than this need not be moved in 16-byte pieces
+_LARGE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: registers and spilled registers a thread, stack and shared memory in bytes.
+
+    occupancy: the bound on resident warps as a fraction of the processor's; limited_by: what sets it. shared_limit: the
+    shared memory that a block may use. fused_shuffles: see `machine_code`; 0 on AMD.
+    """
+
+    kernel: str
+    target: str
+    num_warps: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    shared_limit: int
+    fused_shuffles: int
+    occupancy: float
+    limited_by: str
+    instructions: Instructions
+    assembly: str
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The compiler's input for a recorded launch, specialized as a launch with these arguments would be."""
+    names = launch.kernel.arg_names
+    runtime = names[: len(launch.arguments)]
+    signature, constants, attributes = {}, dict(launch.constexprs), {}
+    for index, (name, value) in enumerate(zip(runtime, launch.arguments)):
+        if isinstance(value, tuple):
+            kinds = [specialized(element) for element in value]
+            signature[name] = tuple(kind for kind, _ in kinds)
+            attributes |= {(index, i): _DIVISIBLE for i, (_, divisible) in enumerate(kinds) if divisible}
+            continue
+        signature[name], divisible = specialized(value)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif divisible:
+            attributes[(index,)] = _DIVISIBLE
+    for name in names[len(launch.arguments) :]:
+        signature[name] = "constexpr"
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile for one of TARGETS and read the resources. Raises RuntimeError under the interpreter."""
+    if launching.interpreting():
+        raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set; unset it in a new process")
+    compiled = triton.compile(source_of(launch), target=TARGETS[target], options=launch.compile_options)
+    fused = 0
+    if target.startswith("sm_"):
+        fused = fused_shuffles(compiled.asm["ptx"])
+        usage, assembly = _cubin_report(compiled.asm["cubin"])
+        instructions = count_sass(assembly)
+        registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        # every load or store of local memory in the machine code is a spill: no kernel declares local arrays
+        spills = instructions.local_loads + instructions.local_stores
+    else:
+        assembly = compiled.asm["amdgcn"]
+        instructions = count_amdgcn(assembly)
+        fields = {key: int(value) for key, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
+        # this target's vgpr_count includes the accumulation registers
+        registers, stack = fields["vgpr_count"], fields["private_segment_fixed_size"]
+        spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
+    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    processor = PROCESSORS[target]
+    bound, limit = occupancy(processor, registers, shared, launch.num_warps, tensor_memory)
+    return Resources(
+        launch.kernel.__name__, target, launch.num_warps, registers, spills, stack, shared, processor.shared_limit,
+        fused, bound, limit, instructions, assembly,
+    )  # fmt: skip
+
+
+def innermost_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the dimension that runs through memory (channels for channels_last); 0 where none is contiguous."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride == 1]
+    return sizes[0] * tensor.element_size() if sizes else 0
+
+
+def wide_argument(launch: Launch) -> str | None:
+    """The first tensor argument of 64 KiB or more whose innermost dimension is a multiple of 16 bytes, or None."""
+    for name, value in zip(launch.kernel.arg_names, launch.arguments):
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() >= _LARGE_BYTES:
+                innermost = innermost_bytes(tensor)
+                if innermost and innermost % 16 == 0:
+                    return name
+    return None
+
+
+def kernel_name(launch: Launch) -> str:
+    """`module._name_kernel`, the module without the package's name."""
+    return f"{launch.kernel.fn.__module__.removeprefix('blink.kernels.')}.{launch.kernel.__name__}"
+
+
+def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of a call of a case, and of its backward pass if it has one, recorded on the CPU without running."""
+    tensors = case.make(torch.device("cpu"), dtype)
+    leaves = {name: t.requires_grad_() if name in case.differentiable else t for name, t in tensors.items()}
+    with captured_launches() as launches:
+        y = case.combined(kernels, leaves, dtype)
+        if case.differentiable:
+            y.backward(torch.empty_like(y))
+    return launches
+
+
+# what this process has compiled, by target and source
+_compiled: dict[tuple, Resources] = {}
+
+
+def examine(job: tuple[int, str, str]) -> list[dict]:
+    """Compile every kernel of one network case: job is (index of the case, dtype's name, target).
+
+    One row of plain values a launch; a kernel that does not compile has the compiler's message as `error`.
+    """
+    index, dtype, target = job
+    case = network_cases()[index]
+    rows = []
+    for launch in capture(case, getattr(torch, dtype)):
+        key = (target, launch.num_warps, launch.maxnreg, source_of(launch).hash())
+        # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
+        reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
+        name = launch.kernel.__name__
+        row = {
+            "op": case.op,
+            "case": case.label,
+            "dtype": dtype,
+            "target": target,
+            "kernel": kernel_name(launch),
+            "key": key,
+            "wide_argument": wide_argument(launch),
+            "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{target}"),
+            "error": None,
+        }
+        try:
+            if key not in _compiled:
+                _compiled[key] = compile_launch(launch, target)
+        except Exception as error:
+            # one kernel's failure must not hide what became of the others
+            rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"})
+            continue
+        numbers = asdict(_compiled[key])
+        instructions = numbers.pop("instructions")
+        rows.append({**numbers, **instructions, **row})
+    return rows
+
+
+def _cubin_report(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage and machine code, by the tools that ship with triton."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        # without data flow analysis, which only resolves indirect branches and takes a third of the time
+        assembly = _run(tools / "nvdisasm", "-c", "-ndf", file.name)
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, assembly
+
+
+def _run(*command) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,146 @@
+"""How kernels of this package are launched, and how torch.compile sees them.
+
+Every launch goes through `launch`, so that the same launchers can also run "dry": inside `recorded` nothing runs
+and each launch is handed on with its arguments, which is what compiling ahead works from.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+# variables of the binder that Triton writes for each kernel, which hide arguments; and keywords of a launch
+_TRITONS_OWN_NAMES = {
+    *("params", "specialization", "options", "backend", "specialize_impl", "JITCallable"),
+    *("grid", "warmup", "debug", "instrumentation_mode", "num_warps", "num_stages", "num_ctas", "maxnreg"),
+    "enable_fp_fusion",
+}
+
+_record: Callable[["Launch"], None] | None = None
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, and the most
+    registers that a thread may take (None: what NVIDIA's assembler thinks best).
+    """
+
+    kernel: triton.JITFunction
+    arguments: tuple
+    constexprs: dict
+    num_warps: int
+    maxnreg: int | None = None
+
+    @property
+    def compile_options(self) -> dict:
+        # fusing a multiply and an add rounds once instead of twice; stated, because Triton's default is changing
+        options = dict(num_warps=self.num_warps, enable_fp_fusion=True)
+        # only NVIDIA's compiler knows this one
+        return options if self.maxnreg is None or torch.version.hip else {**options, "maxnreg": self.maxnreg}
+
+    @property
+    def options(self) -> dict:
+        """The keywords of the launch."""
+        return {**self.compile_options, **self.constexprs}
+
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors, which are all on one."""
+        flat = (b for a in self.arguments for b in (a if isinstance(a, tuple) else (a,)))
+        return next(a.device for a in flat if isinstance(a, torch.Tensor))
+
+
+@contextmanager
+def recorded(record: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, launches are handed to `record` instead of running; outputs are left as allocated."""
+    global _record
+    before, _record = _record, record
+    try:
+        yield
+    finally:
+        _record = before
+
+
+@contextmanager
+def captured_launches() -> Iterator[list[Launch]]:
+    """Collect launches, and their tensors with them, instead of running them."""
+    launches: list[Launch] = []
+    with recorded(launches.append):
+        yield launches
+
+
+def capturing() -> bool:
+    return _record is not None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which was decided when this package was imported."""
+    return _INTERPRETED
+
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def check_argument_names(kernel) -> None:
+    """Raises ValueError for an argument that Triton's binder would not see: only a real launch would show it."""
+    for name in kernel.arg_names:
+        if name in _TRITONS_OWN_NAMES:
+            raise ValueError(
+                f"{kernel.__name__} has an argument named {name!r}, which Triton uses itself at a launch; rename it"
+            )
+
+
+def launch(
+    kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, maxnreg: int | None = None, **constexprs
+) -> None:
+    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device.
+
+    maxnreg: see `Launch`; stated where the assembler would otherwise aim at few registers and spill some.
+    """
+    check_argument_names(kernel)
+    this = Launch(kernel, arguments, constexprs, num_warps, maxnreg)
+    if _record is not None:
+        _record(this)
+        return
+    with on_device(this.device):
+        kernel[grid](*arguments, **this.options)
+
+
+def specialized(value) -> tuple[str, bool]:
+    """(type in the compiler's notation, whether 16 divides the value): what a launch compiles an argument for.
+
+    Raises TypeError for what is no argument of a kernel.
+    """
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return "constexpr" if value == 1 else "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"cannot compile for an argument of {type(value)}")
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Inside, Triton works for this device; nothing to do where it is the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def opaque_op(name: str, mutates: tuple[str, ...] = ()) -> Callable:
+    """Register a launcher as the operator `blink::<name>`; its shape rule is added with `.register_fake`."""
+    return torch.library.custom_op(f"blink::{name}", mutates_args=mutates)

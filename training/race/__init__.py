@@ -1,1 +1,0 @@
-"""`python -m training.race`: this project against others' unmodified scripts, on one machine and one data set."""
