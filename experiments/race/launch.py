@@ -1,8 +1,8 @@
 """In a process of its own: one peer's script, its number of runs changed in memory, with our clock beside its own.
 
-`python -m blink.experiments.race.launch PEER SCRIPT RUNS OUT DEVICE` runs it in the current folder and writes to OUT, as JSON
-lines, each counted run when it ends, and last what the process used. On a CPU, which no peer was written for, what
-names CUDA is turned to the CPU, half precision to bfloat16, and nothing is compiled; the files are not touched.
+`python -m blink.experiments.race.launch PEER SCRIPT RUNS OUT DEVICE` runs it in the current folder and writes to OUT,
+as JSON lines, each counted run when it ends, and last what the process used. On a CPU, which no peer was written for,
+what names CUDA is turned to the CPU, half precision to bfloat16, and nothing is compiled; the files are not touched.
 """
 
 import sys

@@ -94,8 +94,8 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Ca
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
     ops = options.ops or OPS
     if options.shapes in NAMED:
-        cases, batch = NAMED[options.shapes]
-        pairs = list(zip(cases(_QUICK_BATCH if options.quick else batch), cases(_REDUCED_BATCH)))
+        make, batch = NAMED[options.shapes]
+        pairs = list(zip(make(_QUICK_BATCH if options.quick else batch), make(_REDUCED_BATCH)))
         pairs = [pair for pair in pairs if pair[0].op in ops]
     else:
         shapes = cases.SWEEP if options.shapes == "sweep" else parse_shapes(options.shapes)
