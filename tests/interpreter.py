@@ -15,9 +15,7 @@ def patch_once_a_launch() -> None:
     language, patched = interpreter.tl, []
 
     def patch(fn):
-        modules = [
-            value for value in fn.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core
-        ]
+        modules = [value for value in fn.__globals__.values() if value is language or value is language.core]
         if patched and all(module in patched for module in modules):
             return None
         launching = not patched
