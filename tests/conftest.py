@@ -1,5 +1,6 @@
 """Every test's ground: the interpreter where there is no GPU, fixed seeds, full float32, NaN in fresh memory."""
 
+import importlib.util
 import os
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 # read once, when the kernels are imported: it must be set before any test module imports them
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
