@@ -262,7 +262,7 @@ def patch_moments(source: PatchSource) -> Tensor:
         block = max(16, _GATHERED_TILE // source.f_pad) if source.constexprs["GATHER"] else _MOMENT_BLOCK
         programs = min(triton.cdiv(source.positions, _EXACT_POSITIONS), _PROGRAMS)
         launch(
-            _moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, BLOCK_P=block, maxnreg=168,
+            _moments_kernel, (programs,), *source.pixels, moments.zero_(), source.positions, BLOCK_P=block, maxnreg=200,
             **sizes,
         )  # fmt: skip
         return moments
