@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _batch_norm, _checks, _options
+from ._batch_norm import Norm
 from .differentiation import differentiable_once
 from .launching import opaque_op
 
@@ -38,8 +39,8 @@ def _fwd(
             {"x": x, "gate": gate, "bias": bias, "residual": residual},
         )
         mean, var = _batch_norm.batch_statistics(x, gate, running_mean, running_var, momentum)
-        return _batch_norm.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
-    y = _batch_norm.forward(x, gate, bias, residual, fixed_mean, fixed_var, eps, activation)
+        return _batch_norm.forward(x, gate, Norm(mean, var, bias, eps), activation, residual), mean, var
+    y = _batch_norm.forward(x, gate, Norm(fixed_mean, fixed_var, bias, eps), activation, residual)
     nothing = x.new_empty(0, dtype=torch.float32)
     return y, nothing, torch.empty_like(nothing)
 
@@ -63,7 +64,7 @@ def _bwd(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm.backward(dy, x, gate, bias, mean, var, training, eps, activation)
+    return _batch_norm.backward(dy, x, gate, Norm(mean, var, bias, eps), training, activation)
 
 
 @_bwd.register_fake
