@@ -52,12 +52,16 @@ class Upstream(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running statistics [C] float32, and what of them and of a batch's a step keeps."""
+    """Running statistics [C] float32 and what they and a batch's weigh in their update."""
 
     mean: Tensor
     var: Tensor
     keep: float
     momentum: float
+
+    @classmethod
+    def of(cls, mean: Tensor | None, var: Tensor | None, momentum: float) -> "Running | None":
+        return None if mean is None else cls(mean, var, 1 - momentum, momentum)
 
 
 @triton.jit
@@ -74,14 +78,13 @@ def load_norm(norm, c, in_c):
 
 
 @triton.jit
-def update_running(running, c, in_c, mean, var):
+def update_running(running, c, mean, var, mask=None):
     """As PyTorch updates them, by a batch's mean and unbiased variance."""
-    old_mean = tl.load(running.mean + c, mask=in_c, other=0.0)
-    old_var = tl.load(running.var + c, mask=in_c, other=0.0)
+    old_mean, old_var = tl.load(running.mean + c, mask=mask), tl.load(running.var + c, mask=mask)
     # all warps read before one of them overwrites
     tl.debug_barrier()
-    tl.store(running.mean + c, running.keep * old_mean + running.momentum * mean, mask=in_c)
-    tl.store(running.var + c, running.keep * old_var + running.momentum * var, mask=in_c)
+    tl.store(running.mean + c, running.keep * old_mean + running.momentum * mean, mask=mask)
+    tl.store(running.var + c, running.keep * old_var + running.momentum * var, mask=mask)
 
 
 @triton.jit
@@ -165,7 +168,7 @@ def _merge_stats_kernel(
     tl.store(mean_ptr + c, mean, mask=in_c)
     tl.store(var_ptr + c, m2 / n, mask=in_c)
     if running is not None:
-        update_running(running, c, in_c, mean, m2 / (n - 1.0))
+        update_running(running, c, mean, m2 / (n - 1.0), in_c)
 
 
 @triton.jit
@@ -327,7 +330,7 @@ class Partials(NamedTuple):
         programs, channels = self.mean.shape
         mean = self.mean.new_empty(channels)
         var = torch.empty_like(mean)
-        running = None if running_mean is None else Running(running_mean, running_var, 1 - momentum, momentum)
+        running = Running.of(running_mean, running_var, momentum)
         grid, sizes = (triton.cdiv(channels, 8),), dict(C=channels, BLOCK_P=256, BLOCK_C=8)
         launch(_merge_stats_kernel, grid, self, programs, rows, mean, var, running, **sizes)
         return mean, var
