@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import activate, activation_backward, block_of, rounded_product, sum_partials
+from ._common import block_of, rounded_product, sum_partials
+from .activations import ACTIVATIONS
 from .launching import launch
 
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
@@ -194,7 +195,7 @@ def _fwd_kernel(
             v = load_fp32(x_ptr + base * S.C, offsets, mask)
             if gate_ptr is not None:
                 v = v * gate[None, :]
-            y = activate((v - mean[None, :]) * rstd[None, :] + bias[None, :], ACT)
+            y = ACT((v - mean[None, :]) * rstd[None, :] + bias[None, :])
             if residual_ptr is not None:
                 y += load_fp32(residual_ptr + base * S.C, offsets, mask)
             if squeeze_ptr is not None:
@@ -206,7 +207,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _bwd_reduce_kernel(
-    upstream, x_ptr, gate_ptr, norm, sum_ptr, n_rows, n_segments, S: tl.constexpr, ACT: tl.constexpr
+    upstream, x_ptr, gate_ptr, norm, sum_ptr, n_rows, n_segments, S: tl.constexpr, DACT: tl.constexpr
 ):
     """Per program and channel: sum of g = t * act'(z) and of g * xhat, as sum_ptr [programs, 2, C].
 
@@ -238,7 +239,7 @@ def _bwd_reduce_kernel(
                 t += load_fp32(upstream.dy2 + base * S.C, offsets, mask)
             if upstream.dsqueeze is not None:
                 t += shared[None, :]
-            g = activation_backward(t, xhat + bias[None, :], ACT)
+            g = DACT(t, xhat + bias[None, :])
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
@@ -255,7 +256,7 @@ def load_means(sum_ptr, n, c, in_c, C: tl.constexpr):
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, x_ptr, gate_ptr, norm, sum_ptr, dx_ptr, dgate_ptr, n_rows, n_segments, S: tl.constexpr, ACT: tl.constexpr
+    dy_ptr, x_ptr, gate_ptr, norm, sum_ptr, dx_ptr, dgate_ptr, n_rows, n_segments, S: tl.constexpr, DACT: tl.constexpr
 ):
     """dv = rstd * (g - sum g / N - xhat * sum(g xhat) / N); dx = dv * gate; dgate = sum over the image of dv * x.
 
@@ -282,7 +283,7 @@ def _bwd_kernel(
             if gate_ptr is not None:
                 v = x * gate[None, :]
             xhat = (v - mean[None, :]) * rstd[None, :]
-            dv = activation_backward(load_fp32(dy_ptr + base * S.C, offsets, mask), xhat + bias[None, :], ACT)
+            dv = DACT(load_fp32(dy_ptr + base * S.C, offsets, mask), xhat + bias[None, :])
             if sum_ptr is not None:
                 dv = dv - mean_g[None, :] - xhat * mean_gx[None, :]
             dv = dv * rstd[None, :]
@@ -355,7 +356,7 @@ def forward(
     x: Tensor,
     gate: Tensor | None,
     norm: Norm,
-    activation: str,
+    activation: str | None,
     residual: Tensor | None = None,
     squeeze: Tensor | None = None,
 ) -> Tensor:
@@ -365,21 +366,23 @@ def forward(
     tiling = Tiling(x, gate is not None or squeeze is not None, tile_bytes)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     arguments = (x, gate, norm, residual, y, squeeze, tiling.rows, tiling.segments)
-    launch(_fwd_kernel, tiling.grid, *arguments, S=tiling.sizes, ACT=activation, maxnreg=128)
+    launch(_fwd_kernel, tiling.grid, *arguments, S=tiling.sizes, ACT=ACTIVATIONS[activation].value, maxnreg=128)
     return y
 
 
-def reduce_gradients(upstream: Upstream, x: Tensor, gate: Tensor | None, norm: Norm, activation: str) -> Tensor:
+def reduce_gradients(upstream: Upstream, x: Tensor, gate: Tensor | None, norm: Norm, activation: str | None) -> Tensor:
     """[2 C] float32: per channel the sum of g, which is dbias, then the sum of g * xhat."""
     tiling = Tiling(x, gate is not None or upstream.dsqueeze is not None, _BWD_TILE_BYTES)
     partials = torch.empty(tiling.programs, 2 * x.shape[1], dtype=torch.float32, device=x.device)
     arguments = (upstream, x, gate, norm, partials, tiling.rows, tiling.segments)
-    launch(_bwd_reduce_kernel, tiling.grid, *arguments, S=tiling.sizes, ACT=activation, maxnreg=144)
+    launch(
+        _bwd_reduce_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=144
+    )
     return sum_partials(partials)
 
 
 def backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, norm: Norm, training: bool, activation: str
+    dy: Tensor, x: Tensor, gate: Tensor | None, norm: Norm, training: bool, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
     sums = reduce_gradients(Upstream(dy), x, gate, norm, activation)
@@ -388,5 +391,5 @@ def backward(
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     used = sums if training else None
     arguments = (dy, x, gate, norm, used, dx, dgate, tiling.rows, tiling.segments)
-    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, ACT=activation)
+    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
     return dx, dgate, sums[: x.shape[1]]

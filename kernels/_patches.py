@@ -62,7 +62,7 @@ def _reflect(v, SIZE: tl.constexpr):
 
 @triton.jit
 def _load_clamped(pointer, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """An image's translation or corner as int32; clamped before it is narrowed, so that none reads outside the image."""
+    """An image's translation or corner as int32, clamped before it is narrowed: none reads outside the image."""
     return tl.minimum(tl.maximum(tl.load(pointer, mask=inside, other=0), LOW), HIGH).to(tl.int32)
 
 

@@ -29,7 +29,7 @@ def _fwd(
     fixed_var: Tensor | None,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, batch mean [C], batch variance [C]); both empty in evaluation mode, which has fixed statistics."""
     if fixed_mean is None:
@@ -62,7 +62,7 @@ def _bwd(
     var: Tensor,
     training: bool,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _batch_norm.backward(dy, x, gate, Norm(mean, var, bias, eps), training, activation)
 
@@ -133,7 +133,7 @@ def excite_norm_act_add(
         these move by `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In
         evaluation they are the statistics.
     momentum: 0 to 1; eps: positive.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (v - mean) * r and g = dy * act'(z), backward is
@@ -146,7 +146,7 @@ def excite_norm_act_add(
     RuntimeError where the kernels cannot run.
     """
     op = "excite_norm_act_add"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
@@ -159,4 +159,4 @@ def excite_norm_act_add(
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, gate, bias, residual, running_mean, running_var)
-    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, name)
+    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, activation)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import _batch_norm, _checks, _options
 from ._batch_norm import Norm, Partials, Upstream, load_fp32, load_means, load_norm, store_partials, welford
-from ._common import activation_backward, block_of, channels_last_like
+from ._common import block_of, channels_last_like
+from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 
@@ -75,7 +76,7 @@ def _pool_kernel(x_ptr, pooled_ptr, index_ptr, partials, n_images, S: tl.constex
 
 @triton.jit
 def _unpool_kernel(
-    upstream, pooled_ptr, index_ptr, norm, sum_ptr, dx_ptr, n_images, n_rows, S: tl.constexpr, ACT: tl.constexpr
+    upstream, pooled_ptr, index_ptr, norm, sum_ptr, dx_ptr, n_images, n_rows, S: tl.constexpr, DACT: tl.constexpr
 ):
     """dp = rstd (g - mean g - xhat mean(g xhat)) at each window's winner, 0 at every other pixel of x."""
     out_w: tl.constexpr = S.W // 2
@@ -112,7 +113,7 @@ def _unpool_kernel(
                     t += load_fp32(dy2, offsets, mask)
                 if upstream.dsqueeze is not None:
                     t += shared[None, :]
-                dp = activation_backward(t, xhat + bias[None, :], ACT)
+                dp = DACT(t, xhat + bias[None, :])
                 if sum_ptr is not None:
                     dp = dp - mean_g[None, :] - xhat * mean_gx[None, :]
                 dp = (dp * rstd[None, :]).to(dx_ptr.dtype.element_ty)
@@ -175,7 +176,7 @@ def _fwd(
     fixed_var: Tensor | None,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
     squeezed: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -233,7 +234,7 @@ def _bwd(
     width: int,
     training: bool,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(dx [B, C, height, width], dbias [C] float32)"""
     batch, channels = pooled.shape[:2]
@@ -243,9 +244,8 @@ def _bwd(
     tiling = _Tiling(dx.shape, pooled.element_size())
     used = sums if training else None
     arguments = (upstream, pooled, index, norm, used, dx, batch, pooled.numel() // channels)
-    launch(
-        _unpool_kernel, tiling.grid, *arguments, S=tiling.sizes, ACT=activation, num_warps=tiling.num_warps, maxnreg=128
-    )
+    sizes = dict(S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
+    launch(_unpool_kernel, tiling.grid, *arguments, num_warps=tiling.num_warps, maxnreg=128, **sizes)
     return dx, sums[:channels]
 
 
@@ -312,7 +312,7 @@ def pool_norm_act(
     running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     squeeze: whether the mean is wanted; None stands in its place if not.
     fork: whether y has two users. It is then returned twice, sharing memory (autograd refuses to modify either in
         place), and backward reads the gradient of each, which autograd would otherwise first add in a pass of its own.
@@ -330,7 +330,7 @@ def pool_norm_act(
     RuntimeError where the kernels cannot run.
     """
     op = "pool_norm_act"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
@@ -340,5 +340,5 @@ def pool_norm_act(
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * (height // 2) * (width // 2), training)
     _checks.device(op, x, bias, running_mean, running_var)
-    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, name, squeeze, fork)
+    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, activation, squeeze, fork)
     return (y, *others) if squeeze else (y, *others, None)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import activate, activation_backward, channels_last_like, rounded_product, sum_partials
+from ._common import channels_last_like, rounded_product, sum_partials
 from ._patches import (
     PIXEL_OFFSET,
     PatchSource,
@@ -28,6 +28,7 @@ from ._patches import (
     tile_of,
     weight_offset,
 )
+from .activations import ACTIVATIONS, identity_backward
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 from .launching import launch, opaque_op
@@ -75,17 +76,19 @@ def _fwd_kernel(pixels, filters, y_ptr, n_positions, G: tl.constexpr, T: tl.cons
     lane = tl.arange(0, T.BLOCK_P)
     position = start + lane
     q = load_patches(pixels, position, n_positions, G)
-    y = activate(filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G), ACT)
+    y = ACT(filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G))
     mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
     out = y_ptr + tl.cast(start, tl.int64) * T.O
     tl.store(out + lane[:, None] * T.O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _bwd_kernel(dy_ptr, pixels, filters, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
+def _bwd_kernel(
+    dy_ptr, pixels, filters, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr
+):
     """Per program and filter: sum of dy * act'(z), z recomputed from the pixels (not read when act is the identity)."""
     o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
-    if ACT != "identity":
+    if DACT is not identity_backward:
         matrix, c = _folded(filters, pixels.mean, o, G, T.O)
     lane = tl.arange(0, T.BLOCK_P)
     acc = tl.zeros([T.BLOCK_P, T.BLOCK_O], dtype=tl.float32)
@@ -94,10 +97,10 @@ def _bwd_kernel(dy_ptr, pixels, filters, partial_ptr, n_positions, G: tl.constex
         mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
         dy = dy_ptr + tl.cast(start, tl.int64) * T.O
         g = tl.load(dy + lane[:, None] * T.O + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        if ACT != "identity":
+        if DACT is not identity_backward:
             q = load_patches(pixels, position, n_positions, G)
             z = filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G)
-            g = activation_backward(g, z, ACT)
+            g = DACT(g, z)
         acc += tl.where(mask, g, 0.0)
     tl.store(partial_ptr + tl.program_id(0) * T.O + o, tl.sum(acc, 0), mask=o < T.O)
 
@@ -118,7 +121,7 @@ def _fwd(
     bias: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    activation: str,
+    activation: str | None,
     dtype: torch.dtype,
     index: Tensor | None,
     translation: Tensor | None,
@@ -131,7 +134,7 @@ def _fwd(
     source, tile, grid = _setup(images, weight, mean, gather, dtype, backward=False)
     y = channels_last_like(images, tile.O, source.height, source.width, dtype, source.batch)
     arguments = (source.pixels, _Filters(weight, bias, std), y, source.positions)
-    sizes = dict(G=source.geometry, T=tile, ACT=activation)
+    sizes = dict(G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
     launch(_fwd_kernel, grid, *arguments, maxnreg=168 if source.jittered else None, **sizes)
     return y
 
@@ -150,7 +153,7 @@ def _bwd(
     bias: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
-    activation: str,
+    activation: str | None,
     index: Tensor | None,
     translation: Tensor | None,
     flip: Tensor | None,
@@ -163,7 +166,7 @@ def _bwd(
     programs = min(tiles, _BWD_PROGRAMS)
     partials = torch.empty(programs, tile.O, dtype=torch.float32, device=dy.device)
     arguments = (dy, source.pixels, _Filters(weight, bias, std), partials, source.positions)
-    sizes = dict(G=source.geometry, T=tile, ACT=activation)
+    sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
     launch(_bwd_kernel, (programs, blocks), *arguments, maxnreg=255 if source.jittered else None, **sizes)
     return sum_partials(partials)
 
@@ -213,7 +216,7 @@ def whiten(
     bias: [O] floating, trainable, or None.
     mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise. Weight, bias, mean and
         std may have any strides.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     dtype: of the result; by default the images' if floating, else autocast's, else the weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C, H, W] uint8, the whole data set.
     Returns [B, O, H - k + 1, W - k + 1], channels_last. Exact to float32 rounding: pixels are integers in float16,
@@ -227,7 +230,7 @@ def whiten(
     floating images; RuntimeError where the kernels cannot run.
     """
     op = "whiten"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _checks.images(op, "images", images, (torch.uint8, *_checks.FLOATS))
     weight = _checks.filters(op, "weight", weight, images)
     dtype = output_dtype(op, images, weight, dtype)
@@ -243,4 +246,4 @@ def whiten(
     _checks.constant(op, images=images, weight=weight, mean=mean, std=std)
     chosen = _checks.gather(op, gather, images)
     _checks.device(op, images, weight, bias, mean, std, *chosen[:-1])
-    return Whiten.apply(images, weight, bias, mean, std, name, dtype, *chosen)
+    return Whiten.apply(images, weight, bias, mean, std, activation, dtype, *chosen)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import _checks, _options
 from ._batch_norm import Running
-from ._common import activate, activation_backward, channels_last_like, rounded_product
+from ._common import channels_last_like, rounded_product
 from ._patch_moments import (
     Folded,
     Weights,
@@ -47,6 +47,7 @@ from ._patches import (
     position_jitter,
     tile_of,
 )
+from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 from .launching import launch, opaque_op
@@ -71,14 +72,14 @@ def _fwd_kernel(pixels, folded, y_ptr, n_positions, G: tl.constexpr, T: tl.const
     lane = tl.arange(0, T.BLOCK_P)
     position = start + lane
     q = load_patches(pixels, position, n_positions, G)
-    y = activate(filter_patches(q, matrix, shift, pixels.jitter, position, n_positions, T.EXACT, G), ACT)
+    y = ACT(filter_patches(q, matrix, shift, pixels.jitter, position, n_positions, T.EXACT, G))
     mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
     out = y_ptr + tl.cast(start, tl.int64) * T.O
     tl.store(out + lane[:, None] * T.O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _bwd_kernel(dy_ptr, pixels, folded, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
+def _bwd_kernel(dy_ptr, pixels, folded, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr):
     """Per program: G = sum g q^T of the jittered q, [O, F_PAD]; the constant feature makes column F the sum of g."""
     features: tl.constexpr = G.K * G.K * G.C_IN
     o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
@@ -99,7 +100,7 @@ def _bwd_kernel(dy_ptr, pixels, folded, partial_ptr, n_positions, G: tl.constexp
         dy = dy_ptr + tl.cast(start, tl.int64) * T.O
         g = tl.load(dy + lane[:, None] * T.O + o[None, :], mask=mask, other=0.0).to(tl.float32)
         z = filter_patches(q, matrix, shift, pixels.jitter, position, n_positions, T.EXACT, G)
-        g = tl.where(mask, activation_backward(g, z, ACT), 0.0)
+        g = tl.where(mask, DACT(g, z), 0.0)
         if OWN_SUMS:
             sums += tl.sum(g, 0)
         if pixels.jitter is not None:
@@ -136,7 +137,7 @@ def _fwd(
     std: Tensor,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
     dtype: torch.dtype,
     index: Tensor | None,
     translation: Tensor | None,
@@ -171,7 +172,7 @@ def _fwd(
     y = channels_last_like(images, channels, source.height, source.width, dtype, source.batch)
     tile = _tile(images, channels, source, dtype, backward=False)
     grid = (triton.cdiv(source.positions, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_O))
-    sizes = dict(G=source.geometry, T=tile, ACT=activation)
+    sizes = dict(G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
     launch(_fwd_kernel, grid, source.pixels, folded, y, source.positions, **sizes)
     return y, moments, *folded
 
@@ -202,7 +203,7 @@ def _bwd(
     shift: Tensor,
     rstd: Tensor,
     training: bool,
-    activation: str,
+    activation: str | None,
     index: Tensor | None,
     translation: Tensor | None,
     flip: Tensor | None,
@@ -219,7 +220,7 @@ def _bwd(
     programs = min(triton.cdiv(source.positions, tile.BLOCK_P), _PROGRAMS)
     partials = torch.empty(programs, channels, source.f_pad, **fp32)
     arguments = (dy, source.pixels, Folded(matrix, shift, rstd), partials, source.positions)
-    sizes = dict(G=source.geometry, T=tile, ACT=activation)
+    sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
     maxnreg = 255 if tile.EXACT and not source.jittered else None
     launch(_bwd_kernel, (programs, triton.cdiv(channels, tile.BLOCK_O)), *arguments, maxnreg=maxnreg, **sizes)
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
@@ -299,7 +300,7 @@ def whiten_project_norm_act(
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
     mean, std: [C_in] float32 in units of 0..1. Weights, bias, mean and std may have any strides.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     dtype: of the result; by default autocast's if it is on, else project_weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C_in, H, W], the whole data set.
     Returns [B, C, H - k + 1, W - k + 1], channels_last. Batch statistics are exact (integers, finished in float64; with
@@ -315,7 +316,7 @@ def whiten_project_norm_act(
     that requires a gradient; TypeError for a wrong type or dtype; RuntimeError where the kernels cannot run.
     """
     op = "whiten_project_norm_act"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "images", images, (torch.uint8,))
     whiten_weight = _checks.filters(op, "whiten_weight", whiten_weight, images)
@@ -336,5 +337,5 @@ def whiten_project_norm_act(
     _checks.device(op, *given)
     dtype = output_dtype(op, images, project_weight, dtype)
     return WhitenProjectNormAct.apply(
-        images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, name, dtype, *chosen
+        images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, activation, dtype, *chosen
     )  # fmt: skip
