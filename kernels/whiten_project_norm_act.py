@@ -249,26 +249,22 @@ class WhitenProjectNormAct(torch.autograd.Function):
             images, whiten_weight, project_weight, bias, running_mean, running_var, fixed_mean, fixed_var, mean, std,
             momentum, eps, activation, dtype, *gather,
         )  # fmt: skip
-        ctx.save_for_backward(*gather[:-1], images, whiten_weight, project_weight, mean, std, *tables)
+        ctx.save_for_backward(images, whiten_weight, project_weight, mean, std, *tables, *gather[:-1])
         ctx.training, ctx.activation = fixed_mean is None, activation
-        ctx.bias_dtype, ctx.cutout_size = bias.dtype, gather[-1]
+        ctx.dtypes, ctx.cutout_size = (project_weight.dtype, bias.dtype), gather[-1]
         return y
 
     @staticmethod
     @differentiable_once("whiten_project_norm_act")
     def backward(ctx, dy):
-        *gather, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd = ctx.saved_tensors
+        tensors, gather = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dproject, dbias = _bwd(
-            dy, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd, ctx.training,
-            ctx.activation, *gather, ctx.cutout_size,
-        )  # fmt: skip
-        needs_project, needs_bias = ctx.needs_input_grad[2:4]
+        grads = _bwd(dy, *tensors, ctx.training, ctx.activation, *gather, ctx.cutout_size)
+        needs = ctx.needs_input_grad[2:4]
         return (
             None,
             None,
-            dproject.to(project_weight.dtype) if needs_project else None,
-            dbias.to(ctx.bias_dtype) if needs_bias else None,
+            *(grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, needs)),
             *[None] * 16,
         )
 
@@ -338,4 +334,4 @@ def whiten_project_norm_act(
     dtype = output_dtype(op, images, project_weight, dtype)
     return WhitenProjectNormAct.apply(
         images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, activation, dtype, *chosen
-    )  # fmt: skip
+    )
