@@ -33,14 +33,6 @@ class _Sizes(NamedTuple):
     BLOCK_K: int
 
 
-class _Target(NamedTuple):
-    """What multiplies the logits; what the label's class weighs above the others, and what every class weighs."""
-
-    scale: float
-    on: float
-    off: float
-
-
 @triton.jit
 def _finite(best):
     """A maximum that can be subtracted: of -inf alone, the lowest number."""
@@ -71,10 +63,12 @@ def _block_sums(logits_ptr, label, offsets, start, scale, S: tl.constexpr):
 
 @triton.jit
 def _fwd_kernel(
-    logits_ptr, label_ptr, max_ptr, total_ptr, loss_ptr, correct_ptr, n_rows, n_blocks, target, S: tl.constexpr
+    logits_ptr, label_ptr, max_ptr, total_ptr, loss_ptr, correct_ptr, n_rows, n_blocks, scale, on, off, S: tl.constexpr
 ):
-    """Per row the maximum logit m and the sum of exp(scale (l - m)); per program the sums of losses and of hits."""
-    scale = target.scale
+    """Per row the maximum logit m and the sum of exp(scale (l - m)); per program the sums of losses and of hits.
+
+    The label's weight is on + off, every other's is off.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     losses = tl.zeros([S.BLOCK_B], dtype=tl.float32)
     hits = tl.zeros([S.BLOCK_B], dtype=tl.int32)
@@ -98,9 +92,9 @@ def _fwd_kernel(
             picked += picked2
             nan = tl.maximum(nan, nan2)
         m = _finite(best)
-        loss = tl.log(total) + target.on * scale * (m - picked)
+        loss = tl.log(total) + on * scale * (m - picked)
         if S.SMOOTHED:
-            loss += target.off * scale * spread
+            loss += off * scale * spread
         loss = tl.where((label >= 0) & (label < S.K), loss, float("nan"))
         losses += tl.where(in_row, loss, 0.0)
         hits += (in_row & (first == label) & (nan == 0)).to(tl.int32)
@@ -125,10 +119,9 @@ def _total_kernel(partial_loss_ptr, partial_correct_ptr, loss_ptr, correct_ptr, 
 
 @triton.jit
 def _bwd_kernel(
-    dloss_ptr, logits_ptr, label_ptr, max_ptr, total_ptr, dlogits_ptr, n_rows, n_blocks, target, S: tl.constexpr
+    dloss_ptr, logits_ptr, label_ptr, max_ptr, total_ptr, dlogits_ptr, n_rows, n_blocks, scale, on, off, S: tl.constexpr
 ):
     """dlogits = dloss * scale * (exp(scale (l - m)) / total - w), rounded once."""
-    scale = target.scale
     program, programs = tl.program_id(0), tl.num_programs(0)
     upstream = tl.load(dloss_ptr).to(tl.float32) * scale
     for block in range(program, n_blocks, programs):
@@ -145,7 +138,7 @@ def _bwd_kernel(
             at = (row * S.K)[:, None] + k[None, :]
             l = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
             p = tl.exp(scale * (l - m[:, None])) / total[:, None]
-            w = target.off + tl.where(k[None, :] == label[:, None], target.on, 0.0)
+            w = off + tl.where(k[None, :] == label[:, None], on, 0.0)
             d = factor[:, None] * (p - w)
             tl.store(dlogits_ptr + at, d.to(dlogits_ptr.dtype.element_ty), mask=mask)
 
@@ -161,8 +154,9 @@ class _Tiling:
         self.sizes = _Sizes(classes, smoothed, block_b, block_k)
 
 
-def _target(label_smoothing: float, scale: float, classes: int) -> _Target:
-    return _Target(scale, 1 - label_smoothing, label_smoothing / classes)
+def _weights(label_smoothing: float, classes: int) -> tuple[float, float]:
+    """What the label's class weighs above the others, and what every class weighs."""
+    return 1 - label_smoothing, label_smoothing / classes
 
 
 @opaque_op("cross_entropy_fwd")
@@ -176,9 +170,9 @@ def _fwd(logits: Tensor, labels: Tensor, label_smoothing: float, scale: float) -
     partial_correct = torch.empty(tiling.programs, dtype=torch.int32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     correct = torch.empty((), dtype=torch.int64, device=logits.device)
-    target = _target(label_smoothing, scale, classes)
-    arguments = (logits, labels, maximum, total, partial_loss, partial_correct, rows, tiling.blocks, target)
-    launch(_fwd_kernel, (tiling.programs,), *arguments, S=tiling.sizes)
+    weights = _weights(label_smoothing, classes)
+    arguments = (logits, labels, maximum, total, partial_loss, partial_correct, rows, tiling.blocks)
+    launch(_fwd_kernel, (tiling.programs,), *arguments, scale, *weights, S=tiling.sizes)
     arguments = (partial_loss, partial_correct, loss, correct, tiling.programs)
     launch(_total_kernel, (1,), *arguments, BLOCK_P=block_of(tiling.programs, 1024))
     return loss, correct, maximum, total
@@ -199,9 +193,9 @@ def _bwd(
     rows, classes = logits.shape
     dlogits = torch.empty_like(logits)
     tiling = _Tiling(rows, classes, label_smoothing > 0)
-    target = _target(label_smoothing, scale, classes)
-    arguments = (dloss, logits, labels, maximum, total, dlogits, rows, tiling.blocks, target)
-    launch(_bwd_kernel, (tiling.programs,), *arguments, S=tiling.sizes)
+    weights = _weights(label_smoothing, classes)
+    arguments = (dloss, logits, labels, maximum, total, dlogits, rows, tiling.blocks)
+    launch(_bwd_kernel, (tiling.programs,), *arguments, scale, *weights, S=tiling.sizes)
     return dlogits
 
 

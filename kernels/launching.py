@@ -108,6 +108,8 @@ def launch(
 ) -> None:
     """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device; None is no tensor.
 
+    Numbers that are multiplied with each other travel alone: those in a tuple the interpreter computes with in float64.
+
     maxnreg: see `Launch`; stated where the assembler would otherwise aim at few registers and spill some.
     """
     check_argument_names(kernel)
