@@ -1,4 +1,4 @@
-"""What ops share: exact-times-float products, sums in a fixed order, channels_last results, sizes of blocks."""
+"""What ops share: products and sums that round alike every time, channels_last results, sizes of blocks."""
 
 import torch
 import triton
@@ -16,21 +16,6 @@ def rounded_product(a, b):
     own product and take the others' rounded, and copies of one sum would differ in the last bit.
     """
     return tl.fma(a, b, 0.0)
-
-
-@triton.jit
-def split_fp16(x):
-    """x = scale * (hi + lo / 2048) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
-
-    Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
-    """
-    # a power of two: what was 16 bits long stays exact
-    scale = (tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    scale = tl.where(scale > 0, scale, 1.0)
-    unit = x * (1.0 / scale)[None, :]
-    hi = unit.to(tl.float16)
-    lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
-    return hi, lo, scale
 
 
 @triton.jit

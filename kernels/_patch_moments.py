@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._batch_norm import update_running
 from ._common import rounded_product
-from ._patches import PIXEL_OFFSET, PatchSource, jittered_positions, load_jitter, load_patches, weight_offset
+from ._patches import PIXEL_OFFSET, Geometry, PatchSource, jittered_positions, load_jitter, load_patches, weight_offset
 from .launching import launch
 
 _MOMENT_BLOCK = 128
@@ -85,48 +85,44 @@ def _image_moments_kernel(pixels, moments_ptr, G: tl.constexpr, BLOCK_P: tl.cons
 
 @triton.jit
 def _jittered_moments_kernel(
-    image_moments_ptr,
-    jitter_ptr,
-    moments_ptr,
-    n_images,
-    FEATURES: tl.constexpr,
-    F_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    image_moments_ptr, jitter_ptr, moments_ptr, n_images, G: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """One row of the float64 moments of a q + e a program, images in a fixed order.
 
     An image's M = sum q q^T, s = sum q and n become a^2 M + a e (s 1^T + 1 s^T) + e^2 n; a = 1, e = 0 for feature F.
     """
+    features: tl.constexpr = G.K * G.K * G.C_IN
     row = tl.program_id(0)
-    f = tl.arange(0, F_PAD)
-    pixel = (f < FEATURES)[None, :]
-    acc = tl.zeros([BLOCK_N, F_PAD], dtype=tl.float64)
+    f = tl.arange(0, G.F_PAD)
+    pixel = (f < features)[None, :]
+    acc = tl.zeros([BLOCK_N, G.F_PAD], dtype=tl.float64)
     for start in range(0, n_images, BLOCK_N):
         b = start + tl.arange(0, BLOCK_N)
         inside = b < n_images
         contrast, offset = load_jitter(jitter_ptr, b, inside, tl.float64)
         scale, moved = tl.where(pixel, contrast[:, None], 1.0), tl.where(pixel, offset[:, None], 0.0)
-        of_image = image_moments_ptr + b.to(tl.int64) * (F_PAD * F_PAD)
-        of_row, of_sums = of_image + row * F_PAD, of_image + FEATURES * F_PAD
+        of_image = image_moments_ptr + b.to(tl.int64) * (G.F_PAD * G.F_PAD)
+        of_row, of_sums = of_image + row * G.F_PAD, of_image + features * G.F_PAD
         mask = inside[:, None]
         products = tl.load(of_row[:, None] + f[None, :], mask=mask, other=0).to(tl.float64)
-        row_sum = tl.load(of_row + FEATURES, mask=inside, other=0).to(tl.float64)
+        row_sum = tl.load(of_row + features, mask=inside, other=0).to(tl.float64)
         sums = tl.load(of_sums[:, None] + f[None, :], mask=mask, other=0).to(tl.float64)
-        count = tl.load(of_sums + FEATURES, mask=inside, other=0).to(tl.float64)
-        row_scale, row_moved = tl.where(row < FEATURES, contrast, 1.0), tl.where(row < FEATURES, offset, 0.0)
+        count = tl.load(of_sums + features, mask=inside, other=0).to(tl.float64)
+        row_scale, row_moved = tl.where(row < features, contrast, 1.0), tl.where(row < features, offset, 0.0)
         acc += row_scale[:, None] * (products * scale + row_sum[:, None] * moved)
         acc += row_moved[:, None] * (sums * scale + count[:, None] * moved)
-    tl.store(moments_ptr + row * F_PAD + f, tl.sum(acc, 0))
+    tl.store(moments_ptr + row * G.F_PAD + f, tl.sum(acc, 0))
 
 
 @triton.jit
-def _mean_and_covariance(moments_ptr, n, FEATURES: tl.constexpr, F_PAD: tl.constexpr):
+def _mean_and_covariance(moments_ptr, n, G: tl.constexpr):
     """Mean [F_PAD] and covariance [F_PAD, F_PAD] of q in float64, zero where either feature is padding."""
-    f = tl.arange(0, F_PAD)
-    in_f = f < FEATURES
-    first = tl.load(moments_ptr + FEATURES * F_PAD + f, mask=in_f, other=0).to(tl.float64) / n
+    features: tl.constexpr = G.K * G.K * G.C_IN
+    f = tl.arange(0, G.F_PAD)
+    in_f = f < features
+    first = tl.load(moments_ptr + features * G.F_PAD + f, mask=in_f, other=0).to(tl.float64) / n
     both = in_f[:, None] & in_f[None, :]
-    second = tl.load(moments_ptr + f[:, None] * F_PAD + f[None, :], mask=both, other=0).to(tl.float64) / n
+    second = tl.load(moments_ptr + f[:, None] * G.F_PAD + f[None, :], mask=both, other=0).to(tl.float64) / n
     return first, second - first[:, None] * first[None, :]
 
 
@@ -172,7 +168,6 @@ def _finish_kernel(
     """One program per output channel: z = matrix q + shift, and the running statistics, which stand for the moments
     where there are none.
     """
-    features: tl.constexpr = G.K * G.K * G.C_IN
     row = tl.program_id(0)
     f = tl.arange(0, G.F_PAD)
     w = _row_of_product(weights, row, G, FILTERS, BLOCK_K)
@@ -182,7 +177,7 @@ def _finish_kernel(
     bias = tl.load(bias_ptr + row).to(tl.float64)
     if moments_ptr is not None:
         n = n_positions.to(tl.float64)
-        first, covariance = _mean_and_covariance(moments_ptr, n, features, G.F_PAD)
+        first, covariance = _mean_and_covariance(moments_ptr, n, G)
         var = tl.sum(rounded_product(v, tl.sum(rounded_product(covariance, v[None, :]), 1)), 0)
         var = tl.where(var < 0.0, 0.0, var)
         mean_q = tl.sum(rounded_product(v, first), 0)
@@ -226,7 +221,7 @@ def _bwd_finish_kernel(
     if moments_ptr is not None:
         w = _row_of_product(weights, row, G, FILTERS, BLOCK_K)
         n = n_positions.to(tl.float64)
-        first, covariance = _mean_and_covariance(moments_ptr, n, features, G.F_PAD)
+        first, covariance = _mean_and_covariance(moments_ptr, n, G)
         centred = (total - sum_g * first) * scale
         sum_gx = rstd * tl.sum(rounded_product(w, centred), 0)
         cov_w = scale * tl.sum(rounded_product(covariance, (w * scale)[None, :]), 1)
@@ -239,6 +234,11 @@ def _bwd_finish_kernel(
         dw2 = tl.sum(rounded_product(_whitening_rows(weights, k, f, G, FILTERS), dw[None, :]), 1)
         tl.store(dproject_ptr + row * FILTERS + k, dw2.to(tl.float32), mask=k < FILTERS)
     tl.store(dbias_ptr + row, sum_g.to(tl.float32))
+
+
+def _of_any_size(geometry: Geometry) -> Geometry:
+    """For kernels that see no image, so that one of each is compiled for all sizes."""
+    return geometry._replace(H=0, W=0, CUTOUT=0)
 
 
 def empty_moments(source: PatchSource) -> Tensor:
@@ -261,8 +261,8 @@ def moments_of(source: PatchSource) -> Tensor:
     of_images = torch.empty(source.batch, *moments.shape, dtype=torch.int64, device=moments.device)
     block = jittered_positions(source)
     launch(_image_moments_kernel, (source.batch,), pixels, of_images, G=geometry, BLOCK_P=block)
-    sizes = dict(FEATURES=source.features, F_PAD=source.f_pad, BLOCK_N=16)
-    launch(_jittered_moments_kernel, (source.f_pad,), of_images, pixels.jitter, moments, source.batch, **sizes)
+    arguments = (of_images, pixels.jitter, moments, source.batch)
+    launch(_jittered_moments_kernel, (source.f_pad,), *arguments, G=_of_any_size(geometry), BLOCK_N=16)
     return moments
 
 
@@ -271,4 +271,4 @@ def finish_sizes(project_weight: Tensor, source: PatchSource) -> dict:
     # a warp for each 16 features keeps the float64 matrices in registers
     num_warps = min(8, max(1, source.f_pad // 16) ** 2)
     block = min(32, triton.next_power_of_2(filters))
-    return dict(G=source.geometry, FILTERS=filters, BLOCK_K=block, num_warps=num_warps)
+    return dict(G=_of_any_size(source.geometry), FILTERS=filters, BLOCK_K=block, num_warps=num_warps)

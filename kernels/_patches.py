@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._checks import FLOATS
-from ._common import split_fp16
 from .gather import Gather
 
 # u - 128 fits int8, and float16 exactly
@@ -144,6 +143,21 @@ def weight_offset(f, G: tl.constexpr):
 
 
 @triton.jit
+def _split_fp16(x):
+    """x = scale * (hi + lo / 2048) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
+
+    Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
+    """
+    # a power of two: what was 16 bits long stays exact
+    scale = (tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.where(scale > 0, scale, 1.0)
+    unit = x * (1.0 / scale)[None, :]
+    hi = unit.to(tl.float16)
+    lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+    return hi, lo, scale
+
+
+@triton.jit
 def project_patches(q, matrix, EXACT: tl.constexpr):
     """q [BLOCK_P, F_PAD] times matrix [F_PAD, BLOCK_O], float32.
 
@@ -151,7 +165,7 @@ def project_patches(q, matrix, EXACT: tl.constexpr):
     """
     if EXACT:
         return tl.dot(q, matrix, input_precision="ieee")
-    hi, lo, scale = split_fp16(matrix)
+    hi, lo, scale = _split_fp16(matrix)
     q16 = q.to(tl.float16)
     return (tl.dot(q16, hi) + tl.dot(q16, lo) * (1.0 / 2048.0)) * scale[None, :]
 
@@ -185,7 +199,7 @@ def correlate_patches(g, q, EXACT: tl.constexpr):
     """g^T q: [BLOCK_P, BLOCK_O] and [BLOCK_P, F_PAD] -> [BLOCK_O, F_PAD] float32; precision as project_patches."""
     if EXACT:
         return tl.dot(tl.trans(g), q, input_precision="ieee")
-    hi, lo, scale = split_fp16(g)
+    hi, lo, scale = _split_fp16(g)
     q16 = q.to(tl.float16)
     return (tl.dot(tl.trans(hi), q16) + tl.dot(tl.trans(lo), q16) * (1.0 / 2048.0)) * scale[:, None]
 
@@ -198,8 +212,7 @@ class PatchSource:
         self.batch = batch if gather is None else len(gather.index)
         self.height, self.width = height - kernel_size + 1, width - kernel_size + 1
         self.positions = self.batch * self.height * self.width
-        self.features = channels * kernel_size**2
-        self.f_pad = max(16, triton.next_power_of_2(self.features + 1))
+        self.f_pad = max(16, triton.next_power_of_2(channels * kernel_size**2 + 1))
         index = translation = flip = cutout = jitter = None
         if gather is not None:
             index, translation, cutout, jitter = gather.index, gather.shift, gather.cutout, gather.jitter
