@@ -32,11 +32,9 @@ def device(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
 
 
-def activation(op: str, name: str | None) -> str:
-    """The constexpr name of an activation."""
+def activation(op: str, name: str | None) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {name!r}; expected one of {', '.join(map(str, ACTIVATIONS))}")
-    return name or "identity"
 
 
 def tensor(op: str, name: str, x: Tensor) -> None:

@@ -30,7 +30,7 @@ from .launching import launch
 _TILE = tl.constexpr(64)
 _ROWS = tl.constexpr(32)  # of a tile of the first pass, and a tile's side in the products of m x m matrices
 _SLICE = tl.constexpr(16)
-_CHUNK = 256  # columns of X that one program of R = X X^T sums over
+_CHUNK = tl.constexpr(256)  # columns of X that one program of R = X X^T sums over
 _STEPS_A_GRAM = 3
 
 Tensors = tuple[Tensor, ...]
@@ -58,13 +58,11 @@ def _sum_of(values, count):
 
 
 @triton.jit
-def _scale_to_unit_rms(
-    sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, FIRST: tl.constexpr
-):
-    """What X is multiplied by as an operand: sqrt(m k), over the Frobenius norm where that is not yet divided out."""
+def _scale_to_unit_rms(sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr):
+    """What X is multiplied by as an operand: sqrt(m k), over the Frobenius norm unless that is divided out already."""
     # not sqrt_rn and div_rn, whose slow paths are calls and cost registers
     root = tl.sqrt(select_int(SIZES, matrix).to(tl.float32))
-    if FIRST:
+    if sums_ptr is not None:
         norm = tl.sqrt(_sum_of(sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
         return root / (norm + eps)
     return root
@@ -74,11 +72,11 @@ def _scale_to_unit_rms(
 def _gather_kernel(
     matrix_ptrs, buffer_ptrs, param_ptrs, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
     ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N_AT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Each matrix [ROWS, COLS] into the workspace, [M, K] float32, and a sum of squares a tile.
+    """Each matrix [ROWS, COLS] into the workspace, [M, K] float32, and a sum of squares a tile; of params too.
 
-    UPDATE: matrices are gradients; momentum is updated, and what goes on is the Nesterov gradient.
+    With buffers, matrices are gradients; momentum is updated, and what goes on is the Nesterov gradient.
     """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
@@ -94,14 +92,14 @@ def _gather_kernel(
     mask = (row < select_int(ROWS, matrix))[:, None] & (col < cols)[None, :]
     at = row[:, None] * cols + col[None, :]
     g = tl.load(select(matrix_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
-    if UPDATE:
+    if buffer_ptrs is not None:
         buffer_ptr = select(buffer_ptrs, matrix)
         buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
         g += momentum * buffer
     sum_at = select_int(N_AT, matrix) + tile
     tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(g, g), 1), 0))
-    if RENORMALIZE:
+    if param_ptrs is not None:
         p = tl.load(select(param_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(p_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(p, p), 1), 0))
     x = x_ptr + select_int(X_AT, matrix)
@@ -115,22 +113,22 @@ def _gather_kernel(
 def _gram_kernel(
     x_ptr, x_sums_ptr, partial_ptr, eps,
     SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr,
-    PARTIAL_AT: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTIAL_AT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of m k X X^T / |X|^2 on and above the diagonal, each summed over a chunk of columns."""
     tile, matrix, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     tiles = (m // _TILE) * (m // _TILE + 1) // 2
-    if (tile >= tiles) | (chunk * CHUNK >= k):
+    if (tile >= tiles) | (chunk * _CHUNK >= k):
         return
     i, j = _upper_tile(tile)
-    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT, FIRST)
+    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT)
     lane = tl.arange(0, _TILE)
     x = x_ptr + select_int(X_AT, matrix)
     left = x + tl.cast(i * _TILE + lane, tl.int64)[:, None] * k
     right = x + tl.cast(j * _TILE + lane, tl.int64)[:, None] * k
     acc = tl.zeros([_TILE, _TILE], dtype=tl.float32)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, k), BLOCK_K):
+    for start in range(chunk * _CHUNK, tl.minimum(chunk * _CHUNK + _CHUNK, k), BLOCK_K):
         col = start + tl.arange(0, BLOCK_K)[None, :]
         a = (tl.load(left + col) * scale).to(DTYPE)
         b = (tl.load(right + col) * scale).to(DTYPE)
@@ -141,8 +139,8 @@ def _gram_kernel(
 
 @triton.jit
 def _sum_chunks_kernel(
-    partial_ptr, r_ptr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R_AT: tl.constexpr,
-    PARTIAL_AT: tl.constexpr, CHUNK: tl.constexpr,
+    partial_ptr, r_ptr,
+    SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R_AT: tl.constexpr, PARTIAL_AT: tl.constexpr,
 ):  # fmt: skip
     """R = X X^T / |X|^2, whole and symmetric, from the sums over chunks in their order."""
     tile, matrix = tl.program_id(0), tl.program_id(1)
@@ -156,7 +154,7 @@ def _sum_chunks_kernel(
     partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (_TILE * _TILE)
     at = inner[:, None] * _TILE + lane[None, :]
     acc = tl.zeros([_SLICE, _TILE], dtype=tl.float32)
-    for chunk in range((k + CHUNK - 1) // CHUNK):
+    for chunk in range((k + _CHUNK - 1) // _CHUNK):
         acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (_TILE * _TILE) + at)
     acc = acc * (1.0 / select_int(SIZES, matrix).to(tl.float32))
     r = r_ptr + select_int(R_AT, matrix)
@@ -215,18 +213,19 @@ def _product_kernel(
 def _finish_kernel(
     out_ptrs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
-    R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST: tl.constexpr,
-    LR_AT: tl.constexpr, UPDATE: tl.constexpr, RENORMALIZE: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, LR_AT: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """U = Q X, stored as each out [ROWS, COLS]; UPDATE: outs are weights, and become weights * shrink - lr * U."""
+    """U = Q X, stored as each out [ROWS, COLS]. With a learning rate outs are weights, which become
+    weights * shrink - lr * U, renormalized where their sums of squares are given.
+    """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     if tile >= (m // _TILE) * (k // _TILE):
         return
     lane = tl.arange(0, _TILE)
     row, col = tile // (k // _TILE) * _TILE + lane, tile % (k // _TILE) * _TILE + lane
-    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT, FIRST)
+    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT)
     left = q_ptr + select_int(R_AT, matrix) + row[:, None] * m
     right = x_ptr + select_int(X_AT, matrix) + col[None, :]
     u = tl.zeros([_TILE, _TILE], dtype=tl.float32)
@@ -247,10 +246,10 @@ def _finish_kernel(
     out_ptr = select(out_ptrs, matrix)
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     at = row[:, None] * cols + col[None, :]
-    if UPDATE:
+    if lr_ptr is not None:
         lr = tl.load(lr_ptr + select_int(LR_AT, matrix))
         shrink = 1.0 - lr * weight_decay
-        if RENORMALIZE:
+        if p_sums_ptr is not None:
             norm = tl.sqrt(_sum_of(p_sums_ptr + select_int(N_AT, matrix), select_int(N, matrix).to(tl.int32)))
             # a weight of zeros has no norm to set
             norm = tl.where(norm == 0, 1.0, norm)
@@ -264,18 +263,17 @@ class Batch:
     """Matrices [rows, cols], all with rows <= cols or all with rows > cols, and where each lies in the workspace."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], device: torch.device, eps: float, dtype: torch.dtype):
-        self._eps, self._dtype, self._first = eps, _DTYPES[dtype], True
+        self._eps = eps
         # float32 is for accuracy: the standard iteration, whose products do without tensor cores and take registers
         self._full = dtype == torch.float32
         self._steps_a_gram = 1 if self._full else _STEPS_A_GRAM
         rows, cols = zip(*shapes)
-        self._transposed = rows[0] > cols[0]
         tile, part = _TILE.value, _ROWS.value
         self._m = tuple(triton.cdiv(min(shape), tile) * tile for shape in shapes)
         self._k = tuple(triton.cdiv(max(shape), tile) * tile for shape in shapes)
         self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
         tiles, small = ([m // side * (m // side + 1) // 2 for m in self._m] for side in (tile, part))
-        chunks = [triton.cdiv(k, _CHUNK) for k in self._k]
+        chunks = [triton.cdiv(k, _CHUNK.value) for k in self._k]
         sums = tuple(size // (part * tile) for size in self._x_sizes)
         x_at, x_size = running_sums(self._x_sizes)
         r_at, self._r_size = running_sums([m * m for m in self._m])
@@ -285,10 +283,11 @@ class Batch:
         self._gather_grid, self._gram_grid = (max(sums), count), (max(tiles), count, max(chunks))
         self._sum_grid = (max(tiles), count, tile // _SLICE.value)
         self._product_grid, self._finish_grid = (max(small), count), (max(self._x_sizes) // tile**2, count)
-        self._shapes, self._padded = dict(ROWS=rows, COLS=cols), dict(M=self._m, K=self._k)
-        self._sizes, self._x_at = dict(SIZES=tuple(a * b for a, b in shapes)), dict(X_AT=x_at)
-        self._r_at, self._partial_at = dict(R_AT=r_at), dict(PARTIAL_AT=partial_at, CHUNK=_CHUNK)
-        self._n, self._n_at = dict(N=sums), dict(N_AT=n_at)
+        self._layout = dict(
+            ROWS=rows, COLS=cols, TRANSPOSED=rows[0] > cols[0], SIZES=tuple(a * b for a, b in shapes), M=self._m,
+            K=self._k, X_AT=x_at, R_AT=r_at, PARTIAL_AT=partial_at, N=sums, N_AT=n_at, DTYPE=_DTYPES[dtype],
+            SPLIT=not self._full, LR_AT=(0,),
+        )  # fmt: skip
         self._x, self._partial, self._x_sums, self._p_sums = (
             torch.empty(size, dtype=torch.float32, device=device) for size in (x_size, partial_size, n_size, n_size)
         )
@@ -297,46 +296,35 @@ class Batch:
         self, matrices: Tensors, buffers: Tensors | None = None, params: Tensors | None = None, momentum: float = 0.0
     ) -> None:
         """Fill the workspace; from gradients, if there are momentum buffers. params: sum their squares too."""
-        launch(
-            _gather_kernel, self._gather_grid, matrices, buffers or matrices, params or matrices, self._x,
-            self._x_sums, self._p_sums, momentum, TRANSPOSED=self._transposed, UPDATE=buffers is not None,
-            RENORMALIZE=params is not None, **self._shapes, **self._padded, **self._x_at, **self._n_at,
-        )  # fmt: skip
+        arguments = (matrices, buffers, params, self._x, self._x_sums, self._p_sums, momentum)
+        self._launch(_gather_kernel, self._gather_grid, *arguments)
 
     def iterate(self, steps: int, coefficients: Sequence[float]) -> Tensor:
         """The Q that is left to be multiplied with X."""
         while steps > self._steps_a_gram:
             q = self._polynomial(self._gram(), self._steps_a_gram, coefficients)
             x = torch.empty_like(self._x)
-            self._finish(x.split(self._x_sizes), q, dict(ROWS=self._m, COLS=self._k), TRANSPOSED=False)
-            self._x, self._first = x, False
+            self._finish(x.split(self._x_sizes), q, ROWS=self._m, COLS=self._k, TRANSPOSED=False)
+            # what X was has been divided by its norm
+            self._x, self._x_sums = x, None
             steps -= self._steps_a_gram
         return self._polynomial(self._gram(), steps, coefficients)
 
     def store(self, outs: Tensors, q: Tensor) -> None:
         """outs = Q X."""
-        self._finish(outs, q, self._shapes, TRANSPOSED=self._transposed)
+        self._finish(outs, q)
 
     def update(
         self, params: Tensors, q: Tensor, lr: Tensor, lr_at: tuple[int, ...], weight_decay: float, renormalize: bool
     ) -> None:
         """params = params * shrink - lr * Q X, each weight's rate being lr[lr_at]."""
-        self._finish(
-            params, q, self._shapes, lr, weight_decay,
-            TRANSPOSED=self._transposed, UPDATE=True, RENORMALIZE=renormalize, LR_AT=lr_at,
-        )  # fmt: skip
+        self._finish(params, q, self._p_sums if renormalize else None, lr, weight_decay, LR_AT=lr_at)
 
     def _gram(self) -> Tensor:
-        launch(
-            _gram_kernel, self._gram_grid, self._x, self._x_sums, self._partial, self._eps, FIRST=self._first,
-            DTYPE=self._dtype, BLOCK_K=32, num_warps=4 if self._full else 8, **self._sizes, **self._padded,
-            **self._x_at, **self._n, **self._n_at, **self._partial_at,
-        )  # fmt: skip
+        arguments = (self._x, self._x_sums, self._partial, self._eps)
+        self._launch(_gram_kernel, self._gram_grid, *arguments, BLOCK_K=32, num_warps=4 if self._full else 8)
         r = self._x.new_empty(self._r_size)
-        launch(
-            _sum_chunks_kernel, self._sum_grid, self._partial, r,
-            **self._sizes, **self._padded, **self._r_at, **self._partial_at,
-        )  # fmt: skip
+        self._launch(_sum_chunks_kernel, self._sum_grid, self._partial, r)
         return r
 
     def _polynomial(self, r: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
@@ -357,21 +345,25 @@ class Batch:
         """Each pair's product, or the polynomial of a pair that is one matrix twice."""
         lefts, rights = zip(*pairs)
         outs = [torch.empty_like(left) for left in lefts]
-        launch(
-            _product_kernel, (*self._product_grid, len(pairs)), lefts, rights, tuple(outs),
-            *map(float, polynomial or (0, 0, 1)), POLYNOMIAL=polynomial is not None, SPLIT=not self._full,
-            BLOCK_K=32 if self._full else 64, M=self._m, **self._r_at,
-        )  # fmt: skip
+        arguments = (lefts, rights, tuple(outs), *map(float, polynomial or (0, 0, 1)))
+        sizes = dict(POLYNOMIAL=polynomial is not None, BLOCK_K=32 if self._full else 64)
+        self._launch(_product_kernel, (*self._product_grid, len(pairs)), *arguments, **sizes)
         return outs
 
     def _finish(
-        self, outs: Tensors, q: Tensor, shapes: dict, lr: Tensor | None = None, weight_decay: float = 0.0, *,
-        UPDATE: bool = False, RENORMALIZE: bool = False, LR_AT: tuple[int, ...] = (0,), **constexprs,
-    ) -> None:  # fmt: skip
-        launch(
-            _finish_kernel, self._finish_grid, tuple(outs), q, self._x, self._x_sums, self._p_sums,
-            q if lr is None else lr, self._eps, weight_decay, FIRST=self._first, DTYPE=self._dtype, UPDATE=UPDATE,
-            RENORMALIZE=RENORMALIZE, LR_AT=LR_AT, SPLIT=not self._full, BLOCK_K=16 if self._full else 32,
-            num_warps=4 if self._full else 8, **shapes, **self._sizes, **self._padded, **self._x_at, **self._r_at,
-            **self._n, **self._n_at, **constexprs,
-        )  # fmt: skip
+        self,
+        outs: Sequence[Tensor],
+        q: Tensor,
+        p_sums: Tensor | None = None,
+        lr: Tensor | None = None,
+        weight_decay: float = 0.0,
+        **constexprs,
+    ) -> None:
+        arguments = (tuple(outs), q, self._x, self._x_sums, p_sums, lr, self._eps, weight_decay)
+        sizes = dict(BLOCK_K=16 if self._full else 32, num_warps=4 if self._full else 8)
+        self._launch(_finish_kernel, self._finish_grid, *arguments, **sizes, **constexprs)
+
+    def _launch(self, kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
+        """With what the kernel takes of the layout."""
+        layout = {name: value for name, value in self._layout.items() if name in kernel.arg_names}
+        launch(kernel, grid, *arguments, num_warps=num_warps, **{**layout, **constexprs})

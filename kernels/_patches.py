@@ -5,16 +5,52 @@ read as q = u - 128, which float16 holds exactly; one more feature is the consta
 also yields plain sums. With a `Gather` the pixels come from anywhere in a data set.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._checks import FLOATS
-from ._common import split_fp16
 from .gather import Gather
 
-PIXEL_SHIFT = 128
+# u - 128 fits int8, and float16 exactly
+PIXEL_OFFSET = tl.constexpr(128.0)
+
+
+class Pixels(NamedTuple):
+    """Where pixels come from: the images, and a `Gather`'s tensors with the pixel mean that fills a cutout."""
+
+    images: Tensor
+    index: Tensor | None
+    translation: Tensor | None
+    flip: Tensor | None
+    cutout: Tensor | None
+    mean: Tensor | None
+    jitter: Tensor | None
+
+
+class Geometry(NamedTuple):
+    """Images of H x W pixels of C_IN channels, patches of K x K of them, padded to F_PAD features, and the side of a
+    cutout's square.
+    """
+
+    H: int
+    W: int
+    C_IN: int
+    K: int
+    F_PAD: int
+    CUTOUT: int
+
+
+class Tile(NamedTuple):
+    """A program's BLOCK_P positions by BLOCK_O of O filters; EXACT: products run in float32."""
+
+    O: int
+    EXACT: bool
+    BLOCK_P: int
+    BLOCK_O: int
 
 
 @triton.jit
@@ -25,90 +61,100 @@ def _reflect(v, SIZE: tl.constexpr):
 
 @triton.jit
 def _load_clamped(pointer, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """An image's shift or corner as int32, clamped before it is narrowed, so that no value reads outside the image."""
+    """An image's translation or corner as int32, clamped before it is narrowed: none reads outside the image."""
     return tl.minimum(tl.maximum(tl.load(pointer, mask=inside, other=0), LOW), HIGH).to(tl.int32)
 
 
 @triton.jit
-def _cutout_pixel(mean_ptr, C_IN: tl.constexpr, F_PAD: tl.constexpr):
+def _cutout_pixel(mean_ptr, G: tl.constexpr):
     """What a cut pixel holds, as q [F_PAD]; in float64, where 255 * mean is exact and every rounding the same."""
-    mean = tl.load(mean_ptr + tl.arange(0, F_PAD) % C_IN).to(tl.float64)
-    return tl.minimum(tl.maximum(tl.floor(mean * 255.0 + 0.5), 0.0), 255.0).to(tl.float32) - 128.0
+    mean = tl.load(mean_ptr + tl.arange(0, G.F_PAD) % G.C_IN).to(tl.float64)
+    return tl.minimum(tl.maximum(tl.floor(mean * 255.0 + 0.5), 0.0), 255.0).to(tl.float32) - PIXEL_OFFSET
 
 
 @triton.jit
-def load_patches(
-    images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
-    UINT8: tl.constexpr, GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-):  # fmt: skip
+def load_patches(pixels, position, n_positions, G: tl.constexpr):
     """Patches at flat output positions (b, y, x): float32 [BLOCK_P, F_PAD]; feature F is 1, later ones are 0.
 
-    Rows past n_positions are 0, the constant feature included. With GATHER, b counts a `Gather`'s images (see there)
-    and CUTOUT is the square's size, 0 for none; the jitter is left to what takes the patches.
+    Rows past n_positions are 0, the constant feature included. With an index, b counts a `Gather`'s images (see there);
+    the jitter is left to what takes the patches.
     """
-    out_w: tl.constexpr = W - K + 1
-    out_hw: tl.constexpr = (H - K + 1) * out_w
-    features: tl.constexpr = K * K * C_IN
+    out_w: tl.constexpr = G.W - G.K + 1
+    out_hw: tl.constexpr = (G.H - G.K + 1) * out_w
+    features: tl.constexpr = G.K * G.K * G.C_IN
     inside = position < n_positions
     b = position // out_hw
     rest = position - b * out_hw
     y = rest // out_w
     x = rest - y * out_w
-    f = tl.arange(0, F_PAD)
+    f = tl.arange(0, G.F_PAD)
     mask = inside[:, None] & (f < features)[None, :]
-    if GATHER:
-        image = tl.load(index_ptr + b, mask=inside, other=0).to(tl.int64) * (H * W * C_IN)
-        patch_row, patch_column = f // (K * C_IN), f // C_IN % K
-        if CROP:
-            down = _load_clamped(crop_ptr + 2 * b, inside, 1 - H, H - 1)
-            right = _load_clamped(crop_ptr + 2 * b + 1, inside, 1 - W, W - 1)
-        if FLIP:
-            mirrored = tl.load(flip_ptr + b, mask=inside, other=0) != 0
-        if CUTOUT:
-            top = _load_clamped(cutout_ptr + 2 * b, inside, -CUTOUT, H)
-            left = _load_clamped(cutout_ptr + 2 * b + 1, inside, -CUTOUT, W)
-            cut_rows = tl.zeros([position.shape[0], F_PAD], dtype=tl.int1)
-            cut_columns = tl.zeros([position.shape[0], F_PAD], dtype=tl.int1)
-        rows = tl.zeros([position.shape[0], F_PAD], dtype=tl.int32)
-        columns = tl.zeros([position.shape[0], F_PAD], dtype=tl.int32)
+    if pixels.index is not None:
+        image = tl.load(pixels.index + b, mask=inside, other=0).to(tl.int64) * (G.H * G.W * G.C_IN)
+        patch_row, patch_column = f // (G.K * G.C_IN), f // G.C_IN % G.K
+        if pixels.translation is not None:
+            down = _load_clamped(pixels.translation + 2 * b, inside, 1 - G.H, G.H - 1)
+            right = _load_clamped(pixels.translation + 2 * b + 1, inside, 1 - G.W, G.W - 1)
+        if pixels.flip is not None:
+            mirrored = tl.load(pixels.flip + b, mask=inside, other=0) != 0
+        if pixels.cutout is not None:
+            top = _load_clamped(pixels.cutout + 2 * b, inside, -G.CUTOUT, G.H)
+            left = _load_clamped(pixels.cutout + 2 * b + 1, inside, -G.CUTOUT, G.W)
+            cut_rows = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int1)
+            cut_columns = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int1)
+        rows = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int32)
+        columns = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int32)
         # one value a row and column of the patch, broadcast over its features: cheaper than one an element
-        for i in tl.static_range(K):
+        for i in tl.static_range(G.K):
             at_y, at_x = y + i, x + i
-            if CUTOUT:
-                in_rows = (at_y >= top) & (at_y < top + CUTOUT)
-                in_columns = (at_x >= left) & (at_x < left + CUTOUT)
-            if FLIP:
-                at_x = tl.where(mirrored, W - 1 - at_x, at_x)
-            if CROP:
-                at_y, at_x = _reflect(at_y + down, H), _reflect(at_x + right, W)
+            if pixels.cutout is not None:
+                in_rows = (at_y >= top) & (at_y < top + G.CUTOUT)
+                in_columns = (at_x >= left) & (at_x < left + G.CUTOUT)
+            if pixels.flip is not None:
+                at_x = tl.where(mirrored, G.W - 1 - at_x, at_x)
+            if pixels.translation is not None:
+                at_y, at_x = _reflect(at_y + down, G.H), _reflect(at_x + right, G.W)
             of_row, of_column = (patch_row == i)[None, :], (patch_column == i)[None, :]
-            rows = tl.where(of_row, (at_y * (W * C_IN))[:, None], rows)
-            columns = tl.where(of_column, (at_x * C_IN)[:, None], columns)
-            if CUTOUT:
+            rows = tl.where(of_row, (at_y * (G.W * G.C_IN))[:, None], rows)
+            columns = tl.where(of_column, (at_x * G.C_IN)[:, None], columns)
+            if pixels.cutout is not None:
                 cut_rows = tl.where(of_row, in_rows[:, None], cut_rows)
                 cut_columns = tl.where(of_column, in_columns[:, None], cut_columns)
-        offset = image[:, None] + (rows + columns + (f % C_IN)[None, :])
-        pixel = tl.load(images_ptr + offset, mask=mask, other=0)
+        offset = image[:, None] + (rows + columns + (f % G.C_IN)[None, :])
+        pixel = tl.load(pixels.images + offset, mask=mask, other=0)
     else:
-        corner = ((b.to(tl.int64) * H + y) * W + x) * C_IN
+        corner = ((b.to(tl.int64) * G.H + y) * G.W + x) * G.C_IN
         # (row, column, channel) -> offset from the patch's corner: rows are W pixels apart, the rest is contiguous
-        offset = (f // (K * C_IN)) * (W * C_IN) + f % (K * C_IN)
-        pixel = tl.load(images_ptr + corner[:, None] + offset[None, :], mask=mask, other=0)
-    if UINT8:
-        q = pixel.to(tl.float32) - 128.0
-    else:
-        q = pixel.to(tl.float32)
-    if CUTOUT:
-        q = tl.where(cut_rows & cut_columns, _cutout_pixel(mean_ptr, C_IN, F_PAD)[None, :], q)
+        offset = (f // (G.K * G.C_IN)) * (G.W * G.C_IN) + f % (G.K * G.C_IN)
+        pixel = tl.load(pixels.images + corner[:, None] + offset[None, :], mask=mask, other=0)
+    q = pixel.to(tl.float32)
+    if pixels.images.dtype.element_ty == tl.uint8:
+        q -= PIXEL_OFFSET
+    if pixels.cutout is not None:
+        q = tl.where(cut_rows & cut_columns, _cutout_pixel(pixels.mean, G)[None, :], q)
     one = tl.where(inside[:, None] & (f == features)[None, :], 1.0, 0.0)
     return tl.where(mask, q, one)
 
 
 @triton.jit
-def weight_offset(f, C_IN: tl.constexpr, K: tl.constexpr):
+def weight_offset(f, G: tl.constexpr):
     """Where feature f = (row, column, channel) lies in a [C_IN, K, K] filter."""
-    return (f % C_IN) * (K * K) + f // C_IN
+    return (f % G.C_IN) * (G.K * G.K) + f // G.C_IN
+
+
+@triton.jit
+def _split_fp16(x):
+    """x = scale * (hi + lo / 2048) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
+
+    Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
+    """
+    # a power of two: what was 16 bits long stays exact
+    scale = (tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.where(scale > 0, scale, 1.0)
+    unit = x * (1.0 / scale)[None, :]
+    hi = unit.to(tl.float16)
+    lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+    return hi, lo, scale
 
 
 @triton.jit
@@ -119,32 +165,31 @@ def project_patches(q, matrix, EXACT: tl.constexpr):
     """
     if EXACT:
         return tl.dot(q, matrix, input_precision="ieee")
-    hi, lo, scale = split_fp16(matrix)
+    hi, lo, scale = _split_fp16(matrix)
     q16 = q.to(tl.float16)
     return (tl.dot(q16, hi) + tl.dot(q16, lo) * (1.0 / 2048.0)) * scale[None, :]
 
 
 @triton.jit
-def load_jitter(
-    jitter_ptr, position, n_positions, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr
-):  # fmt: skip
-    """A jittered pixel is contrast * q + offset, in units of q: both [BLOCK_P] float32, 1 and 0 past n_positions."""
-    b = position // ((H - K + 1) * (W - K + 1))
-    inside = position < n_positions
-    contrast = tl.load(jitter_ptr + 2 * b, mask=inside, other=1.0)
-    brightness = tl.load(jitter_ptr + 2 * b + 1, mask=inside, other=0.0)
-    return contrast, 128.0 * (contrast - 1.0) + 255.0 * brightness
+def load_jitter(jitter_ptr, b, mask, DTYPE: tl.constexpr = tl.float32):
+    """A jittered pixel of image b is contrast * q + offset, in units of q: both 1 and 0 outside the mask."""
+    contrast = tl.load(jitter_ptr + 2 * b, mask=mask, other=1.0).to(DTYPE)
+    brightness = tl.load(jitter_ptr + 2 * b + 1, mask=mask, other=0.0).to(DTYPE)
+    return contrast, (contrast - 1.0) * PIXEL_OFFSET + 255.0 * brightness
 
 
 @triton.jit
-def filter_patches(
-    q, matrix, constant, jitter_ptr, position, n_positions, EXACT: tl.constexpr, JITTER: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-):  # fmt: skip
+def position_jitter(jitter_ptr, position, n_positions, G: tl.constexpr):
+    """The jitter of every position's image, both [BLOCK_P]."""
+    return load_jitter(jitter_ptr, position // ((G.H - G.K + 1) * (G.W - G.K + 1)), position < n_positions)
+
+
+@triton.jit
+def filter_patches(q, matrix, constant, jitter_ptr, position, n_positions, EXACT: tl.constexpr, G: tl.constexpr):
     """(jittered q) matrix + constant [BLOCK_P, BLOCK_O] float32; jitter scales the product, so that q stays exact."""
     z = project_patches(q, matrix, EXACT)
-    if JITTER:
-        contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
+    if jitter_ptr is not None:
+        contrast, offset = position_jitter(jitter_ptr, position, n_positions, G)
         z = z * contrast[:, None] + offset[:, None] * tl.sum(matrix, 0)[None, :]
     return z + constant[None, :]
 
@@ -154,41 +199,35 @@ def correlate_patches(g, q, EXACT: tl.constexpr):
     """g^T q: [BLOCK_P, BLOCK_O] and [BLOCK_P, F_PAD] -> [BLOCK_O, F_PAD] float32; precision as project_patches."""
     if EXACT:
         return tl.dot(tl.trans(g), q, input_precision="ieee")
-    hi, lo, scale = split_fp16(g)
+    hi, lo, scale = _split_fp16(g)
     q16 = q.to(tl.float16)
     return (tl.dot(tl.trans(hi), q16) + tl.dot(tl.trans(lo), q16) * (1.0 / 2048.0)) * scale[:, None]
 
 
 class PatchSource:
-    """Where patches come from: the pixel arguments of every patch kernel, and the sizes it is compiled for."""
+    """The pixels of every patch kernel, and what it is compiled for."""
 
     def __init__(self, images: Tensor, kernel_size: int, mean: Tensor | None = None, gather: Gather | None = None):
         batch, channels, height, width = images.shape
         self.batch = batch if gather is None else len(gather.index)
         self.height, self.width = height - kernel_size + 1, width - kernel_size + 1
         self.positions = self.batch * self.height * self.width
-        self.features = channels * kernel_size**2
-        self.f_pad = max(16, triton.next_power_of_2(self.features + 1))
-        index = crop = flip = cutout = jitter = None
+        self.f_pad = max(16, triton.next_power_of_2(channels * kernel_size**2 + 1))
+        index = translation = flip = cutout = jitter = None
         if gather is not None:
-            index, crop, cutout, jitter = gather.index, gather.shift, gather.cutout, gather.jitter
+            index, translation, cutout, jitter = gather.index, gather.shift, gather.cutout, gather.jitter
             flip = None if gather.flip is None else gather.flip.view(torch.uint8)
+        self.pixels = Pixels(images, index, translation, flip, cutout, mean, jitter)
+        cutout_size = 0 if gather is None else gather.cutout_size
+        self.geometry = Geometry(height, width, channels, kernel_size, self.f_pad, cutout_size)
 
-        def pointer(tensor: Tensor | None) -> Tensor:
-            # the images stand for what a kernel is compiled not to read
-            return images if tensor is None else tensor
-
-        self.pixels = [images, *map(pointer, (index, crop, flip, cutout, mean))]
-        self.jitter, self.jittered = pointer(jitter), jitter is not None
-        self.constexprs = dict(
-            UINT8=images.dtype == torch.uint8, H=height, W=width, C_IN=channels, K=kernel_size, F_PAD=self.f_pad,
-            GATHER=index is not None, CROP=crop is not None, FLIP=flip is not None,
-            CUTOUT=gather.cutout_size if cutout is not None else 0,
-        )  # fmt: skip
+    @property
+    def jittered(self) -> bool:
+        return self.pixels.jitter is not None
 
 
-def tile_sizes(source: PatchSource, filters: int, exact: bool, backward: bool) -> dict[str, int]:
-    """BLOCK_P positions by BLOCK_O filters a program: as large as stays in registers on every target.
+def tile_of(source: PatchSource, filters: int, exact: bool, backward: bool) -> Tile:
+    """As large as stays in registers on every target.
 
     What a program holds grows with the features, with float32 products, and with the backward pass's second product.
     """
@@ -196,7 +235,7 @@ def tile_sizes(source: PatchSource, filters: int, exact: bool, backward: bool) -
     block_p = 128 // (source.f_pad // 32 or 1)
     if exact or backward:
         block_p //= 2
-    return {"BLOCK_P": max(16, block_p), "BLOCK_O": block_o}
+    return Tile(filters, exact, max(16, block_p), block_o)
 
 
 def jittered_positions(source: PatchSource) -> int:

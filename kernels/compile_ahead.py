@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .launching import Launch, on_device, recorded, specialized
+from .launching import Launch, mapped, on_device, recorded, specialized
 
 
 @contextmanager
@@ -56,20 +56,16 @@ def without_data(launch: Launch) -> Launch:
     """The same specialization with tensors of a few bytes, so that nothing of a step outlives it."""
 
     def stand_in(value):
-        if isinstance(value, tuple):
-            return tuple(map(stand_in, value))
         if not isinstance(value, Tensor):
             return value
         room = torch.empty(2, dtype=value.dtype, device=value.device)
         return room[:1] if specialized(value)[1] else room[1:]
 
-    return launch._replace(arguments=tuple(map(stand_in, launch.arguments)))
+    return launch._replace(arguments=mapped(stand_in, launch.arguments))
 
 
 def specialization(launch: Launch) -> tuple:
     """Equal for two launches that run the same machine code on the same device."""
-    arguments = tuple(
-        tuple(map(specialized, value)) if isinstance(value, tuple) else specialized(value) for value in launch.arguments
-    )
     constexprs = tuple(sorted(launch.constexprs.items()))
+    arguments = mapped(specialized, launch.arguments)
     return launch.kernel, launch.device, launch.num_warps, launch.maxnreg, constexprs, arguments

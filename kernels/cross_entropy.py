@@ -9,6 +9,8 @@ round it twice, and in float16 would lose what a loss scale is there to keep.
 Sources: label smoothing, Szegedy et al. 2016; merging softmax sums of blocks, Milakov and Gimelshein 2018.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,13 @@ _TILE = 2048
 _PROGRAMS = 1024
 
 
+class _Sizes(NamedTuple):
+    K: int
+    SMOOTHED: bool
+    BLOCK_B: int
+    BLOCK_K: int
+
+
 @triton.jit
 def _finite(best):
     """A maximum that can be subtracted: of -inf alone, the lowest number."""
@@ -31,24 +40,21 @@ def _finite(best):
 
 
 @triton.jit
-def _block_sums(
-    logits_ptr, label, offsets, start, scale,
-    K: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _block_sums(logits_ptr, label, offsets, start, scale, S: tl.constexpr):
     """Of each row's columns from `start` on: the maximum m and the first column that has it, the sums of
     exp(scale (l - m)) and of m - l, the label's logit (0 if it is not here), and whether any is NaN.
     """
-    k = start + tl.arange(0, BLOCK_K)
-    mask = (k < K)[None, :]
+    k = start + tl.arange(0, S.BLOCK_K)
+    mask = (k < S.K)[None, :]
     l = tl.load(logits_ptr + offsets[:, None] + k[None, :], mask=mask, other=float("-inf")).to(tl.float32)
     # without NaN, which a maximum keeps on one machine and drops on another
     known = tl.where(l == l, l, float("-inf"))
     best = tl.max(known, 1)
-    first = tl.min(tl.where(known == best[:, None], k[None, :], K), 1)
+    first = tl.min(tl.where(known == best[:, None], k[None, :], S.K), 1)
     below = l - _finite(best)[:, None]
     total = tl.sum(tl.exp(scale * below), 1)
     spread = tl.zeros_like(total)
-    if SMOOTHED:
+    if S.SMOOTHED:
         spread = tl.sum(tl.where(mask, -below, 0.0), 1)
     picked = tl.sum(tl.where(k[None, :] == label[:, None], l, 0.0), 1)
     nan = tl.max((l != l).to(tl.int32), 1)
@@ -57,44 +63,39 @@ def _block_sums(
 
 @triton.jit
 def _fwd_kernel(
-    logits_ptr, label_ptr, max_ptr, total_ptr, loss_ptr, correct_ptr, n_rows, n_blocks, scale, on, off,
-    K: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits_ptr, label_ptr, max_ptr, total_ptr, loss_ptr, correct_ptr, n_rows, n_blocks, scale, on, off, S: tl.constexpr
+):
     """Per row the maximum logit m and the sum of exp(scale (l - m)); per program the sums of losses and of hits.
 
     The label's weight is on + off, every other's is off.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    losses = tl.zeros([BLOCK_B], dtype=tl.float32)
-    hits = tl.zeros([BLOCK_B], dtype=tl.int32)
+    losses = tl.zeros([S.BLOCK_B], dtype=tl.float32)
+    hits = tl.zeros([S.BLOCK_B], dtype=tl.int32)
     for block in range(program, n_blocks, programs):
-        row = tl.cast(block, tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        row = tl.cast(block, tl.int64) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
         in_row = row < n_rows
         # past the end the last row is read again: of no row at all the sums would be undefined
         source = tl.minimum(row, n_rows - 1)
         label = tl.load(label_ptr + source)
-        offsets = source * K
-        best, first, total, spread, picked, nan = _block_sums(
-            logits_ptr, label, offsets, 0, scale, K, SMOOTHED, BLOCK_K
-        )
-        for start in range(BLOCK_K, K, BLOCK_K):
-            best2, first2, total2, spread2, picked2, nan2 = _block_sums(
-                logits_ptr, label, offsets, start, scale, K, SMOOTHED, BLOCK_K
-            )
+        offsets = source * S.K
+        best, first, total, spread, picked, nan = _block_sums(logits_ptr, label, offsets, 0, scale, S)
+        for start in range(S.BLOCK_K, S.K, S.BLOCK_K):
+            best2, first2, total2, spread2, picked2, nan2 = _block_sums(logits_ptr, label, offsets, start, scale, S)
             first = tl.where(best2 > best, first2, first)
             higher = tl.maximum(best, best2)
             up, up2 = _finite(higher) - _finite(best), _finite(higher) - _finite(best2)
             total = total * tl.exp(-scale * up) + total2 * tl.exp(-scale * up2)
-            if SMOOTHED:
-                spread += up * start + spread2 + up2 * tl.minimum(K - start, BLOCK_K)
+            if S.SMOOTHED:
+                spread += up * start + spread2 + up2 * tl.minimum(S.K - start, S.BLOCK_K)
             best = higher
             picked += picked2
             nan = tl.maximum(nan, nan2)
         m = _finite(best)
         loss = tl.log(total) + on * scale * (m - picked)
-        if SMOOTHED:
+        if S.SMOOTHED:
             loss += off * scale * spread
-        loss = tl.where((label >= 0) & (label < K), loss, float("nan"))
+        loss = tl.where((label >= 0) & (label < S.K), loss, float("nan"))
         losses += tl.where(in_row, loss, 0.0)
         hits += (in_row & (first == label) & (nan == 0)).to(tl.int32)
         tl.store(max_ptr + row, m, mask=in_row)
@@ -118,24 +119,23 @@ def _total_kernel(partial_loss_ptr, partial_correct_ptr, loss_ptr, correct_ptr, 
 
 @triton.jit
 def _bwd_kernel(
-    dloss_ptr, logits_ptr, label_ptr, max_ptr, total_ptr, dlogits_ptr, n_rows, n_blocks, scale, on, off,
-    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dloss_ptr, logits_ptr, label_ptr, max_ptr, total_ptr, dlogits_ptr, n_rows, n_blocks, scale, on, off, S: tl.constexpr
+):
     """dlogits = dloss * scale * (exp(scale (l - m)) / total - w), rounded once."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     upstream = tl.load(dloss_ptr).to(tl.float32) * scale
     for block in range(program, n_blocks, programs):
-        row = tl.cast(block, tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+        row = tl.cast(block, tl.int64) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
         in_row = row < n_rows
         label = tl.load(label_ptr + row, mask=in_row, other=0)
         m = tl.load(max_ptr + row, mask=in_row, other=0.0)
         total = tl.load(total_ptr + row, mask=in_row, other=1.0)
         # a label that is no class leaves no finite gradient behind
-        factor = tl.where((label >= 0) & (label < K), upstream, float("nan"))
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            mask = in_row[:, None] & (k < K)[None, :]
-            at = (row * K)[:, None] + k[None, :]
+        factor = tl.where((label >= 0) & (label < S.K), upstream, float("nan"))
+        for start in range(0, S.K, S.BLOCK_K):
+            k = start + tl.arange(0, S.BLOCK_K)
+            mask = in_row[:, None] & (k < S.K)[None, :]
+            at = (row * S.K)[:, None] + k[None, :]
             l = tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32)
             p = tl.exp(scale * (l - m[:, None])) / total[:, None]
             w = off + tl.where(k[None, :] == label[:, None], on, 0.0)
@@ -146,12 +146,12 @@ def _bwd_kernel(
 class _Tiling:
     """Whole rows: as many as fill a tile, or one of many blocks."""
 
-    def __init__(self, rows: int, classes: int):
+    def __init__(self, rows: int, classes: int, smoothed: bool):
         block_k = block_of(classes, _TILE)
         block_b = block_of(rows, _TILE // block_k)
         self.blocks = triton.cdiv(rows, block_b)
         self.programs = min(self.blocks, _PROGRAMS)
-        self.constexprs = dict(K=classes, BLOCK_B=block_b, BLOCK_K=block_k)
+        self.sizes = _Sizes(classes, smoothed, block_b, block_k)
 
 
 def _weights(label_smoothing: float, classes: int) -> tuple[float, float]:
@@ -163,21 +163,18 @@ def _weights(label_smoothing: float, classes: int) -> tuple[float, float]:
 def _fwd(logits: Tensor, labels: Tensor, label_smoothing: float, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [] float32, correct [] int64, each row's maximum [B] float32, its sum of exponentials [B] float32)"""
     rows, classes = logits.shape
-    tiling = _Tiling(rows, classes)
+    tiling = _Tiling(rows, classes, label_smoothing > 0)
     maximum = torch.empty(rows, dtype=torch.float32, device=logits.device)
     total = torch.empty_like(maximum)
     partial_loss = torch.empty(tiling.programs, dtype=torch.float32, device=logits.device)
     partial_correct = torch.empty(tiling.programs, dtype=torch.int32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     correct = torch.empty((), dtype=torch.int64, device=logits.device)
-    launch(
-        _fwd_kernel, (tiling.programs,), logits, labels, maximum, total, partial_loss, partial_correct, rows,
-        tiling.blocks, scale, *_weights(label_smoothing, classes), SMOOTHED=label_smoothing > 0, **tiling.constexprs,
-    )  # fmt: skip
-    launch(
-        _total_kernel, (1,), partial_loss, partial_correct, loss, correct, tiling.programs,
-        BLOCK_P=block_of(tiling.programs, 1024),
-    )  # fmt: skip
+    weights = _weights(label_smoothing, classes)
+    arguments = (logits, labels, maximum, total, partial_loss, partial_correct, rows, tiling.blocks)
+    launch(_fwd_kernel, (tiling.programs,), *arguments, scale, *weights, S=tiling.sizes)
+    arguments = (partial_loss, partial_correct, loss, correct, tiling.programs)
+    launch(_total_kernel, (1,), *arguments, BLOCK_P=block_of(tiling.programs, 1024))
     return loss, correct, maximum, total
 
 
@@ -195,11 +192,10 @@ def _bwd(
 ) -> Tensor:
     rows, classes = logits.shape
     dlogits = torch.empty_like(logits)
-    tiling = _Tiling(rows, classes)
-    launch(
-        _bwd_kernel, (tiling.programs,), dloss, logits, labels, maximum, total, dlogits, rows, tiling.blocks, scale,
-        *_weights(label_smoothing, classes), **tiling.constexprs,
-    )  # fmt: skip
+    tiling = _Tiling(rows, classes, label_smoothing > 0)
+    weights = _weights(label_smoothing, classes)
+    arguments = (dloss, logits, labels, maximum, total, dlogits, rows, tiling.blocks)
+    launch(_bwd_kernel, (tiling.programs,), *arguments, scale, *weights, S=tiling.sizes)
     return dlogits
 
 

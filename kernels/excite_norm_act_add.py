@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _batch_norm, _checks, _options
+from ._batch_norm import Norm
 from .differentiation import differentiable_once
 from .launching import opaque_op
 
@@ -28,7 +29,7 @@ def _fwd(
     fixed_var: Tensor | None,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, batch mean [C], batch variance [C]); both empty in evaluation mode, which has fixed statistics."""
     if fixed_mean is None:
@@ -38,8 +39,8 @@ def _fwd(
             {"x": x, "gate": gate, "bias": bias, "residual": residual},
         )
         mean, var = _batch_norm.batch_statistics(x, gate, running_mean, running_var, momentum)
-        return _batch_norm.forward(x, gate, bias, residual, mean, var, eps, activation), mean, var
-    y = _batch_norm.forward(x, gate, bias, residual, fixed_mean, fixed_var, eps, activation)
+        return _batch_norm.forward(x, gate, Norm(mean, var, bias, eps), activation, residual), mean, var
+    y = _batch_norm.forward(x, gate, Norm(fixed_mean, fixed_var, bias, eps), activation, residual)
     nothing = x.new_empty(0, dtype=torch.float32)
     return y, nothing, torch.empty_like(nothing)
 
@@ -61,9 +62,9 @@ def _bwd(
     var: Tensor,
     training: bool,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm.backward(dy, x, gate, bias, mean, var, training, eps, activation)
+    return _batch_norm.backward(dy, x, gate, Norm(mean, var, bias, eps), training, activation)
 
 
 @_bwd.register_fake
@@ -132,7 +133,7 @@ def excite_norm_act_add(
         these move by `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In
         evaluation they are the statistics.
     momentum: 0 to 1; eps: positive.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (v - mean) * r and g = dy * act'(z), backward is
@@ -145,7 +146,7 @@ def excite_norm_act_add(
     RuntimeError where the kernels cannot run.
     """
     op = "excite_norm_act_add"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
@@ -158,4 +159,4 @@ def excite_norm_act_add(
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, gate, bias, residual, running_mean, running_var)
-    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, name)
+    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, activation)

@@ -59,8 +59,7 @@ class Launch(NamedTuple):
     @property
     def device(self) -> torch.device:
         """Of its tensors, which are all on one."""
-        flat = (b for a in self.arguments for b in (a if isinstance(a, tuple) else (a,)))
-        return next(a.device for a in flat if isinstance(a, torch.Tensor))
+        return next(value.device for _, value in leaves(self.arguments) if isinstance(value, torch.Tensor))
 
 
 @contextmanager
@@ -107,7 +106,9 @@ def check_argument_names(kernel) -> None:
 def launch(
     kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, maxnreg: int | None = None, **constexprs
 ) -> None:
-    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device.
+    """Run `kernel` over `grid`. Tensor arguments, alone or in tuples, are dense and on one device; None is no tensor.
+
+    Numbers that are multiplied with each other travel alone: those in a tuple the interpreter computes with in float64.
 
     maxnreg: see `Launch`; stated where the assembler would otherwise aim at few registers and spill some.
     """
@@ -120,11 +121,30 @@ def launch(
         kernel[grid](*arguments, **this.options)
 
 
-def specialized(value) -> tuple[str, bool]:
+def leaves(arguments: tuple) -> Iterator[tuple[tuple[int, ...], object]]:
+    """(path, value) of all that is in a tuple or in tuples inside of it; the path is the index at each level."""
+    for index, value in enumerate(arguments):
+        if isinstance(value, tuple):
+            yield from (((index, *path), leaf) for path, leaf in leaves(value))
+        else:
+            yield (index,), value
+
+
+def mapped(function: Callable, value):
+    """function(value); of a tuple that of each element, in a tuple with the same names."""
+    if not isinstance(value, tuple):
+        return function(value)
+    elements = (mapped(function, element) for element in value)
+    return value._make(elements) if hasattr(value, "_make") else tuple(elements)
+
+
+def specialized(value) -> tuple[str, bool | None]:
     """(type in the compiler's notation, whether 16 divides the value): what a launch compiles an argument for.
 
-    Raises TypeError for what is no argument of a kernel.
+    None is a constant, and no number. Raises TypeError for what is no argument of a kernel.
     """
+    if value is None:
+        return "constexpr", None
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, int):

@@ -113,8 +113,7 @@ def muon(
             )
     check_iteration(op, steps, coefficients, eps, dtype, lr.device)
     if positions:
+        coefficients = [float(c) for c in coefficients]
+        options = (float(momentum), float(weight_decay), renormalize, steps, coefficients, float(eps), dtype)
         with torch.no_grad():
-            _step(
-                *tensors, positions, float(momentum), float(weight_decay), renormalize, steps,
-                [float(c) for c in coefficients], float(eps), dtype,
-            )  # fmt: skip
+            _step(*tensors, positions, *options)

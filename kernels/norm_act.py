@@ -37,7 +37,7 @@ def norm_act(
     running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (x - mean) * r and g = dy * act'(xhat + bias), backward is
@@ -49,7 +49,7 @@ def norm_act(
     RuntimeError where the kernels cannot run.
     """
     op = "norm_act"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
@@ -57,4 +57,4 @@ def norm_act(
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
     _checks.device(op, x, bias, running_mean, running_var)
-    return NormAct.apply(x, None, bias, None, *statistics, momentum, eps, name)
+    return NormAct.apply(x, None, bias, None, *statistics, momentum, eps, activation)

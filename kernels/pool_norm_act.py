@@ -8,14 +8,17 @@ what it wrote; x is never read again. Backward expands the pooled gradient with 
 Sources: the layer order, hlb-CIFAR10; squeeze-and-excite, Hu et al. 2018; batch normalization, Ioffe and Szegedy 2015.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _batch_norm, _checks, _options
-from ._batch_norm import Partials, load_fp32, rstd_of
-from ._common import activation_backward, block_of, channels_last_like, rounded_product
+from ._batch_norm import Norm, Partials, Upstream, load_fp32, load_means, load_norm, store_partials, welford
+from ._common import block_of, channels_last_like
+from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 
@@ -25,130 +28,111 @@ _PROGRAMS = 1024
 
 
 @triton.jit
-def _pool_kernel(
-    x_ptr, pooled_ptr, index_ptr, mean_ptr, m2_ptr, count_ptr, n_images,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, STATS: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def _pool_kernel(x_ptr, pooled_ptr, index_ptr, partials, n_images, S: tl.constexpr):
     """Pool whole images. A lane owns four consecutive windows of a channel, whose indices share a byte.
 
     The first maximum wins and a NaN wins over everything, as in PyTorch.
     """
-    out_w: tl.constexpr = W // 2
-    windows: tl.constexpr = (H // 2) * out_w
+    out_w: tl.constexpr = S.W // 2
+    windows: tl.constexpr = (S.H // 2) * out_w
     groups: tl.constexpr = (windows + 3) // 4
     program, programs = tl.program_id(0), tl.num_programs(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
-    mean = tl.zeros([BLOCK_G, BLOCK_C], dtype=tl.float32)
-    m2 = tl.zeros([BLOCK_G, BLOCK_C], dtype=tl.float32)
-    count = tl.zeros([BLOCK_G], dtype=tl.float32)
+    c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
+    in_c = c < S.C
+    mean = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=tl.float32)
+    m2 = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=tl.float32)
+    count = tl.zeros([S.BLOCK_G], dtype=tl.float32)
     for image in range(program, n_images, programs):
-        x = x_ptr + tl.cast(image, tl.int64) * (H * W * C)
-        pooled = pooled_ptr + tl.cast(image, tl.int64) * (windows * C)
-        index = index_ptr + tl.cast(image, tl.int64) * (groups * C)
-        for start in range(0, groups, BLOCK_G):
-            group = start + tl.arange(0, BLOCK_G)
-            packed = tl.zeros([BLOCK_G, BLOCK_C], dtype=tl.int32)
+        x = x_ptr + tl.cast(image, tl.int64) * (S.H * S.W * S.C)
+        pooled = pooled_ptr + tl.cast(image, tl.int64) * (windows * S.C)
+        for start in range(0, groups, S.BLOCK_G):
+            group = start + tl.arange(0, S.BLOCK_G)
+            packed = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=tl.int32)
             for j in range(4):
                 window = group * 4 + j
                 inside = window < windows
                 mask = inside[:, None] & in_c[None, :]
-                corner = ((window // out_w) * (2 * W) + (window % out_w) * 2) * C
+                corner = ((window // out_w) * (2 * S.W) + (window % out_w) * 2) * S.C
                 # pixels are compared as they are: half the registers of float32
                 best = tl.load(x + corner[:, None] + c[None, :], mask=mask, other=0.0)
-                which = tl.zeros([BLOCK_G, BLOCK_C], dtype=tl.int32)
+                which = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=tl.int32)
                 for k in tl.static_range(1, 4):
-                    pixel = x + ((k // 2) * W + k % 2) * C
+                    pixel = x + ((k // 2) * S.W + k % 2) * S.C
                     v = tl.load(pixel + corner[:, None] + c[None, :], mask=mask, other=0.0)
                     wins = (v > best) | (v != v)
                     best = tl.where(wins, v, best)
                     which = tl.where(wins, k, which)
                 packed |= which << (2 * j)
-                tl.store(pooled + window[:, None] * C + c[None, :], best, mask=mask)
-                if STATS:
-                    p = best.to(tl.float32)
-                    count += inside.to(tl.float32)
-                    delta = tl.where(mask, p - mean, 0.0)
-                    mean += delta / tl.maximum(count, 1.0)[:, None]
-                    m2 += delta * tl.where(mask, p - mean, 0.0)
-            if SAVE:
+                tl.store(pooled + window[:, None] * S.C + c[None, :], best, mask=mask)
+                if partials is not None:
+                    mean, m2, count = welford(mean, m2, count, best.to(tl.float32), inside, mask)
+            if index_ptr is not None:
                 mask = (group < groups)[:, None] & in_c[None, :]
-                tl.store(index + group[:, None] * C + c[None, :], packed.to(tl.uint8), mask=mask)
-    if STATS:
-        total = tl.sum(count, 0)
-        merged = tl.sum(rounded_product(mean, count[:, None]), 0) / total
-        away = mean - merged[None, :]
-        tl.store(mean_ptr + program * C + c, merged, mask=in_c)
-        tl.store(m2_ptr + program * C + c, tl.sum(m2 + count[:, None] * away * away, 0), mask=in_c)
-        tl.store(count_ptr + program, total)
+                index = index_ptr + tl.cast(image, tl.int64) * (groups * S.C)
+                tl.store(index + group[:, None] * S.C + c[None, :], packed.to(tl.uint8), mask=mask)
+    if partials is not None:
+        store_partials(partials, program, c, in_c, mean, m2, count, S.C)
 
 
 @triton.jit
 def _unpool_kernel(
-    dy_ptr, dy2_ptr, dsqueeze_ptr, pooled_ptr, index_ptr, bias_ptr, mean_ptr, var_ptr, sum_ptr, dx_ptr, n_images,
-    n_rows, eps,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, HAS_DY2: tl.constexpr, HAS_SQUEEZE: tl.constexpr,
-    TRAINING: tl.constexpr, ACT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    upstream, pooled_ptr, index_ptr, norm, sum_ptr, dx_ptr, n_images, n_rows, S: tl.constexpr, DACT: tl.constexpr
+):
     """dp = rstd (g - mean g - xhat mean(g xhat)) at each window's winner, 0 at every other pixel of x."""
-    out_w: tl.constexpr = W // 2
-    windows: tl.constexpr = (H // 2) * out_w
+    out_w: tl.constexpr = S.W // 2
+    windows: tl.constexpr = (S.H // 2) * out_w
     groups: tl.constexpr = (windows + 3) // 4
     program, programs = tl.program_id(0), tl.num_programs(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
-    lane = tl.arange(0, BLOCK_G)
-    mean = tl.load(mean_ptr + c, mask=in_c, other=0.0)
-    rstd = rstd_of(var_ptr, c, in_c, eps)
-    bias = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
-    if TRAINING:
-        n = n_rows.to(tl.float32)
-        mean_g = tl.load(sum_ptr + c, mask=in_c, other=0.0) / n
-        mean_gx = tl.load(sum_ptr + C + c, mask=in_c, other=0.0) / n
-    zero = tl.zeros([BLOCK_G, BLOCK_C], dtype=dx_ptr.dtype.element_ty)
+    c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
+    in_c = c < S.C
+    lane = tl.arange(0, S.BLOCK_G)
+    mean, rstd, bias = load_norm(norm, c, in_c)
+    if sum_ptr is not None:
+        mean_g, mean_gx = load_means(sum_ptr, n_rows.to(tl.float32), c, in_c, S.C)
+    zero = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=dx_ptr.dtype.element_ty)
     for image in range(program, n_images, programs):
-        dx = dx_ptr + tl.cast(image, tl.int64) * (H * W * C)
-        pooled = pooled_ptr + tl.cast(image, tl.int64) * (windows * C)
-        dy = dy_ptr + tl.cast(image, tl.int64) * (windows * C)
-        dy2 = dy2_ptr + tl.cast(image, tl.int64) * (windows * C)
-        index = index_ptr + tl.cast(image, tl.int64) * (groups * C)
-        if HAS_SQUEEZE:
-            shared = tl.load(dsqueeze_ptr + image * C + c, mask=in_c, other=0.0) / windows
-        for start in range(0, groups, BLOCK_G):
+        dx = dx_ptr + tl.cast(image, tl.int64) * (S.H * S.W * S.C)
+        pooled = pooled_ptr + tl.cast(image, tl.int64) * (windows * S.C)
+        dy = upstream.dy + tl.cast(image, tl.int64) * (windows * S.C)
+        if upstream.dy2 is not None:
+            dy2 = upstream.dy2 + tl.cast(image, tl.int64) * (windows * S.C)
+        index = index_ptr + tl.cast(image, tl.int64) * (groups * S.C)
+        if upstream.dsqueeze is not None:
+            shared = tl.load(upstream.dsqueeze + image * S.C + c, mask=in_c, other=0.0) / windows
+        for start in range(0, groups, S.BLOCK_G):
             group = start + lane
             mask = (group < groups)[:, None] & in_c[None, :]
-            packed = tl.load(index + group[:, None] * C + c[None, :], mask=mask, other=0).to(tl.int32)
+            packed = tl.load(index + group[:, None] * S.C + c[None, :], mask=mask, other=0).to(tl.int32)
             for j in range(4):
                 window = group * 4 + j
                 mask = (window < windows)[:, None] & in_c[None, :]
-                offsets = window[:, None] * C + c[None, :]
+                offsets = window[:, None] * S.C + c[None, :]
                 xhat = (load_fp32(pooled, offsets, mask) - mean[None, :]) * rstd[None, :]
                 t = load_fp32(dy, offsets, mask)
-                if HAS_DY2:
+                if upstream.dy2 is not None:
                     t += load_fp32(dy2, offsets, mask)
-                if HAS_SQUEEZE:
+                if upstream.dsqueeze is not None:
                     t += shared[None, :]
-                dp = activation_backward(t, xhat + bias[None, :], ACT)
-                if TRAINING:
+                dp = DACT(t, xhat + bias[None, :])
+                if sum_ptr is not None:
                     dp = dp - mean_g[None, :] - xhat * mean_gx[None, :]
                 dp = (dp * rstd[None, :]).to(dx_ptr.dtype.element_ty)
                 which = (packed >> (2 * j)) & 3
-                corner = ((window // out_w) * (2 * W) + (window % out_w) * 2) * C
+                corner = ((window // out_w) * (2 * S.W) + (window % out_w) * 2) * S.C
                 for k in tl.static_range(4):
-                    pixel = dx + ((k // 2) * W + k % 2) * C
+                    pixel = dx + ((k // 2) * S.W + k % 2) * S.C
                     tl.store(pixel + corner[:, None] + c[None, :], tl.where(which == k, dp, zero), mask=mask)
         # an odd last row or column lies in no window
-        if H % 2 == 1:
-            for start in range(0, W, BLOCK_G):
+        if S.H % 2 == 1:
+            for start in range(0, S.W, S.BLOCK_G):
                 x = start + lane
-                at = ((H - 1) * W + x[:, None]) * C + c[None, :]
-                tl.store(dx + at, zero, mask=(x < W)[:, None] & in_c[None, :])
-        if W % 2 == 1:
-            for start in range(0, H, BLOCK_G):
+                at = ((S.H - 1) * S.W + x[:, None]) * S.C + c[None, :]
+                tl.store(dx + at, zero, mask=(x < S.W)[:, None] & in_c[None, :])
+        if S.W % 2 == 1:
+            for start in range(0, S.H, S.BLOCK_G):
                 y = start + lane
-                at = (y[:, None] * W + W - 1) * C + c[None, :]
-                tl.store(dx + at, zero, mask=(y < H)[:, None] & in_c[None, :])
+                at = (y[:, None] * S.W + S.W - 1) * S.C + c[None, :]
+                tl.store(dx + at, zero, mask=(y < S.H)[:, None] & in_c[None, :])
 
 
 # read by the compile report: why these kernels may stay below 16 bytes a lane there
@@ -156,6 +140,14 @@ NARROW_ACCESS = {
     "_pool_kernel:gfx942": "64-lane waves share a tile that is sized for 32-lane warps",
     "_unpool_kernel:gfx942": "64-lane waves share a tile that is sized for 32-lane warps",
 }
+
+
+class _Sizes(NamedTuple):
+    C: int
+    H: int
+    W: int
+    BLOCK_G: int
+    BLOCK_C: int
 
 
 class _Tiling:
@@ -167,15 +159,10 @@ class _Tiling:
         self.groups = triton.cdiv((height // 2) * (width // 2), 4)
         self.programs = min(self.batch, max(1, _PROGRAMS // triton.cdiv(channels, block_c)))
         self.grid = (self.programs, triton.cdiv(channels, block_c))
-        self.constexprs = dict(
-            C=channels,
-            H=height,
-            W=width,
-            BLOCK_G=block_of(self.groups, max(1, _TILE // block_c)),
-            BLOCK_C=block_c,
-        )
+        block_g = block_of(self.groups, max(1, _TILE // block_c))
+        self.sizes = _Sizes(channels, height, width, block_g, block_c)
         # as many threads as the tile has 16-byte pieces
-        tile_bytes = self.constexprs["BLOCK_G"] * block_c * itemsize
+        tile_bytes = block_g * block_c * itemsize
         self.num_warps = max(1, min(4, tile_bytes // (32 * 16)))
 
 
@@ -189,7 +176,7 @@ def _fwd(
     fixed_var: Tensor | None,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
     squeezed: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -205,11 +192,9 @@ def _fwd(
     pooled = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
     index_shape = (batch, tiling.groups, channels) if save else (0,)
     index = torch.empty(index_shape, dtype=torch.uint8, device=x.device)
-    partials = Partials(tiling.programs if training else 0, channels, x.device)
-    launch(
-        _pool_kernel, tiling.grid, x, pooled, index, partials.mean, partials.m2, partials.count, batch,
-        STATS=training, SAVE=save, num_warps=tiling.num_warps, maxnreg=128, **tiling.constexprs,
-    )  # fmt: skip
+    partials = Partials.empty(tiling.programs, channels, x.device) if training else None
+    arguments = (x, pooled, index if save else None, partials, batch)
+    launch(_pool_kernel, tiling.grid, *arguments, S=tiling.sizes, num_warps=tiling.num_warps, maxnreg=128)
     if training:
         rows = batch * (height // 2) * (width // 2)
         mean, var = partials.merge(rows, running_mean, running_var, momentum)
@@ -219,7 +204,8 @@ def _fwd(
         var = torch.empty_like(mean)
         used = (fixed_mean, fixed_var)
     squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
-    y = _batch_norm.forward(pooled, None, bias, None, *used, eps, activation, squeeze if squeezed else None)
+    norm = Norm(*used, bias, eps)
+    y = _batch_norm.forward(pooled, None, norm, activation, squeeze=squeeze if squeezed else None)
     return y, squeeze, pooled, index, mean, var
 
 
@@ -248,19 +234,18 @@ def _bwd(
     width: int,
     training: bool,
     eps: float,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(dx [B, C, height, width], dbias [C] float32)"""
     batch, channels = pooled.shape[:2]
-    sums = _batch_norm.reduce_gradients(dy, dy2, dsqueeze, pooled, None, bias, mean, var, eps, activation)
+    upstream, norm = Upstream(dy, dy2, dsqueeze), Norm(mean, var, bias, eps)
+    sums = _batch_norm.reduce_gradients(upstream, pooled, None, norm, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
     tiling = _Tiling(dx.shape, pooled.element_size())
-    launch(
-        _unpool_kernel, tiling.grid, dy, dy2 if dy2 is not None else dy, dsqueeze if dsqueeze is not None else mean,
-        pooled, index, bias, mean, var, sums, dx, batch, pooled.numel() // channels, eps, HAS_DY2=dy2 is not None,
-        HAS_SQUEEZE=dsqueeze is not None, TRAINING=training, ACT=activation, num_warps=tiling.num_warps, maxnreg=128,
-        **tiling.constexprs,
-    )  # fmt: skip
+    used = sums if training else None
+    arguments = (upstream, pooled, index, norm, used, dx, batch, pooled.numel() // channels)
+    sizes = dict(S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
+    launch(_unpool_kernel, tiling.grid, *arguments, num_warps=tiling.num_warps, maxnreg=128, **sizes)
     return dx, sums[:channels]
 
 
@@ -327,7 +312,7 @@ def pool_norm_act(
     running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     squeeze: whether the mean is wanted; None stands in its place if not.
     fork: whether y has two users. It is then returned twice, sharing memory (autograd refuses to modify either in
         place), and backward reads the gradient of each, which autograd would otherwise first add in a pass of its own.
@@ -345,7 +330,7 @@ def pool_norm_act(
     RuntimeError where the kernels cannot run.
     """
     op = "pool_norm_act"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "x", x, _checks.FLOATS)
     batch, channels, height, width = x.shape
@@ -355,5 +340,5 @@ def pool_norm_act(
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * (height // 2) * (width // 2), training)
     _checks.device(op, x, bias, running_mean, running_var)
-    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, name, squeeze, fork)
+    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, activation, squeeze, fork)
     return (y, *others) if squeeze else (y, *others, None)

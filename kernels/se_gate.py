@@ -8,13 +8,16 @@ gate (1 - gate), which its gradient needs, is lost in 16 bits from a logit of ab
 reduction 16 and GELU, hlb-CIFAR10.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import activate, activation_backward, block_of, rounded_product, sigmoid
+from ._common import block_of, rounded_product
+from .activations import ACTIVATIONS, sigmoid
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 
@@ -47,151 +50,158 @@ def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr):
     return rounded_product(_load_matrix(dgate_ptr, b, c, in_b, in_c, C) * gate, 1.0 - gate)
 
 
+class GateWeights(NamedTuple):
+    """w1 [R, C], b1 [R], w2 [C, R], b2 [C]; or their gradients."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+
+
+class _Sizes(NamedTuple):
+    C: int
+    R: int
+    BLOCK_B: int
+    BLOCK_C: int
+    BLOCK_R: int
+
+
 @triton.jit
-def _fwd_kernel(
-    squeeze_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gate_ptr, hidden_ptr, batch,
-    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _fwd_kernel(squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexpr, ACT: tl.constexpr):
     """One program per BLOCK_B images; stores the hidden pre-activation and the gate."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = tl.program_id(0) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
     in_b = b < batch
-    for first in range(0, R, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        in_r = r < R
-        hidden = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            in_c = c < C
-            s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
-            w1 = _load_matrix(w1_ptr, r, c, in_r, in_c, C)
+    for first in range(0, S.R, S.BLOCK_R):
+        r = first + tl.arange(0, S.BLOCK_R)
+        in_r = r < S.R
+        hidden = tl.zeros([S.BLOCK_B, S.BLOCK_R], dtype=tl.float32)
+        for start in range(0, S.C, S.BLOCK_C):
+            c = start + tl.arange(0, S.BLOCK_C)
+            in_c = c < S.C
+            s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
+            w1 = _load_matrix(layers.w1, r, c, in_r, in_c, S.C)
             hidden = _add_product(hidden, s, tl.trans(w1))
-        hidden += tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
-        tl.store(hidden_ptr + b[:, None] * R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
+        hidden += tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+        tl.store(hidden_ptr + b[:, None] * S.R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
     # the hidden units are read back by other warps than wrote them
     tl.debug_barrier()
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        logit = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
-        for first in range(0, R, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            in_r = r < R
-            h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
-            w2 = _load_matrix(w2_ptr, c, r, in_c, in_r, R)
+    for start in range(0, S.C, S.BLOCK_C):
+        c = start + tl.arange(0, S.BLOCK_C)
+        in_c = c < S.C
+        logit = tl.zeros([S.BLOCK_B, S.BLOCK_C], dtype=tl.float32)
+        for first in range(0, S.R, S.BLOCK_R):
+            r = first + tl.arange(0, S.BLOCK_R)
+            in_r = r < S.R
+            h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
+            w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
             logit = _add_product(logit, h, tl.trans(w2))
-        logit += tl.load(b2_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        tl.store(gate_ptr + b[:, None] * C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
+        logit += tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+        tl.store(gate_ptr + b[:, None] * S.C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
 
 
 @triton.jit
 def _bwd_kernel(
-    dgate_ptr, gate_ptr, hidden_ptr, w1_ptr, w2_ptr, dsqueeze_ptr, dhidden_ptr, batch,
-    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    dgate_ptr, gate_ptr, hidden_ptr, layers, dsqueeze_ptr, dhidden_ptr, batch, S: tl.constexpr, DACT: tl.constexpr
+):
     """dhidden = (dlogit W2) act'(hidden) and dsqueeze = dhidden W1, with dlogit = dgate gate (1 - gate)."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = tl.program_id(0) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
     in_b = b < batch
-    for first in range(0, R, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        in_r = r < R
-        dh = tl.zeros([BLOCK_B, BLOCK_R], dtype=tl.float32)
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            in_c = c < C
-            dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
-            dh = _add_product(dh, dlogit, _load_matrix(w2_ptr, c, r, in_c, in_r, R))
-        dh = activation_backward(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
-        tl.store(dhidden_ptr + b[:, None] * R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
+    for first in range(0, S.R, S.BLOCK_R):
+        r = first + tl.arange(0, S.BLOCK_R)
+        in_r = r < S.R
+        dh = tl.zeros([S.BLOCK_B, S.BLOCK_R], dtype=tl.float32)
+        for start in range(0, S.C, S.BLOCK_C):
+            c = start + tl.arange(0, S.BLOCK_C)
+            in_c = c < S.C
+            dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C)
+            dh = _add_product(dh, dlogit, _load_matrix(layers.w2, c, r, in_c, in_r, S.R))
+        dh = DACT(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
+        tl.store(dhidden_ptr + b[:, None] * S.R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
     # as in the forward pass
     tl.debug_barrier()
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        in_c = c < C
-        ds = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
-        for first in range(0, R, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            in_r = r < R
-            dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
-            ds = _add_product(ds, dh, _load_matrix(w1_ptr, r, c, in_r, in_c, C))
-        tl.store(dsqueeze_ptr + b[:, None] * C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
+    for start in range(0, S.C, S.BLOCK_C):
+        c = start + tl.arange(0, S.BLOCK_C)
+        in_c = c < S.C
+        ds = tl.zeros([S.BLOCK_B, S.BLOCK_C], dtype=tl.float32)
+        for first in range(0, S.R, S.BLOCK_R):
+            r = first + tl.arange(0, S.BLOCK_R)
+            in_r = r < S.R
+            dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
+            ds = _add_product(ds, dh, _load_matrix(layers.w1, r, c, in_r, in_c, S.C))
+        tl.store(dsqueeze_ptr + b[:, None] * S.C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
 @triton.jit
 def _weight_grad_kernel(
-    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, batch,
-    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, grads, batch, S: tl.constexpr, ACT: tl.constexpr
+):
     """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s: a tile of each a program, over the whole batch, in order."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_c, in_r = c < C, r < R
-    dw1 = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
-    dw2 = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
-    db1 = tl.zeros([BLOCK_R], dtype=tl.float32)
-    db2 = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, batch, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
+    c = tl.program_id(0) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
+    r = tl.program_id(1) * S.BLOCK_R + tl.arange(0, S.BLOCK_R)
+    in_c, in_r = c < S.C, r < S.R
+    dw1 = tl.zeros([S.BLOCK_R, S.BLOCK_C], dtype=tl.float32)
+    dw2 = tl.zeros([S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
+    db1 = tl.zeros([S.BLOCK_R], dtype=tl.float32)
+    db2 = tl.zeros([S.BLOCK_C], dtype=tl.float32)
+    for start in range(0, batch, S.BLOCK_B):
+        b = start + tl.arange(0, S.BLOCK_B)
         in_b = b < batch
-        dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C)
-        h = activate(_load_matrix(hidden_ptr, b, r, in_b, in_r, R), ACT)
-        dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, R)
-        s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, C)
+        dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C)
+        h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
+        dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
+        s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
         dw2 = _add_product(dw2, tl.trans(dlogit), h)
         dw1 = _add_product(dw1, tl.trans(dhidden), s)
         db1 += tl.sum(dhidden, 0)
         db2 += tl.sum(dlogit, 0)
-    tl.store(dw1_ptr + r[:, None] * C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
-    tl.store(dw2_ptr + c[:, None] * R + r[None, :], dw2, mask=in_c[:, None] & in_r[None, :])
+    tl.store(grads.w1 + r[:, None] * S.C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
+    tl.store(grads.w2 + c[:, None] * S.R + r[None, :], dw2, mask=in_c[:, None] & in_r[None, :])
     # programs that share hidden units or channels have the same sums of them; one stores each
     if tl.program_id(0) == 0:
-        tl.store(db1_ptr + r, db1, mask=in_r)
+        tl.store(grads.b1 + r, db1, mask=in_r)
     if tl.program_id(1) == 0:
-        tl.store(db2_ptr + c, db2, mask=in_c)
+        tl.store(grads.b2 + c, db2, mask=in_c)
 
 
-def _sizes(channels: int, hidden: int) -> dict:
-    return dict(C=channels, R=hidden, BLOCK_R=max(16, block_of(hidden, _BLOCK_R)))
+def _block_r(hidden: int) -> int:
+    return max(16, block_of(hidden, _BLOCK_R))
 
 
-def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], dict]:
+def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], _Sizes]:
     """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
     block_c = max(16, block_of(channels, _BLOCK_C))
-    return (triton.cdiv(batch, _BLOCK_B),), dict(BLOCK_B=_BLOCK_B, BLOCK_C=block_c, **_sizes(channels, hidden))
+    return (triton.cdiv(batch, _BLOCK_B),), _Sizes(channels, hidden, _BLOCK_B, block_c, _block_r(hidden))
 
 
 def weight_gradients(
-    dgate: Tensor, gate: Tensor, hidden: Tensor, dhidden: Tensor, squeeze: Tensor, activation: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dgate: Tensor, gate: Tensor, hidden: Tensor, dhidden: Tensor, squeeze: Tensor, activation: str | None
+) -> GateWeights:
     """(dW1 [R, C], db1 [R], dW2 [C, R], db2 [C]), float32. All arguments float32: [B, C] or [B, R]."""
     batch, channels = gate.shape
     width = hidden.shape[1]
     dw1, db1 = gate.new_empty(width, channels), gate.new_empty(width)
     dw2, db2 = gate.new_empty(channels, width), gate.new_empty(channels)
-    sizes = _sizes(channels, width)
-    grid = (triton.cdiv(channels, _WEIGHT_BLOCK_C), triton.cdiv(width, sizes["BLOCK_R"]))
-    launch(
-        _weight_grad_kernel, grid, dgate, gate, hidden, dhidden, squeeze, dw1, db1, dw2, db2, batch, ACT=activation,
-        BLOCK_B=_WEIGHT_BLOCK_B, BLOCK_C=_WEIGHT_BLOCK_C, maxnreg=128, **sizes,
-    )  # fmt: skip
-    return dw1, db1, dw2, db2
+    grads = GateWeights(dw1, db1, dw2, db2)
+    sizes = _Sizes(channels, width, _WEIGHT_BLOCK_B, _WEIGHT_BLOCK_C, _block_r(width))
+    grid = (triton.cdiv(channels, sizes.BLOCK_C), triton.cdiv(width, sizes.BLOCK_R))
+    arguments = (dgate, gate, hidden, dhidden, squeeze, grads, batch)
+    launch(_weight_grad_kernel, grid, *arguments, S=sizes, ACT=ACTIVATIONS[activation].value, maxnreg=128)
+    return grads
 
 
 @opaque_op("se_gate_fwd")
 def _fwd(
-    squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str
+    squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str | None
 ) -> tuple[Tensor, Tensor]:
     """(gate [B, C], hidden pre-activation [B, R]), float32."""
     batch, channels = squeeze.shape
     width = weight1.shape[0]
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
     grid, sizes = _rows(batch, channels, width)
-    launch(
-        _fwd_kernel, grid, squeeze, weight1, bias1, weight2, bias2, gate, hidden, batch, ACT=activation,
-        maxnreg=128, **sizes,
-    )  # fmt: skip
+    weights = GateWeights(weight1, bias1, weight2, bias2)
+    act = ACTIVATIONS[activation].value
+    launch(_fwd_kernel, grid, squeeze, weights, gate, hidden, batch, S=sizes, ACT=act, maxnreg=128)
     return gate, hidden
 
 
@@ -202,17 +212,21 @@ def _(squeeze, weight1, bias1, weight2, bias2, activation):
 
 @opaque_op("se_gate_bwd")
 def _bwd(
-    dgate: Tensor, gate: Tensor, hidden: Tensor, squeeze: Tensor, weight1: Tensor, weight2: Tensor, activation: str
+    dgate: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    squeeze: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dsqueeze [B, C], dW1, db1, dW2, db2), float32."""
     batch, channels = gate.shape
     width = hidden.shape[1]
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
     grid, sizes = _rows(batch, channels, width)
-    launch(
-        _bwd_kernel, grid, dgate, gate, hidden, weight1, weight2, dsqueeze, dhidden, batch, ACT=activation,
-        maxnreg=128, **sizes,
-    )  # fmt: skip
+    arguments = (dgate, gate, hidden, GateWeights(weight1, None, weight2, None), dsqueeze, dhidden, batch)
+    launch(_bwd_kernel, grid, *arguments, S=sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=128)
     return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
 
 
@@ -276,7 +290,7 @@ def se_gate(
     squeeze: [B, C] floating, of any strides: per-image channel means.
     weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
         of any strides.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     Returns the gate [B, C] float32. Arithmetic is float32 throughout.
 
     With dlogit = dgate gate (1 - gate) and h = act(hidden), backward is
@@ -288,11 +302,11 @@ def se_gate(
     RuntimeError where the kernels cannot run.
     """
     op = "se_gate"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _checks.tensor(op, "squeeze", squeeze)
     if squeeze.dim() != 2 or squeeze.numel() == 0:
         raise ValueError(f"{op}: squeeze must be [B, C] and not empty, found {list(squeeze.shape)}")
     _checks.dtype(op, "squeeze", squeeze, _checks.FLOATS)
     weights = check_gate_weights(op, squeeze.shape[1], weight1, bias1, weight2, bias2)
     _checks.device(op, squeeze, *weights)
-    return SEGate.apply(squeeze.float().contiguous(), *weights, name)
+    return SEGate.apply(squeeze.float().contiguous(), *weights, activation)

@@ -26,28 +26,28 @@ from ._multi_tensor import (
 )
 from .launching import launch, opaque_op
 
-_BLOCK = 2048
+_BLOCK = tl.constexpr(2048)
 
 
 @triton.jit
 def _update_kernel(
     param_ptrs, grad_ptrs, buffer_ptrs, lr_ptr, momentum, weight_decay,
-    FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr,
 ):  # fmt: skip
-    """A program updates BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
+    """A program updates _BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
     program = tl.program_id(0)
     index = owner_of(program, FIRST)
-    start = (program - select_int(FIRST, index)) * BLOCK
+    start = (program - select_int(FIRST, index)) * _BLOCK
     left = select_int(SIZES, index) - start
     p_ptr, g_ptr, buffer_ptr = (
         select(param_ptrs, index) + start,
         select(grad_ptrs, index) + start,
         select(buffer_ptrs, index) + start,
     )
-    at = tl.arange(0, BLOCK)
+    at = tl.arange(0, _BLOCK)
     lr = tl.load(lr_ptr + select_int(LR_AT, index))
     # a mask of any length would cost the 16-byte accesses: only a tensor's last program has one
-    if left >= BLOCK:
+    if left >= _BLOCK:
         p = tl.load(p_ptr + at).to(tl.float32)
         g = tl.load(g_ptr + at).to(tl.float32) + weight_decay * p
         buffer = momentum * tl.load(buffer_ptr + at).to(tl.float32) + g
@@ -76,11 +76,9 @@ def _step(
     for indices in groups([kind(*entry) for entry in zip(params, grads, momentum_buffers)]):
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         sizes = tuple(t.numel() for t in p)
-        first, programs = running_sums([triton.cdiv(size, _BLOCK) for size in sizes])
-        launch(
-            _update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay,
-            FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, positions, indices), BLOCK=_BLOCK,
-        )  # fmt: skip
+        first, programs = running_sums([triton.cdiv(size, _BLOCK.value) for size in sizes])
+        sizes_and_rates = dict(FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, positions, indices))
+        launch(_update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay, **sizes_and_rates)
 
 
 @_step.register_fake

@@ -6,101 +6,108 @@ One program owns an image: it reads it to squeeze it, forms the gate in register
 to scale it. One launch forward; two backward (x, then the weights). Source: Hu et al. 2018.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import activate, activation_backward, rounded_product, sigmoid
+from ._common import rounded_product
+from .activations import ACTIVATIONS, sigmoid
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
-from .se_gate import check_gate_weights, weight_gradients
+from .se_gate import GateWeights, check_gate_weights, weight_gradients
 
 # bytes of x that a program holds at a time; of a weight matrix it holds as many elements
 _TILE_BYTES = 8192
 
 
+class _Sizes(NamedTuple):
+    C: int
+    R: int
+    BLOCK_HW: int
+    BLOCK_C: int
+    BLOCK_R: int
+
+
 @triton.jit
-def _fwd_kernel(
-    x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw,
-    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+def _fwd_kernel(x_ptr, layers, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw, S: tl.constexpr, ACT: tl.constexpr):
     """One program per image."""
     image = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    in_c = c < C
-    base = image.to(tl.int64) * hw * C
-    acc = tl.zeros([BLOCK_HW, BLOCK_C], dtype=tl.float32)
-    for start in range(0, hw, BLOCK_HW):
-        p = start + tl.arange(0, BLOCK_HW)
+    c = tl.arange(0, S.BLOCK_C)
+    in_c = c < S.C
+    base = image.to(tl.int64) * hw * S.C
+    acc = tl.zeros([S.BLOCK_HW, S.BLOCK_C], dtype=tl.float32)
+    for start in range(0, hw, S.BLOCK_HW):
+        p = start + tl.arange(0, S.BLOCK_HW)
         mask = (p < hw)[:, None] & in_c[None, :]
-        acc += tl.load(x_ptr + base + p[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(x_ptr + base + p[:, None] * S.C + c[None, :], mask=mask, other=0.0).to(tl.float32)
     s = tl.sum(acc, 0) / hw
-    tl.store(squeeze_ptr + image * C + c, s, mask=in_c)
-    logit = tl.load(b2_ptr + c, mask=in_c, other=0.0).to(tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        in_r = r < R
+    tl.store(squeeze_ptr + image * S.C + c, s, mask=in_c)
+    logit = tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)
+    for start in range(0, S.R, S.BLOCK_R):
+        r = start + tl.arange(0, S.BLOCK_R)
+        in_r = r < S.R
         both = in_r[:, None] & in_c[None, :]
-        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
-        hidden = tl.sum(rounded_product(w1, s[None, :]), 1) + tl.load(b1_ptr + r, mask=in_r, other=0.0).to(tl.float32)
-        tl.store(hidden_ptr + image * R + r, hidden, mask=in_r)
-        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
+        w1 = tl.load(layers.w1 + r[:, None] * S.C + c[None, :], mask=both, other=0.0).to(tl.float32)
+        hidden = tl.sum(rounded_product(w1, s[None, :]), 1) + tl.load(layers.b1 + r, mask=in_r, other=0.0).to(
+            tl.float32
+        )
+        tl.store(hidden_ptr + image * S.R + r, hidden, mask=in_r)
+        w2 = tl.load(layers.w2 + c[None, :] * S.R + r[:, None], mask=both, other=0.0).to(tl.float32)
         # beyond R an infinite squeeze times a weight of 0 is NaN
-        h = tl.where(in_r, activate(hidden, ACT), 0.0)
+        h = tl.where(in_r, ACT(hidden), 0.0)
         logit += tl.sum(rounded_product(w2, h[:, None]), 0)
     gate = sigmoid(logit)
-    tl.store(gate_ptr + image * C + c, gate, mask=in_c)
-    for start in range(0, hw, BLOCK_HW):
-        p = start + tl.arange(0, BLOCK_HW)
+    tl.store(gate_ptr + image * S.C + c, gate, mask=in_c)
+    for start in range(0, hw, S.BLOCK_HW):
+        p = start + tl.arange(0, S.BLOCK_HW)
         mask = (p < hw)[:, None] & in_c[None, :]
-        at = base + p[:, None] * C + c[None, :]
+        at = base + p[:, None] * S.C + c[None, :]
         y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * gate[None, :]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, x_ptr, w1_ptr, w2_ptr, gate_ptr, hidden_ptr, dx_ptr, dgate_ptr, dhidden_ptr, hw,
-    C: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    dy_ptr, x_ptr, layers, gate_ptr, hidden_ptr, dx_ptr, dgate_ptr, dhidden_ptr, hw, S: tl.constexpr, DACT: tl.constexpr
+):
     """One program per image: dgate = sum dy x, then the gate backwards to ds, then dx = dy gate + ds / (H W)."""
     image = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    in_c = c < C
-    base = image.to(tl.int64) * hw * C
-    acc = tl.zeros([BLOCK_HW, BLOCK_C], dtype=tl.float32)
-    for start in range(0, hw, BLOCK_HW):
-        p = start + tl.arange(0, BLOCK_HW)
+    c = tl.arange(0, S.BLOCK_C)
+    in_c = c < S.C
+    base = image.to(tl.int64) * hw * S.C
+    acc = tl.zeros([S.BLOCK_HW, S.BLOCK_C], dtype=tl.float32)
+    for start in range(0, hw, S.BLOCK_HW):
+        p = start + tl.arange(0, S.BLOCK_HW)
         mask = (p < hw)[:, None] & in_c[None, :]
-        at = base + p[:, None] * C + c[None, :]
+        at = base + p[:, None] * S.C + c[None, :]
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         acc += dy * tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dgate = tl.sum(acc, 0)
-    tl.store(dgate_ptr + image * C + c, dgate, mask=in_c)
-    gate = tl.load(gate_ptr + image * C + c, mask=in_c, other=0.0)
+    tl.store(dgate_ptr + image * S.C + c, dgate, mask=in_c)
+    gate = tl.load(gate_ptr + image * S.C + c, mask=in_c, other=0.0)
     dlogit = dgate * gate * (1.0 - gate)
-    ds = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        in_r = r < R
+    ds = tl.zeros([S.BLOCK_C], dtype=tl.float32)
+    for start in range(0, S.R, S.BLOCK_R):
+        r = start + tl.arange(0, S.BLOCK_R)
+        in_r = r < S.R
         both = in_r[:, None] & in_c[None, :]
-        w2 = tl.load(w2_ptr + c[None, :] * R + r[:, None], mask=both, other=0.0).to(tl.float32)
-        hidden = tl.load(hidden_ptr + image * R + r, mask=in_r, other=0.0)
+        w2 = tl.load(layers.w2 + c[None, :] * S.R + r[:, None], mask=both, other=0.0).to(tl.float32)
+        hidden = tl.load(hidden_ptr + image * S.R + r, mask=in_r, other=0.0)
         dh = tl.sum(rounded_product(w2, dlogit[None, :]), 1)
         # beyond R an infinite gradient times a weight of 0 is NaN
-        dhidden = tl.where(in_r, activation_backward(dh, hidden, ACT), 0.0)
-        tl.store(dhidden_ptr + image * R + r, dhidden, mask=in_r)
-        w1 = tl.load(w1_ptr + r[:, None] * C + c[None, :], mask=both, other=0.0).to(tl.float32)
+        dhidden = tl.where(in_r, DACT(dh, hidden), 0.0)
+        tl.store(dhidden_ptr + image * S.R + r, dhidden, mask=in_r)
+        w1 = tl.load(layers.w1 + r[:, None] * S.C + c[None, :], mask=both, other=0.0).to(tl.float32)
         ds += tl.sum(rounded_product(w1, dhidden[:, None]), 0)
     ds = ds / hw
-    for start in range(0, hw, BLOCK_HW):
-        p = start + tl.arange(0, BLOCK_HW)
+    for start in range(0, hw, S.BLOCK_HW):
+        p = start + tl.arange(0, S.BLOCK_HW)
         mask = (p < hw)[:, None] & in_c[None, :]
-        at = base + p[:, None] * C + c[None, :]
+        at = base + p[:, None] * S.C + c[None, :]
         dx = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32) * gate[None, :] + ds[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -109,29 +116,23 @@ def _sizes(x: Tensor, hidden: int) -> dict:
     channels, hw = x.shape[1], x.shape[2] * x.shape[3]
     block_c = triton.next_power_of_2(channels)
     rows = max(1, _TILE_BYTES // x.element_size() // block_c)
-    return dict(
-        C=channels,
-        R=hidden,
-        BLOCK_HW=min(rows, triton.next_power_of_2(hw)),
-        BLOCK_C=block_c,
-        BLOCK_R=min(rows, triton.next_power_of_2(hidden), 16),
-        num_warps=8 if block_c >= 256 else 4,
-    )
+    block_hw, block_r = min(rows, triton.next_power_of_2(hw)), min(rows, triton.next_power_of_2(hidden), 16)
+    sizes = _Sizes(channels, hidden, block_hw, block_c, block_r)
+    return dict(S=sizes, num_warps=8 if block_c >= 256 else 4)
 
 
 @opaque_op("squeeze_excite_fwd")
 def _fwd(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, squeeze [B, C], gate [B, C], hidden pre-activation [B, R]); the latter three float32."""
     batch, channels, height, width = x.shape
     y = torch.empty_like(x, memory_format=torch.channels_last)
     squeeze = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, weight1.shape[0])
-    launch(
-        _fwd_kernel, (batch,), x, weight1, bias1, weight2, bias2, y, squeeze, gate, hidden, height * width,
-        ACT=activation, **_sizes(x, weight1.shape[0]),
-    )  # fmt: skip
+    arguments = (x, GateWeights(weight1, bias1, weight2, bias2), y, squeeze, gate, hidden, height * width)
+    sizes = _sizes(x, weight1.shape[0])
+    launch(_fwd_kernel, (batch,), *arguments, ACT=ACTIVATIONS[activation].value, **sizes)
     return y, squeeze, gate, hidden
 
 
@@ -151,15 +152,15 @@ def _bwd(
     squeeze: Tensor,
     gate: Tensor,
     hidden: Tensor,
-    activation: str,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx like x, dW1, db1, dW2, db2 float32)"""
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
-    launch(
-        _bwd_kernel, (x.shape[0],), dy, x, weight1, weight2, gate, hidden, dx, dgate, dhidden,
-        x.shape[2] * x.shape[3], ACT=activation, **_sizes(x, weight1.shape[0]),
-    )  # fmt: skip
+    weights, hw = GateWeights(weight1, None, weight2, None), x.shape[2] * x.shape[3]
+    arguments = (dy, x, weights, gate, hidden, dx, dgate, dhidden, hw)
+    sizes = _sizes(x, weight1.shape[0])
+    launch(_bwd_kernel, (x.shape[0],), *arguments, DACT=ACTIVATIONS[activation].backward, **sizes)
     return dx, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
 
 
@@ -212,7 +213,7 @@ def squeeze_excite(
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
     weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
         of any strides.
-    activation: "relu" (as torchvision.ops.SqueezeExcitation), "gelu" (erf), "silu" or None.
+    activation: a key of `reference.ACTIVATIONS`; relu as in torchvision.ops.SqueezeExcitation.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     Backward: dgate = sum over H, W of dy x; through the gate as in `se_gate` to ds; dx = dy gate + ds / (H W).
@@ -222,8 +223,8 @@ def squeeze_excite(
     RuntimeError where the kernels cannot run.
     """
     op = "squeeze_excite"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _checks.images(op, "x", x, _checks.FLOATS)
     weights = check_gate_weights(op, x.shape[1], weight1, bias1, weight2, bias2)
     _checks.device(op, x, *weights)
-    return SqueezeExciteFunction.apply(x, *weights, name)
+    return SqueezeExciteFunction.apply(x, *weights, activation)

@@ -8,22 +8,27 @@ and its jitter (contrast a, brightness b) leaves them as they are: z = a A (u - 
 e = 128 (a - 1) + 255 b. The fold holds only without padding. Source of the layer: hlb-CIFAR10 (2x2, unpadded, frozen).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import activate, activation_backward, channels_last_like, rounded_product, sum_partials
+from ._common import channels_last_like, rounded_product, sum_partials
 from ._patches import (
+    PIXEL_OFFSET,
     PatchSource,
+    Tile,
     filter_patches,
     load_patches,
     needs_float32,
     output_dtype,
-    tile_sizes,
+    tile_of,
     weight_offset,
 )
+from .activations import ACTIVATIONS, identity_backward
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 from .launching import launch, opaque_op
@@ -33,104 +38,80 @@ _BWD_PROGRAMS = 512
 NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
 
+class _Filters(NamedTuple):
+    """weight [O, C_in, k, k] and bias [O] or None, for images normalized by std [C_in], or as they are for None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    std: Tensor | None
+
+
 @triton.jit
-def _folded(
-    weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O: tl.constexpr, HAS_BIAS: tl.constexpr, UINT8: tl.constexpr,
-    C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-):  # fmt: skip
+def _folded(filters, mean_ptr, o, G: tl.constexpr, O: tl.constexpr):
     """A^T [F_PAD, BLOCK_O] and c [BLOCK_O], float32."""
-    features: tl.constexpr = K * K * C_IN
-    f = tl.arange(0, F_PAD)
+    features: tl.constexpr = G.K * G.K * G.C_IN
+    f = tl.arange(0, G.F_PAD)
     in_f = f < features
     mask = in_f[:, None] & (o < O)[None, :]
-    w = tl.load(weight_ptr + o[None, :] * features + weight_offset(f, C_IN, K)[:, None], mask=mask, other=0.0)
-    w = w.to(tl.float32)
+    at = o[None, :] * features + weight_offset(f, G)[:, None]
+    w = tl.load(filters.weight + at, mask=mask, other=0.0).to(tl.float32)
     c = tl.zeros(o.shape, dtype=tl.float32)
-    if UINT8:
-        mean = tl.load(mean_ptr + f % C_IN, mask=in_f, other=0.0)
-        std = tl.load(std_ptr + f % C_IN, mask=in_f, other=1.0)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + f % G.C_IN, mask=in_f, other=0.0)
+        std = tl.load(filters.std + f % G.C_IN, mask=in_f, other=1.0)
         w = w / std[:, None]
-        c = tl.sum(rounded_product(w, (128.0 / 255.0 - mean)[:, None]), 0)
+        c = tl.sum(rounded_product(w, (-mean + PIXEL_OFFSET / 255.0)[:, None]), 0)
         w = w / 255.0
-    if HAS_BIAS:
-        c += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
+    if filters.bias is not None:
+        c += tl.load(filters.bias + o, mask=o < O, other=0.0).to(tl.float32)
     return w, c
 
 
 @triton.jit
-def _fwd_kernel(
-    images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, weight_ptr, bias_ptr, std_ptr, y_ptr,
-    n_positions,
-    O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
-    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+def _fwd_kernel(pixels, filters, y_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
     """y [positions, O] = act(q A^T + c)."""
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    matrix, c = _folded(weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O, HAS_BIAS, UINT8, C_IN, K, F_PAD)
-    start = tl.program_id(0) * BLOCK_P
-    lane = tl.arange(0, BLOCK_P)
+    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
+    matrix, c = _folded(filters, pixels.mean, o, G, T.O)
+    start = tl.program_id(0) * T.BLOCK_P
+    lane = tl.arange(0, T.BLOCK_P)
     position = start + lane
-    q = load_patches(
-        images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
-        UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
-    )  # fmt: skip
-    y = activate(filter_patches(q, matrix, c, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K), ACT)
-    mask = (position < n_positions)[:, None] & (o < O)[None, :]
-    out = y_ptr + tl.cast(start, tl.int64) * O
-    tl.store(out + lane[:, None] * O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    q = load_patches(pixels, position, n_positions, G)
+    y = ACT(filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G))
+    mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
+    out = y_ptr + tl.cast(start, tl.int64) * T.O
+    tl.store(out + lane[:, None] * T.O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, weight_ptr, bias_ptr, std_ptr,
-    partial_ptr, n_positions,
-    O: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
-    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
+    dy_ptr, pixels, filters, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr
+):
     """Per program and filter: sum of dy * act'(z), z recomputed from the pixels (not read when act is the identity)."""
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    if ACT != "identity":
-        matrix, c = _folded(weight_ptr, bias_ptr, mean_ptr, std_ptr, o, O, HAS_BIAS, UINT8, C_IN, K, F_PAD)
-    lane = tl.arange(0, BLOCK_P)
-    acc = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
+    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
+    if DACT is not identity_backward:
+        matrix, c = _folded(filters, pixels.mean, o, G, T.O)
+    lane = tl.arange(0, T.BLOCK_P)
+    acc = tl.zeros([T.BLOCK_P, T.BLOCK_O], dtype=tl.float32)
+    for start in range(tl.program_id(0) * T.BLOCK_P, n_positions, tl.num_programs(0) * T.BLOCK_P):
         position = start + lane
-        mask = (position < n_positions)[:, None] & (o < O)[None, :]
-        dy = dy_ptr + tl.cast(start, tl.int64) * O
-        g = tl.load(dy + lane[:, None] * O + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        if ACT != "identity":
-            q = load_patches(
-                images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
-                UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
-            )  # fmt: skip
-            z = filter_patches(q, matrix, c, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
-            g = activation_backward(g, z, ACT)
+        mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
+        dy = dy_ptr + tl.cast(start, tl.int64) * T.O
+        g = tl.load(dy + lane[:, None] * T.O + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        if DACT is not identity_backward:
+            q = load_patches(pixels, position, n_positions, G)
+            z = filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G)
+            g = DACT(g, z)
         acc += tl.where(mask, g, 0.0)
-    tl.store(partial_ptr + tl.program_id(0) * O + o, tl.sum(acc, 0), mask=o < O)
+    tl.store(partial_ptr + tl.program_id(0) * T.O + o, tl.sum(acc, 0), mask=o < T.O)
 
 
 def _setup(
-    images: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor | None, gather: Gather | None,
-    out_dtype: torch.dtype, backward: bool,
-):  # fmt: skip
-    filters = weight.shape[0]
+    images: Tensor, weight: Tensor, mean: Tensor | None, gather: Gather | None, out_dtype: torch.dtype, backward: bool
+) -> tuple[PatchSource, Tile, tuple[int, int]]:
+    """(the patches, a program's tile of the result, how many tiles there are)"""
     source = PatchSource(images, weight.shape[2], mean, gather)
-    exact = needs_float32(images, out_dtype)
-    tile = tile_sizes(source, filters, exact, backward)
-    constexprs = dict(
-        O=filters,
-        HAS_BIAS=bias is not None,
-        EXACT=exact,
-        JITTER=source.jittered,
-        **tile,
-        **source.constexprs,
-    )
-    grid = (triton.cdiv(source.positions, tile["BLOCK_P"]), triton.cdiv(filters, tile["BLOCK_O"]))
-    return source, grid, constexprs
+    tile = tile_of(source, weight.shape[0], needs_float32(images, out_dtype), backward)
+    return source, tile, (triton.cdiv(source.positions, tile.BLOCK_P), triton.cdiv(tile.O, tile.BLOCK_O))
 
 
 @opaque_op("whiten_fwd")
@@ -140,23 +121,21 @@ def _fwd(
     bias: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
-    activation: str,
+    activation: str | None,
     dtype: torch.dtype,
     index: Tensor | None,
-    shift: Tensor | None,
+    translation: Tensor | None,
     flip: Tensor | None,
     jitter: Tensor | None,
     cutout: Tensor | None,
     cutout_size: int,
 ) -> Tensor:
-    gather = unflatten(index, shift, flip, jitter, cutout, cutout_size)
-    source, grid, constexprs = _setup(images, weight, bias, mean, gather, dtype, backward=False)
-    y = channels_last_like(images, weight.shape[0], source.height, source.width, dtype, source.batch)
-    launch(
-        _fwd_kernel, grid, *source.pixels, source.jitter, weight, bias if bias is not None else weight,
-        std if std is not None else weight, y, source.positions, ACT=activation,
-        maxnreg=168 if source.jittered else None, **constexprs,
-    )  # fmt: skip
+    gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
+    source, tile, grid = _setup(images, weight, mean, gather, dtype, backward=False)
+    y = channels_last_like(images, tile.O, source.height, source.width, dtype, source.batch)
+    arguments = (source.pixels, _Filters(weight, bias, std), y, source.positions)
+    sizes = dict(G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
+    launch(_fwd_kernel, grid, *arguments, maxnreg=168 if source.jittered else None, **sizes)
     return y
 
 
@@ -174,23 +153,21 @@ def _bwd(
     bias: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
-    activation: str,
+    activation: str | None,
     index: Tensor | None,
-    shift: Tensor | None,
+    translation: Tensor | None,
     flip: Tensor | None,
     jitter: Tensor | None,
     cutout: Tensor | None,
     cutout_size: int,
 ) -> Tensor:
-    gather = unflatten(index, shift, flip, jitter, cutout, cutout_size)
-    source, (tiles, blocks), constexprs = _setup(images, weight, bias, mean, gather, dy.dtype, backward=True)
+    gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
+    source, tile, (tiles, blocks) = _setup(images, weight, mean, gather, dy.dtype, backward=True)
     programs = min(tiles, _BWD_PROGRAMS)
-    partials = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=dy.device)
-    launch(
-        _bwd_kernel, (programs, blocks), dy, *source.pixels, source.jitter, weight, bias,
-        std if std is not None else weight, partials, source.positions, ACT=activation,
-        maxnreg=255 if source.jittered else None, **constexprs,
-    )  # fmt: skip
+    partials = torch.empty(programs, tile.O, dtype=torch.float32, device=dy.device)
+    arguments = (dy, source.pixels, _Filters(weight, bias, std), partials, source.positions)
+    sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
+    launch(_bwd_kernel, (programs, blocks), *arguments, maxnreg=255 if source.jittered else None, **sizes)
     return sum_partials(partials)
 
 
@@ -239,7 +216,7 @@ def whiten(
     bias: [O] floating, trainable, or None.
     mean, std: [C] float32 in units of 0..1; required for uint8 images, not allowed otherwise. Weight, bias, mean and
         std may have any strides.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     dtype: of the result; by default the images' if floating, else autocast's, else the weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C, H, W] uint8, the whole data set.
     Returns [B, O, H - k + 1, W - k + 1], channels_last. Exact to float32 rounding: pixels are integers in float16,
@@ -253,7 +230,7 @@ def whiten(
     floating images; RuntimeError where the kernels cannot run.
     """
     op = "whiten"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _checks.images(op, "images", images, (torch.uint8, *_checks.FLOATS))
     weight = _checks.filters(op, "weight", weight, images)
     dtype = output_dtype(op, images, weight, dtype)
@@ -269,4 +246,4 @@ def whiten(
     _checks.constant(op, images=images, weight=weight, mean=mean, std=std)
     chosen = _checks.gather(op, gather, images)
     _checks.device(op, images, weight, bias, mean, std, *chosen[:-1])
-    return Whiten.apply(images, weight, bias, mean, std, name, dtype, *chosen)
+    return Whiten.apply(images, weight, bias, mean, std, activation, dtype, *chosen)

@@ -24,19 +24,30 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks, _options
-from ._common import activate, activation_backward, channels_last_like, rounded_product
-from ._patch_moments import _bwd_finish_kernel, _finish_kernel, empty_moments, finish_sizes, patch_moments
+from ._batch_norm import Running
+from ._common import channels_last_like, rounded_product
+from ._patch_moments import (
+    Folded,
+    Weights,
+    _bwd_finish_kernel,
+    _finish_kernel,
+    empty_moments,
+    finish_sizes,
+    moments_of,
+)
 from ._patches import (
     PatchSource,
+    Tile,
     correlate_patches,
     filter_patches,
     jittered_positions,
-    load_jitter,
     load_patches,
     needs_float32,
     output_dtype,
-    tile_sizes,
+    position_jitter,
+    tile_of,
 )
+from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .gather import Gather, unflatten
 from .launching import launch, opaque_op
@@ -45,93 +56,71 @@ _PROGRAMS = 512
 
 
 @triton.jit
-def _load_matrix(matrix_ptr, o, C: tl.constexpr, F_PAD: tl.constexpr):
-    """matrix^T [F_PAD, BLOCK_O]"""
+def _load_folded(folded, o, F_PAD: tl.constexpr, C: tl.constexpr):
+    """matrix^T [F_PAD, BLOCK_O] and shift [BLOCK_O]"""
     f = tl.arange(0, F_PAD)
-    return tl.load(matrix_ptr + o[None, :] * F_PAD + f[:, None], mask=(o < C)[None, :], other=0.0)
+    matrix = tl.load(folded.matrix + o[None, :] * F_PAD + f[:, None], mask=(o < C)[None, :], other=0.0)
+    return matrix, tl.load(folded.shift + o, mask=o < C, other=0.0)
 
 
 @triton.jit
-def _fwd_kernel(
-    images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, matrix_ptr, shift_ptr, y_ptr,
-    n_positions,
-    C: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
-    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """y [positions, C] = act(q matrix^T + shift)."""
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    matrix = _load_matrix(matrix_ptr, o, C, F_PAD)
-    shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
-    start = tl.program_id(0) * BLOCK_P
-    lane = tl.arange(0, BLOCK_P)
+def _fwd_kernel(pixels, folded, y_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
+    """y [positions, O] = act(q matrix^T + shift)."""
+    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
+    matrix, shift = _load_folded(folded, o, G.F_PAD, T.O)
+    start = tl.program_id(0) * T.BLOCK_P
+    lane = tl.arange(0, T.BLOCK_P)
     position = start + lane
-    q = load_patches(
-        images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
-        UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
-    )  # fmt: skip
-    y = activate(filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K), ACT)
-    mask = (position < n_positions)[:, None] & (o < C)[None, :]
-    out = y_ptr + tl.cast(start, tl.int64) * C
-    tl.store(out + lane[:, None] * C + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    q = load_patches(pixels, position, n_positions, G)
+    y = ACT(filter_patches(q, matrix, shift, pixels.jitter, position, n_positions, T.EXACT, G))
+    mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
+    out = y_ptr + tl.cast(start, tl.int64) * T.O
+    tl.store(out + lane[:, None] * T.O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _bwd_kernel(
-    dy_ptr, images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, jitter_ptr, matrix_ptr, shift_ptr,
-    partial_ptr, n_positions,
-    C: tl.constexpr, ACT: tl.constexpr, EXACT: tl.constexpr, UINT8: tl.constexpr,
-    GATHER: tl.constexpr, CROP: tl.constexpr, FLIP: tl.constexpr, CUTOUT: tl.constexpr, JITTER: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, C_IN: tl.constexpr, K: tl.constexpr, F_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """Per program: G = sum g q^T of the jittered q, [C, F_PAD]; the constant feature makes column F the sum of g."""
-    features: tl.constexpr = K * K * C_IN
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    f = tl.arange(0, F_PAD)
-    lane = tl.arange(0, BLOCK_P)
-    matrix = _load_matrix(matrix_ptr, o, C, F_PAD)
-    shift = tl.load(shift_ptr + o, mask=o < C, other=0.0)
-    acc = tl.zeros([BLOCK_O, F_PAD], dtype=tl.float32)
+def _bwd_kernel(dy_ptr, pixels, folded, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr):
+    """Per program: G = sum g q^T of the jittered q, [O, F_PAD]; the constant feature makes column F the sum of g."""
+    features: tl.constexpr = G.K * G.K * G.C_IN
+    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
+    f = tl.arange(0, G.F_PAD)
+    lane = tl.arange(0, T.BLOCK_P)
+    matrix, shift = _load_folded(folded, o, G.F_PAD, T.O)
+    acc = tl.zeros([T.BLOCK_O, G.F_PAD], dtype=tl.float32)
     # float32 products are chains of additions, which round a plain sum more than its own would
-    OWN_SUMS: tl.constexpr = JITTER or EXACT
+    OWN_SUMS: tl.constexpr = T.EXACT or pixels.jitter is not None
     if OWN_SUMS:
-        sums = tl.zeros([BLOCK_O], dtype=tl.float32)
-    if JITTER:
-        offset_sums = tl.zeros([BLOCK_O], dtype=tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_P, n_positions, tl.num_programs(0) * BLOCK_P):
+        sums = tl.zeros([T.BLOCK_O], dtype=tl.float32)
+    if pixels.jitter is not None:
+        offset_sums = tl.zeros([T.BLOCK_O], dtype=tl.float32)
+    for start in range(tl.program_id(0) * T.BLOCK_P, n_positions, tl.num_programs(0) * T.BLOCK_P):
         position = start + lane
-        q = load_patches(
-            images_ptr, index_ptr, crop_ptr, flip_ptr, cutout_ptr, mean_ptr, position, n_positions,
-            UINT8, GATHER, CROP, FLIP, CUTOUT, H, W, C_IN, K, F_PAD,
-        )  # fmt: skip
-        mask = (position < n_positions)[:, None] & (o < C)[None, :]
-        dy = dy_ptr + tl.cast(start, tl.int64) * C
-        g = tl.load(dy + lane[:, None] * C + o[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = filter_patches(q, matrix, shift, jitter_ptr, position, n_positions, EXACT, JITTER, H, W, K)
-        g = tl.where(mask, activation_backward(g, z, ACT), 0.0)
+        q = load_patches(pixels, position, n_positions, G)
+        mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
+        dy = dy_ptr + tl.cast(start, tl.int64) * T.O
+        g = tl.load(dy + lane[:, None] * T.O + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = filter_patches(q, matrix, shift, pixels.jitter, position, n_positions, T.EXACT, G)
+        g = tl.where(mask, DACT(g, z), 0.0)
         if OWN_SUMS:
             sums += tl.sum(g, 0)
-        if JITTER:
-            contrast, offset = load_jitter(jitter_ptr, position, n_positions, H, W, K)
+        if pixels.jitter is not None:
+            contrast, offset = position_jitter(pixels.jitter, position, n_positions, G)
             offset_sums += tl.sum(rounded_product(g, offset[:, None]), 0)
             g *= contrast[:, None]
-        acc += correlate_patches(g, q, EXACT)
-    if JITTER:
+        acc += correlate_patches(g, q, T.EXACT)
+    if pixels.jitter is not None:
         acc += offset_sums[:, None]
     if OWN_SUMS:
         acc = tl.where((f == features)[None, :], sums[:, None], acc)
-    out = partial_ptr + tl.program_id(0) * C * F_PAD
-    tl.store(out + o[:, None] * F_PAD + f[None, :], acc, mask=(o < C)[:, None])
+    out = partial_ptr + tl.program_id(0) * T.O * G.F_PAD
+    tl.store(out + o[:, None] * G.F_PAD + f[None, :], acc, mask=(o < T.O)[:, None])
 
 
-def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.dtype, backward: bool) -> dict:
-    exact = needs_float32(images, out_dtype)
-    tile = tile_sizes(source, channels, exact, backward)
+def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.dtype, backward: bool) -> Tile:
+    tile = tile_of(source, channels, needs_float32(images, out_dtype), backward)
     if backward and source.jittered:
-        tile |= {"BLOCK_P": jittered_positions(source), "BLOCK_O": 16}
-    return dict(C=channels, EXACT=exact, JITTER=source.jittered, **tile, **source.constexprs)
+        return tile._replace(BLOCK_P=jittered_positions(source), BLOCK_O=16)
+    return tile
 
 
 @opaque_op("whiten_project_norm_act_fwd", mutates=("running_mean", "running_var"))
@@ -148,10 +137,10 @@ def _fwd(
     std: Tensor,
     momentum: float,
     eps: float,
-    activation: str,
+    activation: str | None,
     dtype: torch.dtype,
     index: Tensor | None,
-    pixel_shift: Tensor | None,
+    translation: Tensor | None,
     flip: Tensor | None,
     jitter: Tensor | None,
     cutout: Tensor | None,
@@ -163,31 +152,29 @@ def _fwd(
         {"running_mean": running_mean, "running_var": running_var},
         {
             "images": images, "whiten_weight": whiten_weight, "project_weight": project_weight, "bias": bias,
-            "mean": mean, "std": std, "gather.index": index, "gather.shift": pixel_shift, "gather.flip": flip,
+            "mean": mean, "std": std, "gather.index": index, "gather.shift": translation, "gather.flip": flip,
             "gather.jitter": jitter, "gather.cutout": cutout,
         },
     )  # fmt: skip
     training, channels = fixed_mean is None, project_weight.shape[0]
-    gather = unflatten(index, pixel_shift, flip, jitter, cutout, cutout_size)
+    gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
     # in evaluation nothing reads the moments
-    moments = patch_moments(source) if training else empty_moments(source)
-    matrix = torch.empty(channels, source.f_pad, **fp32)
-    shift, rstd = torch.empty(channels, **fp32), torch.empty(channels, **fp32)
-    statistics = (running_mean, running_var) if training else (fixed_mean, fixed_var)
-    tracked = statistics[0] is not None
-    launch(
-        _finish_kernel, (channels,), moments, project_weight, whiten_weight, bias, mean, std,
-        *(statistics if tracked else (rstd, rstd)), matrix, shift, rstd,
-        source.positions, momentum, 1 - momentum, eps, TRAINING=training, HAS_RUNNING=tracked,
-        **finish_sizes(project_weight, source),
-    )  # fmt: skip
+    moments = moments_of(source) if training else empty_moments(source)
+    folded = Folded(
+        torch.empty(channels, source.f_pad, **fp32), torch.empty(channels, **fp32), torch.empty(channels, **fp32)
+    )
+    weights = Weights(project_weight, whiten_weight, mean, std)
+    running = Running.of(*((running_mean, running_var) if training else (fixed_mean, fixed_var)), momentum)
+    arguments = (moments if training else None, weights, bias, running, folded, source.positions, eps)
+    launch(_finish_kernel, (channels,), *arguments, **finish_sizes(project_weight, source))
     y = channels_last_like(images, channels, source.height, source.width, dtype, source.batch)
     tile = _tile(images, channels, source, dtype, backward=False)
-    grid = (triton.cdiv(source.positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_O"]))
-    launch(_fwd_kernel, grid, *source.pixels, source.jitter, matrix, shift, y, source.positions, ACT=activation, **tile)
-    return y, moments, matrix, shift, rstd
+    grid = (triton.cdiv(source.positions, tile.BLOCK_P), triton.cdiv(channels, tile.BLOCK_O))
+    sizes = dict(G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
+    launch(_fwd_kernel, grid, source.pixels, folded, y, source.positions, **sizes)
+    return y, moments, *folded
 
 
 @_fwd.register_fake
@@ -216,9 +203,9 @@ def _bwd(
     shift: Tensor,
     rstd: Tensor,
     training: bool,
-    activation: str,
+    activation: str | None,
     index: Tensor | None,
-    pixel_shift: Tensor | None,
+    translation: Tensor | None,
     flip: Tensor | None,
     jitter: Tensor | None,
     cutout: Tensor | None,
@@ -226,23 +213,21 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     """(dproject [C, K] float32, dbias [C] float32)"""
     channels, filters = project_weight.shape
-    gather = unflatten(index, pixel_shift, flip, jitter, cutout, cutout_size)
+    gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
     tile = _tile(images, channels, source, dy.dtype, backward=True)
-    programs = min(triton.cdiv(source.positions, tile["BLOCK_P"]), _PROGRAMS)
+    programs = min(triton.cdiv(source.positions, tile.BLOCK_P), _PROGRAMS)
     partials = torch.empty(programs, channels, source.f_pad, **fp32)
-    launch(
-        _bwd_kernel, (programs, triton.cdiv(channels, tile["BLOCK_O"])), dy, *source.pixels, source.jitter, matrix,
-        shift, partials, source.positions, ACT=activation,
-        maxnreg=255 if tile["EXACT"] and not source.jittered else None, **tile,
-    )  # fmt: skip
+    arguments = (dy, source.pixels, Folded(matrix, shift, rstd), partials, source.positions)
+    sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
+    maxnreg = 255 if tile.EXACT and not source.jittered else None
+    launch(_bwd_kernel, (programs, triton.cdiv(channels, tile.BLOCK_O)), *arguments, maxnreg=maxnreg, **sizes)
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
-    launch(
-        _bwd_finish_kernel, (channels,), partials, moments, project_weight, whiten_weight, mean, std, rstd, dproject,
-        dbias, programs, source.positions, C=channels, TRAINING=training, BLOCK_N=32,
-        **finish_sizes(project_weight, source),
-    )  # fmt: skip
+    weights = Weights(project_weight, whiten_weight, mean, std)
+    arguments = (partials, moments if training else None, weights, rstd, dproject, dbias, programs, source.positions)
+    sizes = finish_sizes(project_weight, source)
+    launch(_bwd_finish_kernel, (channels,), *arguments, C=channels, BLOCK_N=32, **sizes)
     return dproject, dbias
 
 
@@ -264,26 +249,22 @@ class WhitenProjectNormAct(torch.autograd.Function):
             images, whiten_weight, project_weight, bias, running_mean, running_var, fixed_mean, fixed_var, mean, std,
             momentum, eps, activation, dtype, *gather,
         )  # fmt: skip
-        ctx.save_for_backward(*gather[:-1], images, whiten_weight, project_weight, mean, std, *tables)
+        ctx.save_for_backward(images, whiten_weight, project_weight, mean, std, *tables, *gather[:-1])
         ctx.training, ctx.activation = fixed_mean is None, activation
-        ctx.bias_dtype, ctx.cutout_size = bias.dtype, gather[-1]
+        ctx.dtypes, ctx.cutout_size = (project_weight.dtype, bias.dtype), gather[-1]
         return y
 
     @staticmethod
     @differentiable_once("whiten_project_norm_act")
     def backward(ctx, dy):
-        *gather, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd = ctx.saved_tensors
+        tensors, gather = ctx.saved_tensors[:-5], ctx.saved_tensors[-5:]
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dproject, dbias = _bwd(
-            dy, images, whiten_weight, project_weight, mean, std, moments, matrix, shift, rstd, ctx.training,
-            ctx.activation, *gather, ctx.cutout_size,
-        )  # fmt: skip
-        needs_project, needs_bias = ctx.needs_input_grad[2:4]
+        grads = _bwd(dy, *tensors, ctx.training, ctx.activation, *gather, ctx.cutout_size)
+        needs = ctx.needs_input_grad[2:4]
         return (
             None,
             None,
-            dproject.to(project_weight.dtype) if needs_project else None,
-            dbias.to(ctx.bias_dtype) if needs_bias else None,
+            *(grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, ctx.dtypes, needs)),
             *[None] * 16,
         )
 
@@ -315,7 +296,7 @@ def whiten_project_norm_act(
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
     mean, std: [C_in] float32 in units of 0..1. Weights, bias, mean and std may have any strides.
-    activation: "gelu" (erf), "silu", "relu" or None.
+    activation: a key of `reference.ACTIVATIONS`.
     dtype: of the result; by default autocast's if it is on, else project_weight's.
     gather: makes the batch of B = len(gather.index) images out of images [N, C_in, H, W], the whole data set.
     Returns [B, C, H - k + 1, W - k + 1], channels_last. Batch statistics are exact (integers, finished in float64; with
@@ -331,7 +312,7 @@ def whiten_project_norm_act(
     that requires a gradient; TypeError for a wrong type or dtype; RuntimeError where the kernels cannot run.
     """
     op = "whiten_project_norm_act"
-    name = _checks.activation(op, activation)
+    _checks.activation(op, activation)
     _options.batch_norm(op, momentum, eps)
     _checks.images(op, "images", images, (torch.uint8,))
     whiten_weight = _checks.filters(op, "whiten_weight", whiten_weight, images)
@@ -352,5 +333,5 @@ def whiten_project_norm_act(
     _checks.device(op, *given)
     dtype = output_dtype(op, images, project_weight, dtype)
     return WhitenProjectNormAct.apply(
-        images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, name, dtype, *chosen
-    )  # fmt: skip
+        images, whiten_weight, project_weight, bias, *statistics, mean, std, momentum, eps, activation, dtype, *chosen
+    )

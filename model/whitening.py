@@ -12,7 +12,7 @@ from torch import Tensor
 
 # u - 128 fits int8 and keeps every per-image sum of products below 2**24, exact in float32, up to 1024 positions;
 # 8 bits are exact in TF32 too, which a user may allow
-PIXEL_SHIFT = 128
+_PIXEL_OFFSET = 128
 _EXACT_FLOAT32_POSITIONS = 1024
 # of patches at once: few launches, in memory that a training step of some thousand images takes too
 _CHUNK_BYTES = 1 << 29
@@ -38,7 +38,7 @@ class PatchMoments:
         std = std.double().repeat_interleave(taps)
         first = self.first.double() / self.count
         covariance = self.second.double() / self.count - first[:, None] * first[None, :]
-        patch_mean = (first / 255 + (PIXEL_SHIFT / 255 - mean)) / std
+        patch_mean = (first / 255 + (_PIXEL_OFFSET / 255 - mean)) / std
         return patch_mean, covariance / (255 * std[:, None]) / (255 * std[None, :])
 
 
@@ -60,7 +60,7 @@ def patch_moments(images: Tensor, kernel_size: int) -> PatchMoments:
     for chunk in images.split(at_once):
         # F.unfold would launch a kernel an image
         shifted = [chunk[:, y : y + rows, x : x + columns] for y in range(kernel_size) for x in range(kernel_size)]
-        patches = torch.stack(shifted, 4).flatten(3).to(dtype).sub_(PIXEL_SHIFT).flatten(1, 2)
+        patches = torch.stack(shifted, 4).flatten(3).to(dtype).sub_(_PIXEL_OFFSET).flatten(1, 2)
         first += patches.sum(1).long().sum(0)
         second += torch.bmm(patches.mT, patches).long().sum(0)
     return PatchMoments(n * positions, first, second)

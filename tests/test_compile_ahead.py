@@ -93,6 +93,8 @@ def test_each_specialization_is_compiled_once():
         Launch(kernel, (x, (x, 33)), options, 4),
         Launch(kernel, (x, (x, 1)), options, 4),
         Launch(kernel, (x, (x, 2**32)), options, 4),
+        Launch(kernel, (x, (x, None)), options, 4),
+        Launch(kernel, (None, (x, 32)), options, 4),
         Launch(kernel, (x, (x, 32.0)), options, 4),
         Launch(kernel, (x, (x, 32)), {"BLOCK": 32}, 4),
         Launch(kernel, (x, (x, 32)), options, 8),

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from blink import kernels
 
 from .. import launching
-from ..launching import Launch, captured_launches, specialized
+from ..launching import Launch, captured_launches, leaves, mapped, specialized
 from .cases import Case, network_cases
 from .machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, fused_shuffles, occupancy
 
@@ -60,22 +60,15 @@ class Resources:
 
 def source_of(launch: Launch) -> ASTSource:
     """The compiler's input for a recorded launch, specialized as a launch with these arguments would be."""
-    names = launch.kernel.arg_names
-    runtime = names[: len(launch.arguments)]
-    signature, constants, attributes = {}, dict(launch.constexprs), {}
-    for index, (name, value) in enumerate(zip(runtime, launch.arguments)):
-        if isinstance(value, tuple):
-            kinds = [specialized(element) for element in value]
-            signature[name] = tuple(kind for kind, _ in kinds)
-            attributes |= {(index, i): _DIVISIBLE for i, (_, divisible) in enumerate(kinds) if divisible}
-            continue
-        signature[name], divisible = specialized(value)
-        if signature[name] == "constexpr":
-            constants[name] = value
+    signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
+    signature |= zip(signature, mapped(lambda value: specialized(value)[0], launch.arguments))
+    constants, attributes = dict(launch.constexprs), {}
+    for path, value in leaves(launch.arguments):
+        kind, divisible = specialized(value)
+        if kind == "constexpr":
+            constants[path] = value
         elif divisible:
-            attributes[(index,)] = _DIVISIBLE
-    for name in names[len(launch.arguments) :]:
-        signature[name] = "constexpr"
+            attributes[path] = _DIVISIBLE
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
@@ -116,12 +109,11 @@ def innermost_bytes(tensor: torch.Tensor) -> int:
 
 def wide_argument(launch: Launch) -> str | None:
     """The first tensor argument of 64 KiB or more whose innermost dimension is a multiple of 16 bytes, or None."""
-    for name, value in zip(launch.kernel.arg_names, launch.arguments):
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.element_size() >= _LARGE_BYTES:
-                innermost = innermost_bytes(tensor)
-                if innermost and innermost % 16 == 0:
-                    return name
+    for (index, *_), value in leaves(launch.arguments):
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() >= _LARGE_BYTES:
+            innermost = innermost_bytes(value)
+            if innermost and innermost % 16 == 0:
+                return launch.kernel.arg_names[index]
     return None
 
 

@@ -1,0 +1,92 @@
+"""The activations of the kernels: by the names of `reference.ACTIVATIONS`, act(z) and its derivative times a gradient.
+
+A new one is two functions and an entry here, and its definition in `reference`: the tests run over both tables.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def identity(z):
+    return z
+
+
+@triton.jit
+def identity_backward(dy, z):
+    return dy
+
+
+@triton.jit
+def relu(z):
+    return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def relu_backward(dy, z):
+    # a choice, not a product: an infinite dy times 0 would be NaN; a NaN z lets dy through
+    return tl.where(z <= 0, 0.0, dy)
+
+
+@triton.jit
+def silu(z):
+    return z * sigmoid(z)
+
+
+@triton.jit
+def silu_backward(dy, z):
+    s = sigmoid(z)
+    return dy * (s * (1.0 + z * (1.0 - s)))
+
+
+@triton.jit
+def gelu_parts(z):
+    """(Phi(z), exp(-z^2 / 2)) with one exp.
+
+    erfc(x) = exp(-x^2) P(t), t = 1 / (1 + 0.55 x): the form of Abramowitz and Stegun 7.1.26 with a minimax fit of one
+    more term, whose error of 1.7e-8 is below float32's rounding (7.1.26's own 1.5e-7 is not).
+    """
+    x = tl.abs(z) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.55 * x)
+    e = tl.exp(-0.5 * z * z)
+    p = -0.5180399994692597 + t * 0.10732492792407114
+    p = -0.04142813932576145 + t * (0.759717067850476 + t * p)
+    p = t * (0.30158333193811787 + t * (0.3908428280208458 + t * p))
+    h = 0.5 * e * p
+    return tl.where(z >= 0, 1.0 - h, h), e
+
+
+@triton.jit
+def gelu(z):
+    cdf, _ = gelu_parts(z)
+    return z * cdf
+
+
+@triton.jit
+def gelu_backward(dy, z):
+    cdf, e = gelu_parts(z)
+    return dy * (cdf + 0.3989422804014327 * z * e)
+
+
+class Activation(NamedTuple):
+    """What a kernel takes, as a constexpr: act(z), where a NaN stays a NaN, or dy * d act(z) / dz, which for infinite
+    and NaN dy or z is what PyTorch gives.
+    """
+
+    value: triton.JITFunction
+    backward: triton.JITFunction
+
+
+ACTIVATIONS = {
+    None: Activation(identity, identity_backward),
+    "relu": Activation(relu, relu_backward),
+    "silu": Activation(silu, silu_backward),
+    "gelu": Activation(gelu, gelu_backward),
+}
