@@ -46,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options, console)
     except UserError as error:
-        print(f"blink.experiments.ablate: {error}", file=sys.stderr)
+        print(f"blink ablate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("blink.experiments.ablate: interrupted; the runs that ended are kept", file=sys.stderr)
+        print("blink ablate: interrupted; the runs that ended are kept", file=sys.stderr)
         return 130
 
 
@@ -176,7 +176,7 @@ def choose_variants(plan: Plan, name: str, only: list[str] | None) -> dict[str, 
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    parser = Parser(prog="blink.experiments.ablate", description="Compare the variants of a plan.", allow_abbrev=False)
+    parser = Parser(prog="blink ablate", description="Compare the variants of a plan.", allow_abbrev=False)
     add = parser.add_argument
     add("plan", nargs="?", choices=PLANS, help="which plan; without one, the plans are listed")
     add("--data", metavar="PATH", help="as for train.py")

@@ -178,7 +178,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blink.experiments.tabulate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="blink tabulate", description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=_ROOT, help="the checkout (default: this one)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
     options = parser.parse_args(arguments)
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in stale:
             path.write_text(wanted[path])
     except (UserError, OSError) as error:
-        print(f"blink.experiments.tabulate: {error}", file=sys.stderr)
+        print(f"blink tabulate: {error}", file=sys.stderr)
         return 2
     return 0
 

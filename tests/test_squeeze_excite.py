@@ -33,6 +33,8 @@ CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
 def test_matches_float64(case, dtype):
+    if case is CASES[-1] and dtype == torch.float16 and kernels.interpreting():
+        pytest.skip("half a minute in the interpreter, for loads that the other cases have too")
     judge(case, dtype, TOLERANCES[dtype])
 
 

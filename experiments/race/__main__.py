@@ -41,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options, Console())
     except UserError as error:
-        print(f"blink.experiments.race: {error}", file=sys.stderr)
+        print(f"blink race: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("blink.experiments.race: interrupted; the blocks that ended are kept", file=sys.stderr)
+        print("blink race: interrupted; the blocks that ended are kept", file=sys.stderr)
         return 130
 
 
@@ -55,7 +55,7 @@ def run(options: Namespace, console: Console) -> int:
     on_gpu = setting.device.type == "cuda"
     for name, _ in [pair for pair in named if not on_gpu and not PEERS[pair[0]].on_cpu]:
         print(
-            f"blink.experiments.race: {name} needs a GPU, and the device is {setting.device.type}; left out",
+            f"blink race: {name} needs a GPU, and the device is {setting.device.type}; left out",
             file=sys.stderr,
         )
         failed = True
@@ -95,7 +95,7 @@ def run(options: Namespace, console: Console) -> int:
             records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
             say(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
             if block.error is not None:
-                print(f"blink.experiments.race: {contestant.name} {block.error}", file=sys.stderr)
+                print(f"blink race: {contestant.name} {block.error}", file=sys.stderr)
                 failed = True
     found = records.read(path)
     if table.rows(found):
@@ -164,7 +164,7 @@ def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    parser = Parser(prog="blink.experiments.race", description="Race others' training scripts.", allow_abbrev=False)
+    parser = Parser(prog="blink race", description="Race others' training scripts.", allow_abbrev=False)
     add = parser.add_argument
     add("peers", nargs="+", metavar="PEER=PATH", help=f"a checkout of {', '.join(PEERS)}")
     add("--recipe", choices=RECIPES, default="blink", help="what this project trains (default: %(default)s)")

@@ -44,10 +44,6 @@ _HEADER = "regs spill shared  occ by      ld16  st16 tensor core        fp32   s
 _INDENT = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 
-def _program() -> str:
-    return f"python -m {__package__}.inspect"
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, and exit code 2."""
@@ -56,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str] | None, ops: list[str], targets: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog=_program(), description="Compile every kernel ahead of time and report its resources.")
+    parser = _Parser(prog="blink inspect", description="Compile every kernel ahead of time and report its resources.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"ops to compile, of {', '.join(ops)}; default: all")
     parser.add_argument("--target", help=f"targets, separated by commas, of {', '.join(targets)}; default: all")
     parser.add_argument("--dtype", default="float16", help=f"dtypes, of {', '.join(DTYPES)}; default: float16")
@@ -196,7 +192,7 @@ def _write_json(path: Path, document: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit code. Raises SystemExit with code 2, one line on stderr, for a mistake."""
     if not HAS_TRITON:
-        print(f"{_program()}: error: needs triton, which is not installed", file=sys.stderr)
+        print("blink inspect: error: needs triton, which is not installed", file=sys.stderr)
         return 2
     import triton
 
@@ -208,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv, list(dict.fromkeys(case.op for case in cases)), list(TARGETS))
     if interpreting():
         print(
-            f"{_program()}: error: TRITON_INTERPRET is set, which makes kernels plain functions; unset it",
+            "blink inspect: error: TRITON_INTERPRET is set, which makes kernels plain functions; unset it",
             file=sys.stderr,
         )
         return 2
@@ -225,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             _write_json(options.json, document)
         except OSError as error:
             # the table is still worth printing
-            print(f"{_program()}: error: could not write {options.json} ({error.strerror})", file=sys.stderr)
+            print(f"blink inspect: error: could not write {options.json} ({error.strerror})", file=sys.stderr)
             code = 2
     if options.sass:
         for row, assembly in zip(rows, assemblies):

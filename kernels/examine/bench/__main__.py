@@ -50,10 +50,10 @@ def main(arguments: list[str]) -> int:
             providers.reexecute_interpreted(__spec__.name.removesuffix(".__main__"), arguments)
         return run(options, device)
     except Mistake as error:
-        print(f"bench: {error}", file=sys.stderr)
+        print(f"blink bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
+        print("blink bench: interrupted", file=sys.stderr)
         return 130
 
 
@@ -193,7 +193,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         def error(self, message: str):
             raise Mistake(f"{message}; see --help")
 
-    parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="blink bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
     add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxHxWxC,... (default: network)")
