@@ -15,6 +15,9 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from rich.console import Console
+
+from blink.errors import UserError
 from blink.model import backend as backends
 from blink.training.command import (
     Parser,
@@ -33,9 +36,6 @@ from blink.training.data.dataset import Dataset
 from blink.training.loop import Listener, Trainer, plan_budget
 from blink.training.recipes import RECIPES, Recipe
 from blink.training.report import Report, save_weights, spread, write_json
-from rich.console import Console
-
-from blink.errors import UserError
 
 _IMPORTED = time.perf_counter()
 

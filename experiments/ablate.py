@@ -9,6 +9,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from rich.console import Console
+
+from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.training.command import (
@@ -26,9 +29,6 @@ from blink.training.command import (
 from blink.training.data.dataset import Dataset
 from blink.training.loop import Trainer, plan_budget
 from blink.training.recipes import Recipe
-from rich.console import Console
-
-from blink.errors import UserError
 
 # what a run on file has at least
 _KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")

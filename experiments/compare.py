@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
+from blink.errors import UserError
 from blink.experiments.plans import Plan
 from blink.training.report import spread
-
-from blink.errors import UserError
 
 
 @dataclass(frozen=True)

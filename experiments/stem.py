@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from blink.kernels.examine.bench.measure import time_calls
 from blink.model.layers import FrozenStem
 from blink.model.network import Network

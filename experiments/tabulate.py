@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.compare import table
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
 from blink.training.report import with_spread
-
-from blink.errors import UserError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = """# Results

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
+
 from blink.kernels.environment import has_c_compiler, has_cxx_compiler
 from blink.model import convolution
 

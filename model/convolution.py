@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from blink.kernels.differentiation import differentiable_once
 from torch import Tensor, nn
 from torch.profiler import record_function
+
+from blink.kernels.differentiation import differentiable_once
 
 _GEOMETRY = dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=False, output_padding=[0, 0], groups=1)
 

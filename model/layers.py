@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from blink.kernels.gather import Gather
 from blink.kernels.reference import ACTIVATIONS, normalize
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
-from torch import Tensor, nn
 
 
 class NormAct(nn.Module):

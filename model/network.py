@@ -6,11 +6,12 @@ Sources of the architectures and their numbers: hlb-CIFAR10 v0.3.0 (the defaults
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from blink.kernels.gather import Gather
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
 from blink.model.layers import ConvGroup, NormAct, PlainStem, ProjectedStem, SEGate, WhitenStem
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
 from blink.kernels import compile_ahead
 from blink.kernels.examine import ahead_of_time, cases
 from blink.kernels.examine.ahead_of_time import kernel_name, source_of
@@ -19,11 +24,6 @@ from blink.model import backend
 from blink.training.loop import Trainer, plan_budget
 from blink.training.precision import Precision
 from blink.training.recipes import RECIPES, with_network
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver
-from triton.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-
 from tests.small import small_dataset
 
 _BACKEND = make_backend(GPUTarget("cuda", 90, 32))

@@ -60,8 +60,9 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def image_folder(tmp_path, monkeypatch):
     """A folder of 40 training and 20 test images of 12x12, with a cache of its own."""
-    from blink.training.data import synthetic
     from PIL import Image
+
+    from blink.training.data import synthetic
 
     monkeypatch.setenv("BLINK_CACHE", str(tmp_path / "cache"))
     images, labels, test_images, test_labels = synthetic.generate(40, 20)

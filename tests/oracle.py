@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from blink.kernels import reference
-from blink.kernels.examine.cases import Case, Tensors, mapped, named
 from torch import Tensor
 
 from blink import kernels
+from blink.kernels import reference
+from blink.kernels.examine.cases import Case, Tensors, mapped, named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # the interpreter computes bfloat16 wrongly, so bfloat16 is judged on a GPU only

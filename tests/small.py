@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from blink.training.data import synthetic
 from blink.training.data.dataset import Dataset, assemble
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from blink.errors import UserError
 from blink.experiments import ablate, compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.model import backend
 from blink.training import precision
 from blink.training.loop import Trainer, plan_budget
 from blink.training.recipes import AIR, HLB, Resolution
-
-from blink.errors import UserError
 from tests.small import small_dataset
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
+from blink import kernels
 from blink.kernels import _checks, reference
 from blink.kernels.activations import ACTIVATIONS
 from blink.kernels.examine import cases
-
-from blink import kernels
 from tests.oracle import DEVICE
 
 INF, NAN = float("inf"), float("nan")

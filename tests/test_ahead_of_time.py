@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+
+from blink import kernels
 from blink.kernels.examine import compile_report
 from blink.kernels.examine.ahead_of_time import innermost_bytes
 from blink.kernels.examine.cases import network_cases
 from blink.kernels.examine.machine_code import PROCESSORS, count_amdgcn, count_sass, fused_shuffles, occupancy
 from blink.kernels.launching import interpreting
-
-from blink import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 # one dtype for all targets, the others where the first users are

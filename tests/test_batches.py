@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.kernels.gather import augment, gathered, reflect
-from blink.training.batches import Batches, resize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from blink.kernels.gather import augment, gathered, reflect
+from blink.training.batches import Batches, resize
 from tests.small import random_images
 
 

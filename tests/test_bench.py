@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from blink.kernels import environment, reference
 from blink.kernels.examine import cases
 from blink.kernels.examine.bench import __main__ as bench
@@ -14,7 +15,6 @@ from blink.model import backend
 from blink.training.loop import Trainer, plan_budget
 from blink.training.precision import Precision
 from blink.training.recipes import BLINK
-
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from blink.experiments.plans import narrowed, stretched
 from blink.experiments.profile.measure import Stepper
 from blink.kernels import compile_ahead, launching
@@ -13,7 +14,6 @@ from blink.model import backend
 from blink.training import precision
 from blink.training.loop import Trainer, plan_budget
 from blink.training.recipes import AIR, HLB, Recipe
-
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 from tests.test_training_step import PHASED

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from blink.model.convolution import conv3x3
 
 

@@ -14,12 +14,12 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from blink.training import data
-from blink.training.data import cifar
-from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from blink.errors import UserError
+from blink.training import data
+from blink.training.data import cifar
+from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
 
 ROWS = 4
 CLASSES = {"cifar10": 10, "cifar100": 100}

@@ -6,9 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from blink.training import data
-from blink.training.data import cache, image_tree
-from blink.training.data.dataset import assemble, fixed_order, pixel_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blink.errors import UserError
+from blink.training import data
+from blink.training.data import cache, image_tree
+from blink.training.data.dataset import assemble, fixed_order, pixel_statistics
 
 CLASSES = ("ant", "bee", "cow")
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from blink.model import backend
 from blink.model.whitening import initialize_stem
 from blink.training import precision
@@ -12,8 +14,6 @@ from blink.training.data import synthetic
 from blink.training.data.dataset import Dataset, assemble
 from blink.training.loop import Trainer, plan_budget
 from blink.training.recipes import AIR, BLINK, HLB, Recipe, with_group, with_network
-from torch import nn
-
 from tests.oracle import DEVICE
 
 TWO = ("disc", "stripes")

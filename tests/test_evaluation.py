@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
 from blink.kernels.gather import gathered, reflect
 from blink.model import backend
 from blink.model.network import Network
@@ -12,8 +14,6 @@ from blink.training import precision
 from blink.training.evaluation import accuracy, images_at_once, in_parts, logits_of, unsure
 from blink.training.loop import Trainer, plan_budget
 from blink.training.recipes import AIR, RECIPES
-from torch import nn
-
 from tests.oracle import DEVICE
 from tests.small import random_images, small_dataset
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import excite_norm_act_add
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import excite_norm_act_add
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # float32: a few roundings a value; the gate's gradient sums up to H * W of them, which largely cancel;

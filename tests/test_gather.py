@@ -6,13 +6,13 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.kernels import Gather
-from blink.kernels.examine.cases import GATHER_PARTS, images, whiten, whiten_project_norm_act
-from blink.kernels.gather import gathered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import Gather
+from blink.kernels.examine.cases import GATHER_PARTS, images, whiten, whiten_project_norm_act
+from blink.kernels.gather import gathered
 from tests.oracle import DEVICE, DTYPES, directional_derivative_matches, judge, judge_on, name_of, run
 from tests.test_whiten import TOLERANCES as WHITEN
 from tests.test_whiten_project_norm_act import TOLERANCES as STEM

@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+import train
 from blink.experiments import ablate
 from blink.experiments.race import __main__ as race
 from blink.kernels.examine.bench import __main__ as bench
-
-import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [line.split("()")[0].removeprefix("part_") for line in (ROOT / ".ci" / "gpu").read_text().splitlines()

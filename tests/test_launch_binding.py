@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from blink.kernels import launching
 from blink.training.recipes import RECIPES
 

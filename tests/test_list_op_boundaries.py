@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from blink.kernels.examine import cases
-from blink.kernels.examine.cases import mapped, named
 
 from blink import kernels
+from blink.kernels.examine import cases
+from blink.kernels.examine.cases import mapped, named
 from tests.oracle import DEVICE, copies, updated
 
 CASES = [case for case in cases.small_cases() if not case.differentiable]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
+from blink import kernels
 from blink.kernels import launching
 from blink.kernels.examine import cases
 from blink.kernels.examine.cases import mapped, named
-
-from blink import kernels
 from tests.oracle import DEVICE, DTYPES, captured, copies, in_float64, name_of, updated
 
 CASES = [case for case in cases.small_cases() if not case.differentiable]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import AIR_FILTERS, mapped, muon
-from blink.kernels.launching import captured_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import AIR_FILTERS, mapped, muon
+from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of
 from tests.test_newton_schulz import TOLERANCES as ITERATION
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from blink.kernels import Gather
 from blink.kernels.gather import gathered
 from blink.model import backend
@@ -13,7 +14,6 @@ from blink.model.whitening import initialize_stem
 from blink.training.data import synthetic
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import HLB, ParamGroup, Schedule
-
 from tests.oracle import DEVICE
 
 SMALL = NetworkConfig(stem_channels=8, groups=(Group(16), Group(16, depth=0), Group(32)), se_reduction=4)

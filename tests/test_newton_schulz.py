@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import AIR_FILTERS, newton_schulz
-from blink.kernels.launching import captured_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import AIR_FILTERS, newton_schulz
+from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
 
 # of the largest element. X is rounded once to `dtype`, every 3 steps, and small singular values, which the iteration

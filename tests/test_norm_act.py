@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.kernels.examine.cases import norm_act
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import norm_act
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
 # float32: a few roundings a value; 16 bits: one rounding of the result

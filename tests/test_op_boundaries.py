@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from blink.kernels import reference
-from blink.kernels.examine import cases
-from blink.kernels.examine.cases.base import GATHER
 from torch import Tensor
 
 from blink import kernels
+from blink.kernels import reference
+from blink.kernels.examine import cases
+from blink.kernels.examine.cases.base import GATHER
 from tests.oracle import DEVICE
 
 CASES = [case for case in cases.small_cases() if case.differentiable]

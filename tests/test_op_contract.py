@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from blink.kernels import launching
-from blink.kernels.examine import cases
 
 from blink import kernels
+from blink.kernels import launching
+from blink.kernels.examine import cases
 from tests.oracle import DEVICE, DTYPES, captured, in_float64, name_of, run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from blink.model.backend import reference
 from blink.model.network import Group, Network, NetworkConfig
 from blink.training.optimizer import Optimizer, WeightAverage, group_parameters
 from blink.training.recipes import AIR, HLB, ParamGroup, Resolution, Schedule, freezing, gated
-from torch import nn
 
 TINY = NetworkConfig(stem_channels=4, groups=(Group(8), Group(8, depth=0), Group(8)), se_reduction=4)
 

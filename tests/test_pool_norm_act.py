@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.kernels.examine.cases import pool_norm_act
-from blink.kernels.launching import captured_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import pool_norm_act
+from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # float32: a few roundings a value; 16 bits: y and the squeeze added to it for the comparison are rounded once each

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+
+import train
+from blink.errors import UserError
 from blink.experiments.profile import measure
 from blink.experiments.profile.costs import step_costs
 from blink.experiments.profile.measure import Profile, Race, Row
@@ -13,9 +16,6 @@ from blink.model import backend, convolution
 from blink.model.network import Network
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import AIR, HLB
-
-import train
-from blink.errors import UserError
 from tests.oracle import DEVICE
 
 

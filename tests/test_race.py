@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.race import __main__ as race
 from blink.experiments.race import data, table
@@ -18,8 +20,6 @@ from blink.experiments.race.contest import only
 from blink.experiments.race.launch import Clock, lent_to
 from blink.experiments.race.peers import PEERS, Rows, find_script, with_runs
 from blink.training.data.dataset import assemble
-
-from blink.errors import UserError
 from tests.small import small_dataset
 
 ROOT = Path(race.__file__).resolve().parent.parent.parent

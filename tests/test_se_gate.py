@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import se_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import se_gate
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
 # all arithmetic is float32 whatever the weights' dtype; only gradients of 16-bit weights are rounded to it

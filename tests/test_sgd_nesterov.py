@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import sgd_nesterov
-from blink.kernels.launching import captured_launches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import sgd_nesterov
+from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, judge_lists, name_of
 
 # float32: a few roundings a value; 16 bits: the one rounding of each stored result

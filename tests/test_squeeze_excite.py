@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import squeeze_excite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import SqueezeExcitation
 
 from blink import kernels
+from blink.kernels.examine.cases import squeeze_excite
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
 # float32: sums of H * W values; 16 bits: one rounding of the result, the gate being float32 throughout

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from blink.training import data
 from blink.training.data import synthetic
 

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from blink.experiments import tabulate
 
+from blink.experiments import tabulate
 from tests.test_ablate import record
 from tests.test_race import block
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blink.training.recipes import RECIPES
 from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from blink.training.recipes import RECIPES
 
 ROOT = Path(train.__file__).resolve().parent
 QUICK = ["--recipe", "hlb", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32"]

@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import train
 from blink.model import backend
 from blink.model.network import Group
 from blink.training import data, precision
@@ -12,9 +15,6 @@ from blink.training.data import synthetic
 from blink.training.data.dataset import assemble
 from blink.training.loop import Trainer, build_network, plan_budget
 from blink.training.recipes import AIR, HLB, RECIPES, ParamGroup
-from safetensors.torch import load_file
-
-import train
 from tests.oracle import DEVICE
 from tests.test_training_step import PHASED
 

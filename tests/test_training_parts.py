@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blink.errors import UserError
 from blink.model import convolution
 from blink.training import precision
 from blink.training.loop import Budget, check_finite, plan_budget
 from blink.training.recipes import AIR, HLB, Schedule
 from blink.training.report import spread, write_json
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from blink.errors import UserError
 
 ROOT = Path(convolution.__file__).resolve().parent.parent
 

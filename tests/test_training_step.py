@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from blink.experiments import stem
 from blink.experiments.plans import narrowed
 from blink.kernels.environment import has_cxx_compiler
@@ -16,7 +17,6 @@ from blink.model import backend
 from blink.training import graph, precision
 from blink.training.loop import Listener, Trainer, plan_budget
 from blink.training.recipes import AIR, HLB, Resolution, freezing
-
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 

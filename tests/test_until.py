@@ -4,13 +4,13 @@ import json
 from itertools import pairwise
 
 import pytest
-from blink.experiments.plans import narrowed
-from blink.experiments.until import Trial, search, smallest_budget
-from blink.training.recipes import AIR, RECIPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from blink.experiments.plans import narrowed
+from blink.experiments.until import Trial, search, smallest_budget
+from blink.training.recipes import AIR, RECIPES
 
 
 @given(st.integers(1, 400), st.integers(1, 100))

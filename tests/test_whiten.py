@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from blink.kernels.examine.cases import whiten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import whiten
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
 # float32: rounding of a 12- to 27-term sum; 16 bits: one rounding of the result, products being float32 throughout;

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.kernels.examine.cases import whiten_project_norm_act
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels.examine.cases import whiten_project_norm_act
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of, run
 
 # float32: exact statistics, so what is left is a 12- to 27-term sum; 16 bits: one rounding of the result;

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from blink.model import whitening
-from blink.model.backend import reference
-from blink.model.layers import NormAct, ProjectedStem, WhitenStem
-from blink.model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blink.model import whitening
+from blink.model.backend import reference
+from blink.model.layers import NormAct, ProjectedStem, WhitenStem
+from blink.model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
 from tests.small import random_images
 
 MEAN, STD = torch.tensor([0.49, 0.3, 0.6]), torch.tensor([0.25, 0.1, 0.3])

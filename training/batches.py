@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from blink.kernels.gather import Gather
 from torch import Tensor
+
+from blink.kernels.gather import Gather
 
 _RESIZED_AT_ONCE = 5000
 # above any loss: what sat out an epoch is in the next

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blink.errors import UserError
 from blink.kernels import environment
 from blink.model import backend as backends
 from blink.training import data, precision
@@ -14,10 +18,6 @@ from blink.training.allocator import keep_freed_memory
 from blink.training.data.dataset import Dataset
 from blink.training.loop import Budget
 from blink.training.recipes import Recipe
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from blink.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):

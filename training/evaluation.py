@@ -3,9 +3,10 @@
 import math
 
 import torch
+from torch import Tensor, nn
+
 from blink.kernels.gather import Gather
 from blink.model.network import Network
-from torch import Tensor, nn
 
 # of each view beside the image itself: by how many pixels it is moved along both axes, and whether it is then mirrored
 VIEWS: dict[str | None, tuple[tuple[int, bool], ...]] = {

@@ -7,6 +7,8 @@ Triton kernels), so the number is the recipe's and not an implementation's. Vali
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from blink.model import backend
 from blink.model.network import Network
 from blink.training.evaluation import VIEWS, unsure
@@ -14,7 +16,6 @@ from blink.training.loop import Budget
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import Recipe
 from blink.training.step import phase_of
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)

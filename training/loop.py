@@ -7,6 +7,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+
+from blink.errors import UserError
 from blink.model.backend import Backend
 from blink.model.network import Network
 from blink.model.whitening import initialize_stem
@@ -18,9 +21,6 @@ from blink.training.optimizer import Optimizer, WeightAverage
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
 from blink.training.step import TrainingStep
-from torch import Tensor
-
-from blink.errors import UserError
 
 # fewer steps than this an epoch leave the schedule too coarse to learn from a small data set
 MIN_STEPS_PER_EPOCH = 16

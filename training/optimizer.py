@@ -7,10 +7,11 @@ from functools import partial
 from itertools import islice
 
 import torch
+from torch import Tensor, nn
+
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
 from blink.training.recipes import ParamGroup, Recipe
-from torch import Tensor, nn
 
 
 def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list[list[nn.Parameter]]:

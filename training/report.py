@@ -6,9 +6,6 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-from blink.training.data.dataset import Dataset
-from blink.training.loop import Budget, EpochRow, RunResult
-from blink.training.recipes import Recipe
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +14,9 @@ from torch import Tensor
 
 from blink.errors import UserError
 from blink.files import replacing
+from blink.training.data.dataset import Dataset
+from blink.training.loop import Budget, EpochRow, RunResult
+from blink.training.recipes import Recipe
 
 GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100

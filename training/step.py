@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from blink.kernels.gather import Gather
 from blink.model.backend import Backend
 from blink.model.network import Network
@@ -15,7 +17,6 @@ from blink.training.graph import Replay, restored
 from blink.training.optimizer import Optimizer
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
-from torch import Tensor
 
 
 @dataclass(frozen=True)

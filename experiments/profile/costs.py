@@ -2,12 +2,13 @@
 
 from math import prod
 
+from torch import nn
+
 from blink.kernels.examine import cases
 from blink.kernels.examine.cases import Case, Cost
 from blink.model.convolution import Conv3x3
 from blink.model.network import Network
 from blink.training.optimizer import Optimizer
-from torch import nn
 
 Costs = dict[tuple[str, str], Cost]
 

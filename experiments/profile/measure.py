@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
 from blink.experiments.profile.costs import step_costs
 from blink.experiments.profile.trace import PART, STEP, Step, Work, steps_of
 from blink.kernels.examine.bench.measure import copy_time, matmul_rate
@@ -19,8 +22,6 @@ from blink.model.convolution import Conv3x3
 from blink.model.layers import NormAct, SEGate, Stem
 from blink.training.loop import Trainer
 from blink.training.step import Phase
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 
 PROFILED_STEPS = 3
 _GPU_STEPS, _CPU_ROUNDS = 30, 5

@@ -10,6 +10,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from rich.console import Console
+
+from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.race import data, table
 from blink.experiments.race.contest import OURS, Block, Contestant, run_block
@@ -29,9 +32,6 @@ from blink.training.command import (
 from blink.training.data.dataset import Dataset
 from blink.training.loop import plan_budget
 from blink.training.recipes import RECIPES, Recipe
-from rich.console import Console
-
-from blink.errors import UserError
 
 _ON_CPU = "on a CPU: CUDA turned to the CPU, float16 to bfloat16, nothing compiled"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from blink.experiments import records
 from blink.experiments.race.peers import Peer
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from blink.training.data.dataset import Dataset
 from torch import Tensor
+
+from blink.training.data.dataset import Dataset
 
 # what v0.3.0 normalizes CIFAR-10 with
 _HLB_MEAN = (0.4913997551666284, 0.48215855929893703, 0.4465309133731618)

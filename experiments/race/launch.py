@@ -12,10 +12,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from blink.experiments import records
-from blink.experiments.race.peers import PEERS, Rows, with_runs
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from blink.experiments import records
+from blink.experiments.race.peers import PEERS, Rows, with_runs
 
 
 class Clock:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from blink.training.recipes import AIR, HLB, Recipe, with_group
-
 from blink.errors import UserError
+from blink.training.recipes import AIR, HLB, Recipe, with_group
 
 
 @dataclass(frozen=True)
