@@ -51,3 +51,10 @@ def channels_last_like(
 def block_of(size: int, most: int) -> int:
     """The power of two that covers `size`, at most `most`."""
     return min(triton.next_power_of_2(size), most)
+
+
+@triton.jit
+def add_product(total, a, b):
+    """total + a b in float32, each block's product summed by itself: a single chain of additions would round more."""
+    # an addition would be taken into the product's accumulator
+    return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)

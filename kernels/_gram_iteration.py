@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import rounded_product
+from ._common import add_product, rounded_product
 from ._multi_tensor import running_sums, select, select_int
 from .launching import launch
 
@@ -132,7 +132,10 @@ def _gram_kernel(
         col = start + tl.arange(0, BLOCK_K)[None, :]
         a = (tl.load(left + col) * scale).to(DTYPE)
         b = (tl.load(right + col) * scale).to(DTYPE)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        if tl.float32 == DTYPE:
+            acc = add_product(acc, a, tl.trans(b))
+        else:
+            acc = tl.dot(a, tl.trans(b), acc)
     partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(chunk * tiles + tile, tl.int64) * (_TILE * _TILE)
     tl.store(partial + lane[:, None] * _TILE + lane[None, :], acc)
 
@@ -199,7 +202,7 @@ def _product_kernel(
             rest = tl.dot(l_hi, r_lo, rest)
             rest = tl.dot(l_lo, r_hi, rest)
         else:
-            main = tl.dot(l, r, main, input_precision="ieee")
+            main = add_product(main, l, r)
     value = main + rest * (1.0 / 2048.0)
     if POLYNOMIAL:
         value = b * tl.load(left + row[:, None] * m + col[None, :]) + c * value
@@ -233,11 +236,13 @@ def _finish_kernel(
         inner = start + tl.arange(0, BLOCK_K)
         q = tl.load(left + inner[None, :])
         x = (tl.load(right + tl.cast(inner, tl.int64)[:, None] * k) * scale).to(DTYPE)
-        high = q.to(DTYPE)
-        u = tl.dot(high, x, u, input_precision="ieee")
         if SPLIT:
+            high = q.to(DTYPE)
+            u = tl.dot(high, x, u)
             # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
             u = tl.dot((q - high.to(tl.float32)).to(DTYPE), x, u)
+        else:
+            u = add_product(u, q, x)
     u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
     if TRANSPOSED:
         u = tl.trans(u)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import block_of, rounded_product
+from ._common import add_product, block_of, rounded_product
 from .activations import ACTIVATIONS, sigmoid
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
@@ -34,13 +34,6 @@ def _load_matrix(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
     """float32 [rows, columns] of a matrix with COLUMNS columns; 0 outside."""
     at = row[:, None] * COLUMNS + column[None, :]
     return tl.load(ptr + at, mask=in_row[:, None] & in_column[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _add_product(total, a, b):
-    """total + a b in float32, each block's product summed by itself: a single chain of additions would round more."""
-    # an addition would be taken into the product's accumulator
-    return tl.fma(tl.dot(a, b, input_precision="ieee"), 1.0, total)
 
 
 @triton.jit
@@ -81,7 +74,7 @@ def _fwd_kernel(squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexp
             in_c = c < S.C
             s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
             w1 = _load_matrix(layers.w1, r, c, in_r, in_c, S.C)
-            hidden = _add_product(hidden, s, tl.trans(w1))
+            hidden = add_product(hidden, s, tl.trans(w1))
         hidden += tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
         tl.store(hidden_ptr + b[:, None] * S.R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
     # the hidden units are read back by other warps than wrote them
@@ -95,7 +88,7 @@ def _fwd_kernel(squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexp
             in_r = r < S.R
             h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
             w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
-            logit = _add_product(logit, h, tl.trans(w2))
+            logit = add_product(logit, h, tl.trans(w2))
         logit += tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
         tl.store(gate_ptr + b[:, None] * S.C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
 
@@ -115,7 +108,7 @@ def _bwd_kernel(
             c = start + tl.arange(0, S.BLOCK_C)
             in_c = c < S.C
             dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C)
-            dh = _add_product(dh, dlogit, _load_matrix(layers.w2, c, r, in_c, in_r, S.R))
+            dh = add_product(dh, dlogit, _load_matrix(layers.w2, c, r, in_c, in_r, S.R))
         dh = DACT(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
         tl.store(dhidden_ptr + b[:, None] * S.R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
     # as in the forward pass
@@ -128,7 +121,7 @@ def _bwd_kernel(
             r = first + tl.arange(0, S.BLOCK_R)
             in_r = r < S.R
             dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
-            ds = _add_product(ds, dh, _load_matrix(layers.w1, r, c, in_r, in_c, S.C))
+            ds = add_product(ds, dh, _load_matrix(layers.w1, r, c, in_r, in_c, S.C))
         tl.store(dsqueeze_ptr + b[:, None] * S.C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
@@ -151,8 +144,8 @@ def _weight_grad_kernel(
         h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
         dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
         s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
-        dw2 = _add_product(dw2, tl.trans(dlogit), h)
-        dw1 = _add_product(dw1, tl.trans(dhidden), s)
+        dw2 = add_product(dw2, tl.trans(dlogit), h)
+        dw1 = add_product(dw1, tl.trans(dhidden), s)
         db1 += tl.sum(dhidden, 0)
         db2 += tl.sum(dlogit, 0)
     tl.store(grads.w1 + r[:, None] * S.C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
