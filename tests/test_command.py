@@ -1,5 +1,6 @@
 """The command `blink`: its help, its recipes, what every mistake looks like, and what a call imports."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import blink
 from blink import __version__
 from blink.__main__ import COMMANDS, main
+from blink.errors import UserError
 from blink.training.recipes import RECIPES, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +60,17 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m blink recipes hlb | head -n 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("hlb: ") and done.stderr == ""
+
+
+def test_train_as_a_function(tmp_path, capsys):
+    options = dict(recipe="hlb", data="synthetic", limit=32, steps=1, batch_size=8, device="cpu", dtype="fp32", seed=4)
+    first, second = blink.train(**options, runs=2, deterministic=True, validate=0, json=tmp_path / "runs.json")
+    assert (first.seed, second.seed) == (4, 5) and 0 <= first.accuracy <= 1 and len(first.losses) == 1
+    assert first.state["head.weight"].shape[0] == 10
+    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 2
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(UserError, match="expected a whole number above 0"):
+        blink.train(steps=0)
 
 
 def test_recipes_are_listed_and_shown(capsys):
