@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 
 from blink.files import replacing
+from blink.training.recipes import RECIPES
 
-from ... import environment, interpreting
+from ... import environment, interpreting, registry
 from .. import cases
 from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OPS = tuple(dict.fromkeys(case.op for case in cases.network_cases(1)))
-# what --shapes names: the cases, at a batch
-NAMED = {"network": (cases.network_cases, 512), "blink": (cases.blink_cases, 2000)}
+OPS = tuple(registry.OPS)
+# what --shapes names
+NAMED = ("network", *RECIPES)
 _REDUCED_BATCH = 2
 _QUICK_BATCH = 128
 
@@ -94,9 +95,9 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Ca
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
     ops = options.ops or OPS
     if options.shapes in NAMED:
-        make, batch = NAMED[options.shapes]
-        pairs = list(zip(make(_QUICK_BATCH if options.quick else batch), make(_REDUCED_BATCH)))
-        pairs = [pair for pair in pairs if pair[0].op in ops]
+        batch = _QUICK_BATCH if options.quick else None
+        made = [pair for make in cases.makers(options.shapes) for pair in zip(make(batch), make(_REDUCED_BATCH))]
+        pairs = list({(pair[0].op, pair[0].label): pair for pair in made if pair[0].op in ops}.values())
     else:
         shapes = cases.SWEEP if options.shapes == "sweep" else parse_shapes(options.shapes)
         pairs = [
@@ -196,7 +197,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="blink bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
-    add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxHxWxC,... (default: network)")
+    add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxCxHxW,... (default: network)")
+    add("--recipe", dest="shapes", choices=RECIPES, help="the shapes of this recipe: the same as --shapes RECIPE")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
     add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...")
     add("--pass", dest="passes", choices=("fwd", "bwd", "both"), default="both")
@@ -233,8 +235,8 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
     for part in text.split(","):
         sizes = part.split("x")
         if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise Mistake(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxHxWxC, as in 512x15x15x128")
-        if min(int(sizes[1]), int(sizes[2])) < 2:
+            raise Mistake(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxCxHxW, as in 512x128x15x15")
+        if min(int(sizes[2]), int(sizes[3])) < 2:
             raise Mistake(f"--shapes {part!r}: height and width must be at least 2, the whitening kernel's size")
         shapes.append(tuple(map(int, sizes)))
     return shapes
