@@ -8,7 +8,8 @@ from math import prod
 
 from blink.errors import UserError
 from blink.experiments.plans import Plan
-from blink.training.report import spread
+from blink.tables import markdown as table
+from blink.training.results import spread
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,3 @@ def record_rows(shared: dict, records: list[dict], plan: Plan) -> list[tuple[str
         name, *rest = cells(row)
         out.append((name, shared["data"], machine(shared), *rest))
     return out
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    head = list(columns)
-    return "".join("| " + " | ".join(values) + " |\n" for values in (head, ["---"] * len(head), *rows))

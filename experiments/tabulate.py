@@ -1,8 +1,5 @@
-"""`blink tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
-
-Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
-table, JSON lines of `blink ablate` and `blink race` tables of theirs; other JSON files, such as a benchmark's,
-are left out. `--check` writes nothing and fails where a table is stale.
+"""Make the tables of results/README.md and README.md from the JSON files in results/. Files of `blink train` and `blink
+profile` become rows, JSON lines of `blink ablate` and `blink race` tables; others, such as a benchmark's, are left out.
 """
 
 import argparse
@@ -15,10 +12,10 @@ from pathlib import Path
 
 from blink.errors import UserError
 from blink.experiments import compare, records
-from blink.experiments.compare import table
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
-from blink.training.report import with_spread
+from blink.tables import markdown as table
+from blink.training.results import with_spread
 
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = """# Results
@@ -35,7 +32,7 @@ same fingerprint only.
 _PERFORMANCE = """
 ## Training steps
 
-One step, by `train.py --profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
+One step, by `blink profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
 copy rate and counted FLOPs over the measured matrix product rate; idle is the gaps between pieces of work. Against
 eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but eager's convolutions took no time.
 
@@ -176,36 +173,34 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blink tabulate", description=__doc__.splitlines()[0])
+EXAMPLES = ("blink tabulate", "blink tabulate --check")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=_ROOT, help="the checkout (default: this one)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
     folder, readme = options.root / "results", options.root / "README.md"
+    runs, profiles = tables(folder, "")
+    plans, record = plan_tables(folder)
+    wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
+    races, near_races = race_tables(folder)
+    if races:
+        wanted[folder / "README.md"] += _RACES + races
+    near_runs, near_profiles = tables(folder, "results/")
     try:
-        runs, profiles = tables(folder, "")
-        plans, record = plan_tables(folder)
-        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
-        races, near_races = race_tables(folder)
-        if races:
-            wanted[folder / "README.md"] += _RACES + races
-        near_runs, near_profiles = tables(folder, "results/")
         text = readme.read_text()
         for name, content in (("record", near_races + record), ("results", near_runs), ("performance", near_profiles)):
             text = fill(text, name, content)
         wanted[readme] = text
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
-        if options.check:
-            for path in stale:
-                print(f"{path} is stale: run blink tabulate", file=sys.stderr)
-            return 1 if stale else 0
-        for path in stale:
+        for path in [] if options.check else stale:
             path.write_text(wanted[path])
-    except (UserError, OSError) as error:
-        print(f"blink tabulate: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except OSError as error:
+        raise UserError(f"{error.filename} could not be read or written ({error.strerror})") from error
+    if options.check:
+        for path in stale:
+            print(f"{path} is stale: run blink tabulate", file=sys.stderr)
+    return 1 if options.check and stale else 0

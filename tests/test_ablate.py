@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from blink.__main__ import main
 from blink.errors import UserError
-from blink.experiments import ablate, compare, records
+from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.model import backend
 from blink.training import precision
-from blink.training.loop import Trainer, plan_budget
+from blink.training.budget import plan_budget
+from blink.training.loop import train
 from blink.training.recipes import AIR, HLB, Resolution
+from blink.training.trainer import Trainer
 from tests.small import small_dataset
 
 
@@ -189,8 +192,8 @@ def call(plan, image_folder):
     """Calls the command on the test's plan and images."""
 
     def call(*arguments):
-        options = ["--data", image_folder, "--batch-size", "8", "--width", "0.1", "--epochs", "0.1"]
-        return ablate.main(["test", *map(str, (*options, "--kernels", "reference", *arguments))])
+        options = ["--data", image_folder, "--batch-size", "8", "--width", "0.1", "--epochs-factor", "0.1"]
+        return main(["ablate", "test", *map(str, (*options, "--kernels", "reference", *arguments))])
 
     return call
 
@@ -262,7 +265,7 @@ def test_every_variant_of_every_plan_trains(plan, name, dataset):
     budget = plan_budget(recipe, len(dataset.train_images), 8, steps=1)
     compute = precision.choose("fp32", torch.device("cpu"), False)
     trainer = Trainer(recipe, dataset, budget, backend.reference(), compute, False)
-    assert all(map(math.isfinite, trainer.run(0, validate=0).losses))
+    assert all(map(math.isfinite, train(trainer, 0, validate=0).losses))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +285,7 @@ def test_mistakes_are_one_line(call, capsys, arguments, message):
 
 
 def test_without_a_plan_the_plans_are_listed(capsys):
-    assert ablate.main([]) == 0
+    assert main(["ablate"]) == 0
     out = capsys.readouterr().out
     assert all(f"{name}: " in out for name in PLANS)
 

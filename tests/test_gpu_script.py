@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import train
-from blink.experiments import ablate
-from blink.experiments.race import __main__ as race
-from blink.kernels.examine.bench import __main__ as bench
+from blink.__main__ import parse as parse_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [line.split("()")[0].removeprefix("part_") for line in (ROOT / ".ci" / "gpu").read_text().splitlines()
@@ -61,17 +58,12 @@ def call(tmp_path):
 
 
 def parse(command: list[str]) -> None:
-    """By the command's own parser; raises SystemExit for what it does not know."""
-    script, *arguments = command
-    if script == "train.py":
-        train.parse(arguments)
-    elif script == "-m" and arguments[0] != "pytest":
-        parsers = {
-            "blink.kernels.examine.bench": bench.parse,
-            "blink.experiments.ablate": ablate.parse,
-            "blink.experiments.race": race.parse,
-        }
-        parsers[arguments[0]](arguments[1:])
+    """By the command's own parser; raises UserError for what it does not know."""
+    flag, module, *rest = command
+    assert flag == "-m" and module in ("blink", "pytest")
+    if module == "blink":
+        name, *arguments = rest
+        parse_command(name, arguments)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -14,11 +14,12 @@ from blink.model import backend
 from blink.model.convolution import Conv3x3
 from blink.model.layers import NormAct, SEGate, Stem
 from blink.model.network import Network
+from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.loop import Trainer, plan_budget
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
 from blink.training.step import Phase
+from blink.training.trainer import Trainer
 
 from ...registry import Argument
 from .values import GATHER
@@ -122,9 +123,9 @@ def recorded_calls(
         trainer = Trainer(recipe, dataset, budget, recorder.backend, precision, graph=False)
     recorder.watch(trainer.network)
     trainer.network.train()
-    everything = Phase(tuple(range(len(trainer.step.optimizer.groups))), (height, width))
+    everything = Phase(tuple(range(len(trainer.optimizer.groups))), (height, width))
     # tensors have shapes and no values inside, the results of an operation on real ones too
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for phase in [everything] if whole else trainer.step.phases():
-            trainer.step.rehearse(phase)
+        for phase in [everything] if whole else trainer.phases():
+            trainer.rehearse(phase)
     return recorder.calls
