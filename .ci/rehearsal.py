@@ -49,8 +49,8 @@ def _give_back_former_trainer():
         _batches = property(lambda self: self.batches)
         losses = property(lambda self: self.progress.losses)
 
-        def run(self, seed, listener=loop.Listener(), validate=None):
-            return loop.train(self, seed, listener, validate)
+        def run(self, seed, listener=None, validate=None):
+            return loop.train(self, seed, listener or loop.Listener(), validate)
 
         def replay(self, phase):
             super().do_step(phase)

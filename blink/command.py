@@ -29,8 +29,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, examples: tuple[str, ...]):
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-        super().__init__(prog=prog, description=textwrap.fill(description, 80), epilog=epilog, formatter_class=_Formatter,
-                         allow_abbrev=False)  # fmt: skip
+        super().__init__(
+            prog=prog,
+            description=textwrap.fill(description, 80),
+            epilog=epilog,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str):
         raise UserError(f"{message}; see {self.prog} --help")

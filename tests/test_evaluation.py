@@ -138,7 +138,7 @@ def test_a_gpu_evaluates_as_many_images_as_its_memory_has_room_for(memory, side,
 
 
 def test_a_trainer_evaluates_no_more_images_at_once(monkeypatch):
-    monkeypatch.setattr("blink.training.loop.images_at_once", lambda *arguments: 16)
+    monkeypatch.setattr("blink.training.trainer.images_at_once", lambda *arguments: 16)
     dataset = small_dataset(16, 40, side=16).to(DEVICE)
     budget = plan_budget(AIR, 16, 8, steps=1)
     recipe = replace(AIR, tta_fraction=0.5)

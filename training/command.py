@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from blink.command import natural, positive
+from blink.command import natural, parse, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
 from blink.training.loop import Listener, train
 from blink.training.report import Report, save_weights
+from blink.training.results import RunResult
 from blink.training.trainer import Trainer
 
 EXAMPLES = (
@@ -36,9 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    return execute(options, Console())[0]
+
+
+def train_quietly(**options) -> list[RunResult]:
+    """What `blink.train` is: `blink train` without its output. Raises UserError where that says what is wrong."""
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    code, report = execute(parse("train", __name__, words)[0], Console(quiet=True))
+    if code:
+        raise KeyboardInterrupt
+    return report.runs
+
+
+def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]:
+    """(the exit code, 130 after an interruption, and the report with the runs that ended)."""
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs both set the budget; give one of them")
-    console = Console()
     if options.out is not None:
         make_folder(options.out)
     check_output(options.json)
@@ -65,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         finally:
             if report.runs or exit_code:
                 report.summary()
-    return exit_code
+    return exit_code, report
 
 
 def make_trainer(job: Job, seed: int) -> Trainer:
