@@ -40,9 +40,20 @@ class _FormerNames:
             _give_back_former_trainer()
 
 
+def _accept_groups(kind, field):
+    """`groups`, which once was the name of this field, is read and may be replaced."""
+    init = kind.__init__
+
+    def __init__(self, *arguments, groups=None, **named):
+        init(self, *arguments, **(named if groups is None else named | {field: groups}))
+
+    kind.__init__, kind.groups = __init__, property(lambda self: getattr(self, field))
+
+
 def _give_back_former_trainer():
     """`training.loop.Trainer`, which once ran by itself and had a step that was an object of its own."""
-    from blink.training import budget, loop, trainer
+    from blink.model import network
+    from blink.training import budget, loop, recipes, trainer
 
     class _FormerTrainer(trainer.Trainer):
         step = property(lambda self: self)
@@ -76,6 +87,8 @@ def _give_back_former_trainer():
         def _validate(self, limit):
             return _validated(self, limit)
 
+    for kind, field in ((recipes.Recipe, "param_groups"), (network.NetworkConfig, "conv_groups")):
+        _accept_groups(kind, field)
     _train_epoch, _validated = loop.train_epoch, loop.validated
     loop.train_epoch = lambda trainer, *arguments: trainer.train_epoch(*arguments)
     loop.validated = lambda trainer, limit: trainer._validate(limit)

@@ -38,15 +38,15 @@ def narrowed(recipe: Recipe, width: float) -> Recipe:
         return max(8, 8 * round(channels * width / 8))
 
     network = recipe.network
-    groups = tuple(replace(group, channels=scaled(group.channels)) for group in network.groups)
+    groups = tuple(replace(group, channels=scaled(group.channels)) for group in network.conv_groups)
     stem = network.stem_channels and scaled(network.stem_channels)
-    return with_network(recipe, groups=groups, stem_channels=stem)
+    return with_network(recipe, conv_groups=groups, stem_channels=stem)
 
 
 def stretched(recipe: Recipe, factor: float) -> Recipe:
     """The recipe for `factor` times its epochs, groups that are trained for a part of them included."""
-    groups = tuple(replace(g, epochs=g.epochs and factor * g.epochs) for g in recipe.groups)
-    return replace(recipe, epochs=factor * recipe.epochs, groups=groups)
+    groups = tuple(replace(g, epochs=g.epochs and factor * g.epochs) for g in recipe.param_groups)
+    return replace(recipe, epochs=factor * recipe.epochs, param_groups=groups)
 
 
 _WHITENING = Plan(
@@ -65,8 +65,8 @@ _NO_SE = with_network(HLB, se_reduction=None)
 
 
 def _alone(group: int) -> Recipe:
-    groups = tuple(replace(g, se=i == group) for i, g in enumerate(HLB.network.groups))
-    return with_network(HLB, groups=groups)
+    groups = tuple(replace(g, se=i == group) for i, g in enumerate(HLB.network.conv_groups))
+    return with_network(HLB, conv_groups=groups)
 
 
 _SE = Plan(
@@ -96,7 +96,7 @@ _BLINK = Plan(
         "all images augmented": replace(BLINK, tta_fraction=1.0),
         "no augmented test": replace(BLINK, tta="mirror", tta_fraction=0.0),
         "random flip": replace(BLINK, flip="random"),
-        "no translation": replace(BLINK, shift=0),
+        "no translation": replace(BLINK, translation=0),
         "no label smoothing": replace(BLINK, label_smoothing=0.0),
         "no Dirac start": with_network(BLINK, dirac=False),
         "SGD in Muon's place": with_group(BLINK, "filters", **_SGD),
@@ -113,7 +113,7 @@ _TUNED = with_group(replace(_SMALL_BATCH, tta_fraction=0.25), "filters", lr=0.17
 _KEEP = freezing(replace(_TUNED, keep=0.8), 0, 5)
 _EARLY = (Resolution(0.25, 0.75),)
 _LONG = freezing(replace(_TUNED, epochs=9, resolutions=_EARLY), 0, 5.5)
-_FIRST = freezing(replace(_TUNED, epochs=8.5, keep=0.8, shift=3, resolutions=_EARLY), 0, 5.25)
+_FIRST = freezing(replace(_TUNED, epochs=8.5, keep=0.8, translation=3, resolutions=_EARLY), 0, 5.25)
 
 
 _COARSE = replace(AIR, resolutions=_LOW)
@@ -121,8 +121,8 @@ _COARSE = replace(AIR, resolutions=_LOW)
 
 def _deeper(recipe: Recipe) -> Recipe:
     """With one more convolution in the last group, where pixels are fewest, and a residual around the two."""
-    *groups, last = recipe.network.groups
-    return with_network(recipe, groups=(*groups, replace(last, depth=2, residual=True)))
+    *groups, last = recipe.network.conv_groups
+    return with_network(recipe, conv_groups=(*groups, replace(last, depth=2, residual=True)))
 
 
 def _gates(rule: str, lr: float) -> ParamGroup:
@@ -137,7 +137,7 @@ _SEARCH = Plan(
         "7 epochs": replace(AIR, epochs=7),
         "24 px for 0.4": _COARSE,
         "24 px, deeper": _deeper(_COARSE),
-        "24 px, shift 3": replace(_COARSE, shift=3),
+        "24 px, translation 3": replace(_COARSE, translation=3),
         "24 px, jitter": replace(_COARSE, jitter=(0.14, 0.13)),
         "24 px, SiLU": with_network(_COARSE, activation="silu"),
         "24 px, SE /16 last": gated(_COARSE, 16, (2,), _gates("sgd", 0.05)),
@@ -154,11 +154,11 @@ _SEARCH = Plan(
         "B, keep 0.7": replace(_KEEP, keep=0.7),
         "B, SiLU": with_network(_KEEP, activation="silu"),
         "B, smoothing 0.1": replace(_KEEP, label_smoothing=0.1),
-        "B, shift 3": replace(_KEEP, shift=3),
+        "B, translation 3": replace(_KEEP, translation=3),
         "B, cutout 8": replace(_KEEP, cutout=8),
         "B, jitter": replace(_KEEP, jitter=(0.14, 0.13)),
         "B, residuals": with_network(
-            _KEEP, groups=tuple(replace(group, residual=True) for group in AIR.network.groups)
+            _KEEP, conv_groups=tuple(replace(group, residual=True) for group in AIR.network.conv_groups)
         ),
         "B, SE /16 last": gated(_KEEP, 16, (2,), _gates("sgd", 0.05)),
         "B, SE /16 last two": gated(_KEEP, 16, (1, 2), _gates("sgd", 0.05)),

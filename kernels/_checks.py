@@ -135,7 +135,7 @@ def gather(op: str, value: Gather | None, data: Tensor) -> tuple:
     dtype(op, "gather.index", index, (torch.int64,))
     pair, batch = (len(index), 2), (len(index),)
     allowed = {
-        "shift": (pair, (torch.int64, torch.int32)),
+        "translation": (pair, (torch.int64, torch.int32)),
         "flip": (batch, (torch.bool,)),
         "jitter": (pair, (torch.float32,)),
         "cutout": (pair, (torch.int64,)),

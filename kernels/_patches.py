@@ -216,7 +216,7 @@ class PatchSource:
         self.f_pad = max(16, triton.next_power_of_2(channels * kernel_size**2 + 1))
         index = translation = flip = cutout = jitter = None
         if gather is not None:
-            index, translation, cutout, jitter = gather.index, gather.shift, gather.cutout, gather.jitter
+            index, translation, cutout, jitter = gather.index, gather.translation, gather.cutout, gather.jitter
             flip = None if gather.flip is None else gather.flip.view(torch.uint8)
         self.pixels = Pixels(images, index, translation, flip, cutout, mean, jitter)
         cutout_size = 0 if gather is None else gather.cutout_size
@@ -268,7 +268,7 @@ def patch_arguments(batch: int, height: int, width: int, channels: int, parts: t
     if parts is None:
         return {"images": Argument((batch, channels, height, width), torch.uint8)}
     fields = {
-        "shift": Argument((batch, 2), torch.int64),
+        "translation": Argument((batch, 2), torch.int64),
         "flip": Argument((batch,), torch.bool),
         "jitter": fp32(batch, 2),
         "cutout": Argument((batch, 2), torch.int64),

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 # what a `Gather` may have besides its index
-PARTS = ("shift", "flip", "jitter", "cutout")
+PARTS = ("translation", "flip", "jitter", "cutout")
 
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """Image b of the batch is images[index[b]], shifted, mirrored, cut, then jittered; None leaves a step out.
+    """Image b of the batch is images[index[b]], moved, mirrored, cut, then jittered; None leaves a step out.
 
     index: [B] int64 in 0..N-1 of images [N, C, H, W]; may repeat. An index outside is undefined: nothing checks the
         values, which would wait for the device.
-    shift: [B, 2] int32 or int64, (y, x): output pixel (i, j) is pixel (i + y, j + x), reflected at the borders without
-        repeating the edge. |y| <= H - 1 and |x| <= W - 1; the fused ops clamp what is beyond.
+    translation: [B, 2] int32 or int64, (y, x): output pixel (i, j) is pixel (i + y, j + x), reflected at the borders
+        without repeating the edge. |y| <= H - 1 and |x| <= W - 1; the fused ops clamp what is beyond.
     flip: [B] bool: mirrored left to right (output column j reads what column W - 1 - j would).
     cutout: [B, 2] int64, top and left of a square of `cutout_size` pixels in the output image, which may lie partly or
         wholly outside; its pixels become the pixel mean, 255 * mean[c] rounded to an integer (halves up).
@@ -29,7 +29,7 @@ class Gather:
     """
 
     index: Tensor
-    shift: Tensor | None = None
+    translation: Tensor | None = None
     flip: Tensor | None = None
     jitter: Tensor | None = None
     cutout: Tensor | None = None
@@ -47,17 +47,17 @@ def reflect(index: Tensor, size: int) -> Tensor:
     return (size - 1) - ((size - 1) - index).abs()
 
 
-def augment(images: Tensor, index: Tensor, shift_y: Tensor, shift_x: Tensor, flip: Tensor) -> Tensor:
-    """The batch images[index], moved by (shift_y, shift_x) pixels with reflected borders, mirrored where flip.
+def augment(images: Tensor, index: Tensor, move_y: Tensor, move_x: Tensor, flip: Tensor) -> Tensor:
+    """The batch images[index], moved by (move_y, move_x) pixels with reflected borders, mirrored where flip.
 
-    images [N, H, W, C] uint8; index, shift_y, shift_x [B] int64; flip [B] bool.
-    Returns [B, C, H, W] uint8 in channels_last memory. A shift is at most H - 1, W - 1.
+    images [N, H, W, C] uint8; index, move_y, move_x [B] int64; flip [B] bool.
+    Returns [B, C, H, W] uint8 in channels_last memory. A translation is at most H - 1, W - 1.
     """
     _, height, width, _ = images.shape
     rows = torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device)
-    y = reflect(rows[None, :] + shift_y[:, None], height)
-    x = reflect(columns[None, :] + shift_x[:, None], width)
+    y = reflect(rows[None, :] + move_y[:, None], height)
+    x = reflect(columns[None, :] + move_x[:, None], width)
     x = torch.where(flip[:, None], x.flip(1), x)
     return images[index[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
@@ -71,9 +71,9 @@ def gathered(images: Tensor, gather: Gather, mean: Tensor | None) -> Tensor:
         raise TypeError(f"gather needs uint8 images, found {str(images.dtype).removeprefix('torch.')}")
     batch, (height, width) = len(gather.index), images.shape[2:]
     still = torch.zeros(batch, dtype=torch.int64, device=images.device)
-    shift_y, shift_x = (still, still) if gather.shift is None else gather.shift.unbind(1)
+    move_y, move_x = (still, still) if gather.translation is None else gather.translation.unbind(1)
     flip = still.bool() if gather.flip is None else gather.flip
-    out = augment(images.permute(0, 2, 3, 1), gather.index, shift_y, shift_x, flip)
+    out = augment(images.permute(0, 2, 3, 1), gather.index, move_y, move_x, flip)
     if gather.cutout is None:
         return out
     top, left = gather.cutout[:, :1], gather.cutout[:, 1:]

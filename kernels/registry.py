@@ -28,7 +28,7 @@ class Argument(NamedTuple):
         return self.numel * (itemsize if self.dtype is None else self.dtype.itemsize)
 
 
-# tensors, lists of them and None by name; those of a `Gather` are called gather.index, gather.shift and so on
+# tensors, lists of them and None by name; those of a `Gather` are called gather.index, gather.translation and so on
 Arguments = dict[str, Argument | list[Argument] | None]
 
 

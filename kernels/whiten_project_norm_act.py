@@ -156,7 +156,7 @@ def _fwd(
         {"running_mean": running_mean, "running_var": running_var},
         {
             "images": images, "whiten_weight": whiten_weight, "project_weight": project_weight, "bias": bias,
-            "mean": mean, "std": std, "gather.index": index, "gather.shift": translation, "gather.flip": flip,
+            "mean": mean, "std": std, "gather.index": index, "gather.translation": translation, "gather.flip": flip,
             "gather.jitter": jitter, "gather.cutout": cutout,
         },
     )  # fmt: skip

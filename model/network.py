@@ -41,7 +41,7 @@ class NetworkConfig:
     whiten_padding: int | str = 0
     whiten_eps: float = 1e-2
     stem_channels: int | None = 32
-    groups: tuple[Group, ...] = (Group(128), Group(256, depth=0), Group(512))
+    conv_groups: tuple[Group, ...] = (Group(128), Group(256, depth=0), Group(512))
     se_reduction: int | None = 16
     activation: str = "gelu"
     norm_momentum: float = 0.8
@@ -62,7 +62,7 @@ class NetworkConfig:
     @property
     def minimum_image_size(self) -> int:
         """The smallest side that leaves at least one pixel after every group's pooling."""
-        return 2 ** len(self.groups) + (self.whiten_kernel - 1 if self.fused_stem else 0)
+        return 2 ** len(self.conv_groups) + (self.whiten_kernel - 1 if self.fused_stem else 0)
 
     @property
     def fused_stem(self) -> bool:
@@ -84,7 +84,7 @@ class Network(nn.Module):
         in_channels, height, width = image_shape
         if min(height, width) < config.minimum_image_size:
             raise ValueError(
-                f"images of {height}x{width} are too small: this network's {len(config.groups)} poolings need "
+                f"images of {height}x{width} are too small: this network's {len(config.conv_groups)} poolings need "
                 f"at least {config.minimum_image_size}x{config.minimum_image_size}"
             )
         if classes < 2:
@@ -108,10 +108,10 @@ class Network(nn.Module):
         else:
             norm = make_norm(config.stem_channels)
             self.stem = ProjectedStem(in_channels, config.stem_channels, size, padding, norm, backend)
-        widths = [self.stem.out_channels, *(group.channels for group in config.groups)]
+        widths = [self.stem.out_channels, *(group.channels for group in config.conv_groups)]
         self.groups = nn.ModuleList(
             ConvGroup(before, group.channels, group.depth, group.residual, make_gate(group), make_norm, backend.conv3x3)
-            for before, group in zip(widths, config.groups)
+            for before, group in zip(widths, config.conv_groups)
         )
         self.head = nn.Linear(widths[-1], classes, bias=False)
         self._initialize()

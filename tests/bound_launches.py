@@ -43,8 +43,8 @@ def of_recipes() -> Iterator[tuple[str, Launch]]:
     found: list[Launch] = []
     compile_ahead.compile_launches = found.extend
     for recipe in RECIPES.values():
-        groups = tuple(replace(group, channels=group.channels // 8) for group in recipe.network.groups)
-        narrow = with_network(recipe, groups=groups)
+        groups = tuple(replace(group, channels=group.channels // 8) for group in recipe.network.conv_groups)
+        narrow = with_network(recipe, conv_groups=groups)
         budget = plan_budget(narrow, len(dataset.train_images), batch_size=8, steps=5)
         fp16 = Precision("fp16", torch.float16, torch.float16)
         Trainer(narrow, dataset, budget, backend.fused(), fp16, graph=False).compile_ahead(0)

@@ -175,8 +175,8 @@ def test_variants_of_a_plan_differ_and_can_be_scaled(plan):
 
 def test_narrowed_and_stretched():
     recipe = stretched(narrowed(AIR, 0.3), 0.5)
-    assert [group.channels for group in recipe.network.groups] == [16, 80, 80]
-    assert recipe.epochs == 4 and [group.epochs for group in recipe.groups] == [1.5, None, None, None]
+    assert [group.channels for group in recipe.network.conv_groups] == [16, 80, 80]
+    assert recipe.epochs == 4 and [group.epochs for group in recipe.param_groups] == [1.5, None, None, None]
     assert narrowed(HLB, 0.01).network.stem_channels == 8
     assert narrowed(HLB, 1.0) == HLB and stretched(HLB, 1.0) == HLB
 
@@ -225,7 +225,7 @@ def test_a_plan_is_interleaved_written_run_by_run_and_gone_on_with(call, tmp_pat
 def test_runs_of_a_recipe_that_changed_are_not_gone_on_with(call, plan, tmp_path, capsys, monkeypatch):
     path = tmp_path / "runs.jsonl"
     assert call("--json", path, "--only", "second") == 0
-    changed = replace(plan, variants={**plan.variants, "second": replace(plan.variants["second"], shift=1)})
+    changed = replace(plan, variants={**plan.variants, "second": replace(plan.variants["second"], translation=1)})
     monkeypatch.setitem(PLANS, "test", changed)
     assert call("--json", path, "--only", "second", "--runs", "2") == 2
     err = capsys.readouterr().err

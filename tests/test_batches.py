@@ -25,11 +25,11 @@ def test_reflect_reads_what_reflect_padding_would(size, choice):
     assert folded.tolist() == padded.long().tolist()
 
 
-def pad_crop_flip(image, shift_y, shift_x, flip, pad):
+def pad_crop_flip(image, move_y, move_x, flip, pad):
     """[H, W, C] -> [C, H, W] the long way."""
     height, width, _ = image.shape
     padded = F.pad(image.permute(2, 0, 1).double()[None], (pad,) * 4, mode="reflect")[0].to(torch.uint8)
-    top, left = pad + shift_y, pad + shift_x
+    top, left = pad + move_y, pad + move_x
     crop = padded[:, top : top + height, left : left + width]
     return crop.flip(2) if flip else crop
 
@@ -41,13 +41,13 @@ def test_augment_equals_pad_crop_and_flip(height, width, seed):
     random = np.random.RandomState(seed)
     batch = 8
     index = torch.from_numpy(random.randint(0, 6, batch))
-    shift_y, shift_x = (torch.from_numpy(random.randint(-3, 4, batch)) for _ in range(2))
+    move_y, move_x = (torch.from_numpy(random.randint(-3, 4, batch)) for _ in range(2))
     flip = torch.from_numpy(random.randint(0, 2, batch).astype(bool))
-    out = augment(images, index, shift_y, shift_x, flip)
+    out = augment(images, index, move_y, move_x, flip)
     assert out.shape == (batch, 3, height, width) and out.dtype == torch.uint8
     assert out.is_contiguous(memory_format=torch.channels_last)
     for i in range(batch):
-        expected = pad_crop_flip(images[index[i]], int(shift_y[i]), int(shift_x[i]), bool(flip[i]), 3)
+        expected = pad_crop_flip(images[index[i]], int(move_y[i]), int(move_x[i]), bool(flip[i]), 3)
         assert torch.equal(out[i], expected)
 
 
@@ -66,8 +66,8 @@ def built(batches):
     return [(gathered(batches.images(batches.size), gather, None), labels) for gather, labels in taken]
 
 
-def epoch(images, batch_size, shift=3, flip="random", seed=0):
-    batches = Batches(images, torch.arange(len(images)) * 7, batch_size, shift, flip)
+def epoch(images, batch_size, translation=3, flip="random", seed=0):
+    batches = Batches(images, torch.arange(len(images)) * 7, batch_size, translation, flip)
     batches.draw(torch.Generator().manual_seed(seed), 0)
     return built(batches)
 
@@ -83,14 +83,14 @@ def test_each_image_at_most_once_and_the_partial_batch_dropped(count, batch, ste
     seen = []
     for images, labels in batches:
         assert images.shape == (batch, 3, 16, 16) and len(labels) == batch
-        # channel 0 holds the image's number whatever the shift: labels follow images
+        # channel 0 holds the image's number whatever the translation: labels follow images
         assert torch.equal(images[:, 0].long(), (labels // 7)[:, None, None].expand(-1, 16, 16))
         seen += labels.tolist()
     assert len(set(seen)) == len(seen) == steps * batch
 
 
 def offsets(batches, size):
-    """(shift_y, shift_x, mirrored) of every image, read from the coded rows and columns in the middle."""
+    """(move_y, move_x, mirrored) of every image, read from the coded rows and columns in the middle."""
     found = []
     half = size // 2
     for images, _ in batches:
@@ -111,14 +111,14 @@ def test_all_seven_offsets_occur_in_both_axes_mirrored_and_not():
     assert 80 < sum(mirrored for *_, mirrored in found) < 160
 
 
-def test_flip_off_never_flips_and_shift_0_never_moves():
+def test_flip_off_never_flips_and_translation_0_never_moves():
     found = offsets(epoch(coded_images(240, 16), 60, flip="none"), 16)
     assert not any(mirrored for *_, mirrored in found)
-    still = offsets(epoch(coded_images(60, 16), 60, shift=0, flip="none"), 16)
+    still = offsets(epoch(coded_images(60, 16), 60, translation=0, flip="none"), 16)
     assert set(still) == {(0, 0, False)}
 
 
-def test_shift_is_limited_by_tiny_images():
+def test_translation_is_limited_by_tiny_images():
     batches = epoch(random_images(30, 2, 1), 10)
     assert len(batches) == 3 and all(images.shape == (10, 3, 2, 1) for images, _ in batches)
 
@@ -167,11 +167,11 @@ def test_cutout_and_jitter_are_drawn_within_their_bounds():
 def test_an_epoch_is_drawn_into_the_same_memory():
     """A captured step reads wherever the first epoch was."""
     batches = Batches(random_images(12, 8, 8), torch.arange(12), 4, 2, "alternating")
-    tensors = (batches.index, batches.shift, batches.flip, batches.labels)
+    tensors = (batches.index, batches.translation, batches.flip, batches.labels)
     before = [(t.data_ptr(), t.clone()) for t in tensors]
     for number in range(2):
         batches.draw(torch.Generator().manual_seed(number), number)
-    assert all(a is b for a, b in zip(tensors, (batches.index, batches.shift, batches.flip, batches.labels)))
+    assert all(a is b for a, b in zip(tensors, (batches.index, batches.translation, batches.flip, batches.labels)))
     assert [t.data_ptr() for t in tensors] == [pointer for pointer, _ in before]
     assert not torch.equal(batches.index, before[0][1])
 
@@ -213,9 +213,9 @@ def test_smaller_batches_are_of_the_same_images_moved_in_proportion():
     batches.draw(torch.Generator().manual_seed(0), 0)
     (whole, labels), (half, same) = (batches.take(torch.tensor([1]), (side, side)) for side in (16, 8))
     assert torch.equal(labels, same) and torch.equal(whole.index, half.index) and torch.equal(whole.flip, half.flip)
-    assert (whole.shift.double() / 2 - half.shift).abs().max() <= 0.5
+    assert (whole.translation.double() / 2 - half.translation).abs().max() <= 0.5
     assert (whole.cutout.double() / 2 - half.cutout).abs().max() <= 0.5 and half.cutout_size == 4
-    assert half.shift.dtype == half.cutout.dtype == torch.int64
+    assert half.translation.dtype == half.cutout.dtype == torch.int64
 
 
 def test_an_epoch_keeps_the_hardest_and_those_that_sat_out():

@@ -54,8 +54,8 @@ def degenerate(kind: str, train: int, side: int, test: int = 20, classes=synthet
 
 
 def narrowed(recipe: Recipe, channels: int) -> Recipe:
-    groups = tuple(replace(group, channels=channels) for group in recipe.network.groups)
-    return with_network(recipe, groups=groups, se_reduction=recipe.network.se_reduction and 4)
+    groups = tuple(replace(group, channels=channels) for group in recipe.network.conv_groups)
+    return with_network(recipe, conv_groups=groups, se_reduction=recipe.network.se_reduction and 4)
 
 
 def trainer(recipe: Recipe, dataset: Dataset, steps: int, batch: int, which: backend.Backend | None = None) -> Trainer:
@@ -94,9 +94,9 @@ def test_nothing_to_see_stays_finite(recipe, kind):
 )
 def test_fused_and_reference_train_alike(recipe, kind):
     # so few steps have no warm-up, and at a full rate each multiplies any rounding
-    for group in recipe.groups:
+    for group in recipe.param_groups:
         recipe = with_group(recipe, group.params, lr=group.lr / 10)
-    recipe = with_network(recipe, groups=recipe.network.groups[:2])
+    recipe = with_network(recipe, conv_groups=recipe.network.conv_groups[:2])
     losses = []
     for which in (backend.fused(), backend.reference()):
         training = trainer(narrowed(recipe, 8), degenerate(kind, 16, 8), steps=2, batch=4, which=which)

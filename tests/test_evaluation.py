@@ -62,8 +62,8 @@ def test_translated_views_are_weighted_as_airbench_does(at_once):
     got = logits_of(network, images, "mirror+translate", at_once=at_once)
     x = images.permute(0, 3, 1, 2)
     want = 0
-    for (y_shift, x_shift), weight in (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25)):
-        rows, columns = (reflect(torch.arange(n) + s, n) for n, s in ((4, y_shift), (5, x_shift)))
+    for (y_translation, x_translation), weight in (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25)):
+        rows, columns = (reflect(torch.arange(n) + s, n) for n, s in ((4, y_translation), (5, x_translation)))
         moved = x[:, :, rows][:, :, :, columns]
         with torch.no_grad():
             want = want + weight * (network(moved) + network(moved.flip(3))) / 2

@@ -44,7 +44,7 @@ def test_smaller_images_frozen_layers_and_fewer_views():
     """Counted phase by phase: 200 steps, the first 50 on 24x24, the last 50 with the first group frozen."""
     recipe = freezing(replace(AIR, resolutions=(Resolution(0.25, 0.75),), tta_fraction=0.3), 0, 6)
     recipe = replace(
-        recipe, groups=tuple(replace(g, epochs=2) if g.params == "stem.bias" else g for g in recipe.groups)
+        recipe, param_groups=tuple(replace(g, epochs=2) if g.params == "stem.bias" else g for g in recipe.param_groups)
     )
     budget = plan_budget(recipe, 50_000)
 

@@ -39,9 +39,9 @@ def gather_of(tensors: dict, case) -> Gather:
 def long_way(image, gather, b, mean):
     """Image b [C, H, W] uint8, pixel by pixel, before the jitter."""
     _, height, width = image.shape
-    shift_y, shift_x = (0, 0) if gather.shift is None else gather.shift[b].tolist()
+    move_y, move_x = (0, 0) if gather.translation is None else gather.translation[b].tolist()
     padded = F.pad(image.double()[None], (width - 1, width - 1, height - 1, height - 1), mode="reflect")[0]
-    top, left = height - 1 + shift_y, width - 1 + shift_x
+    top, left = height - 1 + move_y, width - 1 + move_x
     out = padded[:, top : top + height, left : left + width].to(torch.uint8)
     if gather.flip is not None and gather.flip[b]:
         out = out.flip(2)
@@ -89,12 +89,12 @@ SMALL += [
     *both_ops(1, 8, 3, 40, kernel=3, gather=GATHER_PARTS, activation="relu"),
     *both_ops(2, 7, 5, 12, image_channels=1, gather=GATHER_PARTS, activation=None),
     *both_ops(2, 6, 5, 24, image_channels=4, gather=("jitter",)),
-    whiten(2, 6, 5, 12, activation=None, gather=("shift", "flip")),
-    whiten_project_norm_act(2, 6, 7, 12, training=False, gather=("shift", "flip")),
+    whiten(2, 6, 5, 12, activation=None, gather=("translation", "flip")),
+    whiten_project_norm_act(2, 6, 7, 12, training=False, gather=("translation", "flip")),
     whiten_project_norm_act(2, 6, 7, 12, training=False, gather=GATHER_PARTS),
 ]
 LARGE = [
-    *both_ops(2, 32, 32, 32, gather=("shift", "flip")),
+    *both_ops(2, 32, 32, 32, gather=("translation", "flip")),
     *both_ops(2, 32, 32, 32, gather=GATHER_PARTS),
     # more than 1024 positions: an image's moments take two exact sums
     whiten_project_norm_act(2, 35, 34, 8, gather=GATHER_PARTS),
@@ -148,7 +148,7 @@ def test_jittered_moments_of_many_images():
 
 def test_jittered_statistics_of_nearly_equal_pixels():
     """Images of 200 and 201 only, one jitter for all: float64 moments lose nothing that shows in float32."""
-    case = whiten_project_norm_act(4, 9, 9, 8, gather=("shift", "jitter"))
+    case = whiten_project_norm_act(4, 9, 9, 8, gather=("translation", "jitter"))
     tensors = case.make(DEVICE, torch.float32)
     tensors["images"] = (200 + torch.randint(0, 2, (8, 9, 9, 3), dtype=torch.uint8)).permute(0, 3, 1, 2).to(DEVICE)
     tensors["gather.jitter"] = torch.tensor([[0.8, 0.1]], device=DEVICE).repeat(4, 1)
@@ -178,24 +178,24 @@ def test_bitwise_what_the_built_batch_gives(make, parts, dtype):
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("case", both_ops(4, 6, 5, 8, gather=("shift",)), ids=lambda c: c.op)
-def test_a_shift_beyond_the_image_is_clamped(case):
-    """No value reads outside the data set: it acts as the largest shift."""
+@pytest.mark.parametrize("case", both_ops(4, 6, 5, 8, gather=("translation",)), ids=lambda c: c.op)
+def test_a_translation_beyond_the_image_is_clamped(case):
+    """No value reads outside the data set: it acts as the largest translation."""
     tensors = case.make(DEVICE, torch.float32)
     far = torch.tensor([[6, 5], [-6, -5], [2**62, -(2**62)], [2**31, -(2**33)]], device=DEVICE)
     limit = torch.tensor([5, 4], device=DEVICE)
-    got = case.call(kernels, {**tensors, "gather.shift": far}, torch.float32)
-    want = case.call(kernels, {**tensors, "gather.shift": far.clamp(-limit, limit)}, torch.float32)
+    got = case.call(kernels, {**tensors, "gather.translation": far}, torch.float32)
+    want = case.call(kernels, {**tensors, "gather.translation": far.clamp(-limit, limit)}, torch.float32)
     assert torch.equal(got, want)
 
 
-def test_int32_shift_far_cutout_and_strided_fields():
+def test_int32_translation_far_cutout_and_strided_fields():
     case = whiten(3, 6, 5, 8, gather=GATHER_PARTS)
     tensors = case.make(DEVICE, torch.float32)
     tensors["gather.cutout"] = torch.tensor([[2**40, 0], [0, -(2**40)], [4, 3]], device=DEVICE)
     want = case.call(kernels, dict(tensors), torch.float32)
-    tensors["gather.shift"] = tensors["gather.shift"].to(torch.int32)
-    for name in ("gather.index", "gather.shift", "gather.cutout", "gather.jitter", "gather.flip"):
+    tensors["gather.translation"] = tensors["gather.translation"].to(torch.int32)
+    for name in ("gather.index", "gather.translation", "gather.cutout", "gather.jitter", "gather.flip"):
         tensors[name] = tensors[name].repeat_interleave(2, 0)[::2]
     assert torch.equal(case.call(kernels, tensors, torch.float32), want)
     judge_on(case, tensors, torch.float32, WHITEN[torch.float32], versus_pytorch=False)
@@ -226,10 +226,10 @@ def test_refuses_what_it_cannot_do():
         call(index=good.index[None])
     with pytest.raises(TypeError, match="index must be int64, found int32"):
         call(index=good.index.int())
-    with pytest.raises(ValueError, match=r"gather.shift must be \[2, 2\], found \[2\]"):
-        call(shift=good.shift[0])
-    with pytest.raises(TypeError, match="shift must be int64 or int32, found float32"):
-        call(shift=good.shift.float())
+    with pytest.raises(ValueError, match=r"gather.translation must be \[2, 2\], found \[2\]"):
+        call(translation=good.translation[0])
+    with pytest.raises(TypeError, match="translation must be int64 or int32, found float32"):
+        call(translation=good.translation.float())
     with pytest.raises(ValueError, match=r"gather.flip must be \[2\], found \[1\]"):
         call(flip=good.flip[:1])
     with pytest.raises(TypeError, match="flip must be bool, found int64"):
@@ -260,7 +260,7 @@ def test_one_value_per_channel_is_counted_over_the_batch():
 
 
 def test_the_data_set_is_not_copied():
-    case = whiten(2, 5, 4, 6, gather=("shift", "flip"))
+    case = whiten(2, 5, 4, 6, gather=("translation", "flip"))
     tensors = case.make(DEVICE, torch.float32)
     y = case.call(kernels, {**tensors, "bias": tensors["bias"].requires_grad_()}, torch.float32)
     saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8]

@@ -16,7 +16,7 @@ from blink.training.optimizer import Optimizer
 from blink.training.recipes import HLB, ParamGroup, Schedule
 from tests.oracle import DEVICE
 
-SMALL = NetworkConfig(stem_channels=8, groups=(Group(16), Group(16, depth=0), Group(32)), se_reduction=4)
+SMALL = NetworkConfig(stem_channels=8, conv_groups=(Group(16), Group(16, depth=0), Group(32)), se_reduction=4)
 
 
 def make(config: NetworkConfig, which: backend.Backend, classes: int = 10, size: int = 16) -> Network:
@@ -42,7 +42,7 @@ def train_both(config: NetworkConfig, steps: int, batch: int, rule: str = "sgd")
         ParamGroup("filters", rule, 0.3 if rule == "sgd" else 0.05, 0.85, mean_lr=rule == "sgd"),
         ParamGroup("weights", "sgd", 0.3, 0.85, mean_lr=True),
     )
-    recipe = replace(HLB, network=config, groups=groups, schedule=Schedule())
+    recipe = replace(HLB, network=config, param_groups=groups, schedule=Schedule())
     which = (backend.fused(), backend.reference())
     optimizers = [Optimizer(n, recipe, batch, steps, steps, b) for n, b in zip(networks, which)]
     scale = config.logit_scale
@@ -219,7 +219,7 @@ def test_a_gather_is_the_batch_it_makes(changes, jitter):
     mean, std = torch.full((3,), 0.4), torch.full((3,), 0.2)
     gather = Gather(
         torch.tensor([4, 1, 4]),
-        shift=torch.tensor([[1, -2], [0, 3], [-3, 0]]),
+        translation=torch.tensor([[1, -2], [0, 3], [-3, 0]]),
         flip=torch.tensor([True, False, True]),
         cutout=torch.tensor([[2, 3], [-1, 14], [8, 8]]),
         cutout_size=4,

@@ -11,7 +11,7 @@ from blink.model.network import Group, Network, NetworkConfig
 from blink.training.optimizer import Optimizer, WeightAverage, group_parameters
 from blink.training.recipes import AIR, HLB, ParamGroup, Resolution, Schedule, freezing, gated
 
-TINY = NetworkConfig(stem_channels=4, groups=(Group(8), Group(8, depth=0), Group(8)), se_reduction=4)
+TINY = NetworkConfig(stem_channels=4, conv_groups=(Group(8), Group(8, depth=0), Group(8)), se_reduction=4)
 
 
 def tiny_network(classes=10, size=12, config=TINY):
@@ -20,11 +20,11 @@ def tiny_network(classes=10, size=12, config=TINY):
 
 @pytest.mark.parametrize("batch_size", [512, 128])
 def test_hlb_optimizer_has_the_published_rates(batch_size):
-    biases, weights = (g for g in HLB.groups)
+    biases, weights = (g for g in HLB.param_groups)
     lr, decay = 1.5525 / batch_size, 0.85 * 4.8e-4 * batch_size
     assert weights.lr / batch_size == pytest.approx(lr) and weights.decay * batch_size == pytest.approx(decay)
     assert biases.lr / batch_size == pytest.approx(lr * 32) and biases.decay * batch_size == pytest.approx(decay / 32)
-    assert {(g.rule, g.momentum, g.mean_lr) for g in HLB.groups} == {("sgd", 0.85, True)}
+    assert {(g.rule, g.momentum, g.mean_lr) for g in HLB.param_groups} == {("sgd", 0.85, True)}
     optimizer = Optimizer(tiny_network(), HLB, batch_size, 10, 100, reference())
     factors = [HLB.schedule.factor(step, 100) for step in range(100)]
     expected = [[lr * 32 * f for f in factors], [lr * f for f in factors]]
@@ -33,7 +33,7 @@ def test_hlb_optimizer_has_the_published_rates(batch_size):
 
 def names_of(network, recipe):
     names = {id(p): name for name, p in network.named_parameters()}
-    return [{names[id(p)] for p in members} for members in group_parameters(network, recipe.groups)]
+    return [{names[id(p)] for p in members} for members in group_parameters(network, recipe.param_groups)]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,9 @@ def test_impossible_recipes_are_refused(changes, message):
 
 def test_groups_of_gates_and_of_single_layers():
     gates = ParamGroup("gates", "sgd", 0.1, 0.9)
-    config = replace(AIR.network, groups=tuple(Group(8, depth=1, residual=False) for _ in range(3)), se_reduction=4)
+    config = replace(
+        AIR.network, conv_groups=tuple(Group(8, depth=1, residual=False) for _ in range(3)), se_reduction=4
+    )
     recipe = gated(freezing(replace(AIR, network=config), 1, 2), 4, (0, 2), gates)
     own, filters1, biases1, *_ = names_of(tiny_network(config=recipe.network), recipe)
     assert own == {f"groups.{i}.se.fc{j}.{kind}" for i in (0, 2) for j in (1, 2) for kind in ("weight", "bias")}
@@ -76,7 +78,7 @@ def test_every_trained_parameter_is_in_exactly_one_group():
     assert biases == {f"groups.{i}.norm{j}.bias" for i in range(3) for j in (1, 2)}
     assert filters == {f"groups.{i}.conv{j}.weight" for i in range(3) for j in (1, 2)}
     with pytest.raises(ValueError, match=r"no parameter group of the recipe trains head\.weight"):
-        group_parameters(network, tuple(g for g in AIR.groups if g.params != "head"))
+        group_parameters(network, tuple(g for g in AIR.param_groups if g.params != "head"))
 
 
 def test_a_group_stops_after_its_epochs_and_its_rate_reaches_0_there():
@@ -116,7 +118,7 @@ def test_groups_that_differ_in_their_rates_only_are_one_call():
             assert len(ps) == len(gs) == len(bs) == len(lr) and lr.is_contiguous()
             for p, g, b, rate in zip(ps, gs, bs, lr):
                 index = next(i for i, other in enumerate(params) if other is p)
-                group = optimizer.groups[own[id(p)][0]]
+                group = optimizer.param_groups[own[id(p)][0]]
                 assert g.flatten()[0] == index and b is own[id(p)][1]
                 assert rate == optimizer.rates[step, own[id(p)][0]] > 0
                 assert (group.rule, group.momentum) == (name, options["momentum"])
@@ -128,7 +130,7 @@ def test_updates_are_those_of_torch_sgd():
     recipe = replace(
         HLB,
         schedule=Schedule(peak=0.5, final=0.1, hold=0.2),
-        groups=(
+        param_groups=(
             ParamGroup("biases", "sgd", 0.3, 0.7, 0.01),
             ParamGroup("weights", "sgd", 0.8, 0.9, 0.02, mean_lr=True),
         ),
@@ -137,7 +139,7 @@ def test_updates_are_those_of_torch_sgd():
     theirs.load_state_dict(ours.state_dict())
     start = {name: value.clone() for name, value in ours.state_dict().items()}
     optimizer = Optimizer(ours, recipe, 4, 5, 5, reference())
-    biases, weights = group_parameters(theirs, recipe.groups)
+    biases, weights = group_parameters(theirs, recipe.param_groups)
     for _ in range(2):
         own = (dict(momentum=0.7, weight_decay=0.04), dict(momentum=0.9, weight_decay=0.08))
         groups = [dict(params=params, **options) for params, options in zip((biases, weights), own)]

@@ -248,11 +248,11 @@ def test_profile_command(small_cifar, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert code == 0 and "groups.2.conv2" in printed and "against eager PyTorch" in printed
     content = json.loads(target.read_text())["profile"]
-    named = {(row["part"], row["passed"]): row["ms"] for row in content["rows"]}
+    named = {(row["part"], row["direction"]): row["ms"] for row in content["rows"]}
     for part in ("stem", "groups.0.norm1", "loss", "head"):
         assert named[part, "fwd"] > 0 and named[part, "bwd"] > 0
-    for passed in ("fwd", "dgrad", "wgrad"):
-        assert named["groups.1.conv2", passed] > 0
+    for direction in ("fwd", "dgrad", "wgrad"):
+        assert named["groups.1.conv2", direction] > 0
     assert named["optimizer", "fwd"] > 0 and ("batch", "fwd") in named
     assert content["parts_ms"] == pytest.approx(sum(named.values()) + content["idle_ms"])
     assert content["parts_ms"] == pytest.approx(content["profiled_ms"], rel=0.02)

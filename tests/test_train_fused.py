@@ -27,11 +27,11 @@ def test_losses_agree_and_weights_move(image_folder, tmp_path, monkeypatch, reci
     monkeypatch.setitem(RECIPES, PHASED.name, PHASED)
     # so few steps have no warm-up, and at the recipe's rate on tiny batches each multiplies any rounding by hundreds
     full = RECIPES[recipe]
-    gentle = tuple(replace(group, lr=group.lr / rate) for group in full.groups)
+    gentle = tuple(replace(group, lr=group.lr / rate) for group in full.param_groups)
     # narrow, because the interpreter is slow
-    narrow = tuple(replace(group, channels=group.channels // 8) for group in full.network.groups)
-    network = replace(full.network, groups=narrow, se_reduction=full.network.se_reduction and 4)
-    monkeypatch.setitem(RECIPES, recipe, replace(full, groups=gentle, network=network))
+    narrow = tuple(replace(group, channels=group.channels // 8) for group in full.network.conv_groups)
+    network = replace(full.network, conv_groups=narrow, se_reduction=full.network.se_reduction and 4)
+    monkeypatch.setitem(RECIPES, recipe, replace(full, param_groups=gentle, network=network))
     losses, weights = {}, {}
     for kernels in ("fused", "reference"):
         out = tmp_path / kernels
@@ -78,17 +78,19 @@ def test_fused_kernels_learn_what_the_reference_learns():
     crop = images[:, 12:20, 12:20]
     dataset = assemble("generated", synthetic.CLASSES, crop, labels, crop, labels, generated=True).to(DEVICE)
     groups = (Group(8, depth=1), Group(16, residual=False))
-    network = replace(HLB.network, stem_channels=8, groups=groups, se_reduction=4, norm_momentum=0.5, logit_scale=1.0)
+    network = replace(
+        HLB.network, stem_channels=8, conv_groups=groups, se_reduction=4, norm_momentum=0.5, logit_scale=1.0
+    )
     recipe = replace(
         AIR,
         network=network,
-        groups=(
+        param_groups=(
             ParamGroup("biases", "sgd", 0.02, 0.85),
             ParamGroup("filters", "muon", 0.1, 0.6),
             ParamGroup("weights", "sgd", 0.02, 0.85),
         ),
         flip="none",
-        shift=0,
+        translation=0,
         label_smoothing=0.0,
         tta="mirror",
     )

@@ -101,7 +101,9 @@ def test_a_stem_can_be_timed_after_a_warm_up_that_froze_it(dataset, monkeypatch)
 
 def test_training_accuracy_counts_the_epochs_right_answers(dataset):
     """With rates of 0 the network of every step is the same, so that each epoch's count can be done by hand."""
-    recipe = replace(AIR, groups=tuple(replace(g, lr=0.0, rule="sgd") for g in AIR.groups), flip="none", shift=0)
+    recipe = replace(
+        AIR, param_groups=tuple(replace(g, lr=0.0, rule="sgd") for g in AIR.param_groups), flip="none", translation=0
+    )
     recipe = replace(recipe, network=replace(recipe.network, norm_momentum=0.0))
     trainer = make(recipe, dataset, backend.reference(), epochs=2)
     rows = train(trainer, 0, validate=0).epochs
@@ -119,7 +121,7 @@ def test_training_accuracy_counts_the_epochs_right_answers(dataset):
 
 
 def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(dataset):
-    recipe = replace(AIR, groups=(replace(AIR.groups[0], epochs=4), *AIR.groups[1:]))
+    recipe = replace(AIR, param_groups=(replace(AIR.param_groups[0], epochs=4), *AIR.param_groups[1:]))
     trainer = make(recipe, dataset, backend.reference(), steps=4)
     seen = []
     train(trainer, 1, Listener(on_step=lambda done, losses: seen.append(trainer.network.stem.bias.detach().clone())), 0)
@@ -128,7 +130,7 @@ def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(datase
 
 
 def test_a_frozen_layer_stays_and_nothing_is_propagated_to_it(dataset):
-    recipe = freezing(replace(AIR, groups=(replace(AIR.groups[0], epochs=2), *AIR.groups[1:])), 0, 4)
+    recipe = freezing(replace(AIR, param_groups=(replace(AIR.param_groups[0], epochs=2), *AIR.param_groups[1:])), 0, 4)
     trainer = make(recipe, dataset, backend.reference(), steps=4)
     names = [name for name, _ in trainer.network.named_parameters() if name.startswith(("groups.0.", "stem.bias"))]
     assert len(names) == 5
@@ -178,7 +180,7 @@ def test_losses_of_single_images_choose_who_sits_out(dataset):
 
 def test_cutout_and_jitter_reach_the_network(dataset):
     """Each changes the losses, by as much as it is strong."""
-    base = replace(AIR, flip="none", shift=0)
+    base = replace(AIR, flip="none", translation=0)
     variants = (base, replace(base, cutout=6), replace(base, jitter=(0.3, 0.2)), replace(base, jitter=(0.0, 0.0)))
     plain, cut, jittered, unjittered = (
         train(make(recipe, dataset, backend.reference(), steps=2), 0, validate=0).losses for recipe in variants

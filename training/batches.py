@@ -1,4 +1,4 @@
-"""Training batches as what to take of the data set: indices, shifts and flips, drawn for an epoch at once.
+"""Training batches as what to take of the data set: indices, translations and flips, drawn for an epoch at once.
 
 The batch itself is gathered by the stem: the fused ops read the uint8 data set through these tensors, the reference
 ops build the batch. Augmentation is in pixel space, so every pixel a kernel sees is a pixel value.
@@ -29,12 +29,12 @@ def resize(images: Tensor, out: Tensor) -> None:
 class Batches:
     """An epoch's batches in memory that never moves, so that a captured step reads each epoch's draw.
 
-    images [N, H, W, C] uint8 and labels [N] int64 on one device; shift: most pixels of translation each way; flip:
-    "random", "alternating" (each image at random the first time, then mirrored every other time) or "none"; cutout:
-    side of a square that is set to the pixel mean, its centre anywhere in the image, 0: none; jitter: most deviation
-    of contrast and of brightness; sizes: other heights and widths that batches are taken at, shift and cutout shrinking
-    with them; keep: the fraction of the images that an epoch takes, those that sat out the one before and those with
-    the largest losses in it. The partial last batch of an epoch is dropped.
+    images [N, H, W, C] uint8 and labels [N] int64 on one device; translation: the most pixels each way; flip: "random",
+    "alternating" (each image at random the first time, then mirrored every other time) or "none"; cutout: side of a
+    square that is set to the pixel mean, its centre anywhere in the image, 0: none; jitter: most deviation of contrast
+    and of brightness; sizes: other heights and widths that batches are taken at, translation and cutout shrinking with
+    them; keep: the fraction of the images that an epoch takes, those that sat out the one before and those with the
+    largest losses in it. The partial last batch of an epoch is dropped.
 
     hardness [N] float32: each image's loss in this epoch, which the training step writes; None where all are kept.
     """
@@ -44,7 +44,7 @@ class Batches:
         images: Tensor,
         labels: Tensor,
         batch_size: int,
-        shift: int,
+        translation: int,
         flip: str,
         cutout: int = 0,
         jitter: tuple[float, float] | None = None,
@@ -61,11 +61,11 @@ class Batches:
         self._kept = max(1, round(keep * n))
         self.steps = self._kept // batch_size
         self.hardness = torch.empty(n, device=device) if self._kept < n else None
-        self._limits = min(shift, height - 1), min(shift, width - 1)
+        self._limits = min(translation, height - 1), min(translation, width - 1)
         self._flip = flip
         shape = (self.steps, batch_size)
         self.index = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.shift = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
+        self.translation = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
         self.flip = torch.zeros(shape, dtype=torch.bool, device=device)
         self._mirrored = torch.zeros(n, dtype=torch.bool, device=device)
         self.cutout_size, self._deviations, self.size = cutout, jitter, (height, width)
@@ -97,7 +97,7 @@ class Batches:
             self.hardness.fill_(_SAT_OUT)
         self.index.copy_(order[: self.index.numel()].view_as(self.index))
         for axis, limit in enumerate(self._limits):
-            self.shift[..., axis] = torch.randint(-limit, limit + 1, self.index.shape, **options)
+            self.translation[..., axis] = torch.randint(-limit, limit + 1, self.index.shape, **options)
         if self._flip == "random":
             self.flip.copy_(torch.rand(self.index.shape, **options) < 0.5)
         elif self._flip == "alternating":
@@ -116,15 +116,15 @@ class Batches:
 
     def take(self, at: Tensor, size: tuple[int, int]) -> tuple[Gather, Tensor]:
         """Batch `at` ([1] int64 on the device) of the epoch: what to gather of `images(size)`, and its labels [B]."""
-        index, shift, flip, jitter, cutout = (
+        index, translation, flip, jitter, cutout = (
             None if field is None else field.index_select(0, at)[0]
-            for field in (self.index, self.shift, self.flip, self.jitter, self.cutout)
+            for field in (self.index, self.translation, self.flip, self.jitter, self.cutout)
         )
         cutout_size = self.cutout_size
         if size != self.size:
             scale = size[0] / self.size[0]
             most = min(size) - 1
-            shift = (shift * scale).round().clamp(-most, most).long()
+            translation = (translation * scale).round().clamp(-most, most).long()
             cutout = None if cutout is None else (cutout * scale).round().long()
             cutout_size = round(cutout_size * scale)
-        return Gather(index, shift, flip, jitter, cutout, cutout_size), self.labels.index_select(0, index)
+        return Gather(index, translation, flip, jitter, cutout, cutout_size), self.labels.index_select(0, index)

@@ -47,7 +47,7 @@ def plan_budget(
 
 def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
     """Batch normalization needs two values per channel after the last pooling. Raises UserError."""
-    poolings = 2 ** len(recipe.network.groups)
+    poolings = 2 ** len(recipe.network.conv_groups)
     _, *whole = dataset.image_shape
     height, width = min(recipe.image_sizes(tuple(whole)))
     lost = recipe.network.minimum_image_size - poolings

@@ -50,15 +50,15 @@ def in_parts(tensor: Tensor, most: int) -> tuple[Tensor, ...]:
 
 def view_gather(index: Tensor, views: tuple[tuple[int, bool], ...]) -> Gather:
     """All views of images `index` [n] int64 as one batch, view after view; what a translation uncovers is reflected."""
-    shift = index.new_zeros(len(views), len(index), 2)
+    translation = index.new_zeros(len(views), len(index), 2)
     flip = torch.zeros(len(views), len(index), dtype=torch.bool, device=index.device)
     for i, (pixels, mirrored) in enumerate(views):
         if pixels:
-            shift[i] = pixels
+            translation[i] = pixels
         if mirrored:
             flip[i] = True
     moved = any(pixels for pixels, _ in views)
-    return Gather(index.repeat(len(views)), shift.flatten(0, 1) if moved else None, flip.flatten())
+    return Gather(index.repeat(len(views)), translation.flatten(0, 1) if moved else None, flip.flatten())
 
 
 def averaged(own: Tensor, others: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def run_flops(
             phases[phase] = _counted(lambda x=small, ps=params: torch.autograd.grad(network(x).sum(), ps))
         training += phases[phase] * budget.batch_size // 2
     update = 0
-    for group, params in zip(optimizer.groups, optimizer.params):
+    for group, params in zip(optimizer.param_groups, optimizer.params):
         if group.rule == "muon":
             zeros, lr = [torch.zeros_like(p) for p in params], torch.zeros(1)
             update += _counted(lambda ps=params, zs=zeros, lr=lr: backend.reference().muon(

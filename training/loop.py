@@ -80,7 +80,7 @@ def epoch_row(trainer: Trainer, epoch: int, clock: Stopwatch, validate: int | No
         steps.stop,
         losses.mean().item(),
         progress.correct.item() / (len(steps) * budget.batch_size),
-        recipe.groups[-1].lr * recipe.schedule.factor(steps.stop - 1, budget.total_steps),
+        recipe.param_groups[-1].lr * recipe.schedule.factor(steps.stop - 1, budget.total_steps),
         *validated(trainer, validate),
         clock.seconds,
     )

@@ -68,8 +68,8 @@ class _Call:
 class Optimizer:
     """Updates every parameter by its group's rule, with learning rates read from a table on the device.
 
-    Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `groups` are those of
-    the recipe that train anything in this network; rates [steps, groups].
+    Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `param_groups` are those
+    of the recipe that train anything in this network; rates [steps, groups].
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Optimizer:
         total_steps: int,
         backend: Backend,
     ):
-        pairs = [(g, ps) for g, ps in zip(recipe.groups, group_parameters(network, recipe.groups)) if ps]
-        self.groups = [g for g, _ in pairs]
+        pairs = [(g, ps) for g, ps in zip(recipe.param_groups, group_parameters(network, recipe.param_groups)) if ps]
+        self.param_groups = [g for g, _ in pairs]
         self.params = [ps for _, ps in pairs]
         self.buffers = [[torch.zeros_like(p, requires_grad=False) for p in ps] for ps in self.params]
         self._batch_size = batch_size
@@ -92,14 +92,14 @@ class Optimizer:
         # what a schedule is compressed to is in proportion to the recipe's own epochs
         self.steps = [
             total_steps if g.epochs is None else min(total_steps, max(1, round(g.epochs / recipe.epochs * total_steps)))
-            for g in self.groups
+            for g in self.param_groups
         ]
         rates = [
             [
                 g.lr / (batch_size if g.mean_lr else 1) * recipe.schedule.factor(step, own) if step < own else 0.0
                 for step in range(total_steps)
             ]
-            for g, own in zip(self.groups, self.steps)
+            for g, own in zip(self.param_groups, self.steps)
         ]
         device = self.params[0][0].device
         self.rates = torch.tensor(rates, dtype=torch.float32, device=device).t().contiguous()
@@ -110,7 +110,7 @@ class Optimizer:
     def _plan_calls(self) -> tuple[list[_Call], list[int]]:
         """The calls of a step, and of which group each parameter is, in the calls' order."""
         alike: dict[tuple, list[int]] = {}
-        for i, group in enumerate(self.groups):
+        for i, group in enumerate(self.param_groups):
             alike.setdefault((group.rule, group.momentum, group.decay), []).append(i)
         calls: list[_Call] = []
         columns: list[int] = []

@@ -60,38 +60,48 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network and how it is trained.
+    """A network and how it is trained."""
 
-    shift: pixels of random translation, reflected at the borders; flip: "random", "alternating" (each image once at
-    random, then mirrored every other epoch) or "none"; cutout: side of a square set to the pixel mean, 0: none; jitter:
-    the most that contrast differs from 1 and brightness from 0, uniform, in units of the pixel range. tta: "mirror",
-    or "mirror+translate", which adds the two 1-pixel diagonal translations; tta_fraction: for that share of the test
-    images of which the network is least sure. resolutions: by rising `until`; after the last one images are whole.
-    keep: which fraction of the training images an epoch takes: the others, on which the loss was least, sit it out, and
-    are taken in the next. ema_*: the weight average of the last `ema_fraction` of all steps; 0: none.
-    whiten_images: how many training images the whitening statistics are taken of; None: all.
-    """
-
+    # What --recipe calls it, and a line about it.
     name: str
     summary: str
+    # What is trained.
     network: NetworkConfig
-    groups: tuple[ParamGroup, ...]
+    # How its parameters are updated; each belongs to the first group that names it.
+    param_groups: tuple[ParamGroup, ...]
+    # Passes over the training images.
     epochs: float
+    # Images a step.
     batch_size: int
+    # The learning rates over the run, as fractions of their peaks.
     schedule: Schedule
+    # The part of a label that is spread evenly over all classes.
     label_smoothing: float = 0.2
-    shift: int = 2
+    # The most pixels of random translation each way; what it uncovers is reflected.
+    translation: int = 2
+    # Mirroring: at random, or each image once at random and then every other epoch, or none.
     flip: Literal["random", "alternating", "none"] = "random"
+    # The side of a square that is set to the pixel mean; 0: none.
     cutout: int = 0
+    # The most that contrast differs from 1 and brightness from 0, uniform, in units of the pixel range.
     jitter: tuple[float, float] | None = None
+    # What the final evaluation averages over: the mirror image, or also the two 1-pixel diagonal translations.
     tta: Literal["mirror", "mirror+translate"] = "mirror"
+    # For which part of the test images it does so: those of which the network is least sure.
     tta_fraction: float = 1.0
+    # Smaller images for the first steps, by rising `until`; after the last one images are whole.
     resolutions: tuple[Resolution, ...] = ()
+    # The fraction of the training images that an epoch takes; those with the least loss sit it out, and only it.
     keep: float = 1.0
+    # The last fraction of the steps whose weights are averaged; 0: no average.
     ema_fraction: float = 0.0
+    # What the average keeps of itself a step.
     ema_decay: float = 0.986
+    # Steps between its updates.
     ema_every: int = 2
+    # Whether the whitening statistics are a covariance or, uncentred, a second moment.
     centered_whitening: bool = True
+    # How many training images they are taken of; None: all.
     whiten_images: int | None = None
 
     def __post_init__(self):
@@ -124,8 +134,8 @@ def with_network(recipe: Recipe, **changes) -> Recipe:
 
 def with_group(recipe: Recipe, params: str, **changes) -> Recipe:
     """The recipe with changes in its parameter groups of this name."""
-    groups = tuple(replace(group, **changes) if group.params == params else group for group in recipe.groups)
-    return replace(recipe, groups=groups)
+    groups = tuple(replace(group, **changes) if group.params == params else group for group in recipe.param_groups)
+    return replace(recipe, param_groups=groups)
 
 
 def freezing(recipe: Recipe, layer: int, epochs: float) -> Recipe:
@@ -134,16 +144,16 @@ def freezing(recipe: Recipe, layer: int, epochs: float) -> Recipe:
     With everything before it frozen too, nothing is propagated back to it any more. Source: FreezeOut, Brock et al.
     2017.
     """
-    early = (group for group in recipe.groups if group.params in ("filters", "biases"))
+    early = (group for group in recipe.param_groups if group.params in ("filters", "biases"))
     groups = tuple(replace(group, layers=(layer,), epochs=epochs) for group in early)
-    return replace(recipe, groups=groups + recipe.groups)
+    return replace(recipe, param_groups=groups + recipe.param_groups)
 
 
 def gated(recipe: Recipe, reduction: int, layers: tuple[int, ...], gates: ParamGroup) -> Recipe:
     """The recipe with squeeze-and-excite in these convolution groups, trained by a parameter group of its own."""
-    groups = tuple(replace(group, se=i in layers) for i, group in enumerate(recipe.network.groups))
-    recipe = with_network(recipe, groups=groups, se_reduction=reduction, gates_start_constant=True)
-    return replace(recipe, groups=(gates, *recipe.groups))
+    groups = tuple(replace(group, se=i in layers) for i, group in enumerate(recipe.network.conv_groups))
+    recipe = with_network(recipe, conv_groups=groups, se_reduction=reduction, gates_start_constant=True)
+    return replace(recipe, param_groups=(gates, *recipe.param_groups))
 
 
 _HLB_LR, _HLB_DECAY = 1.15 * 1.35, 0.85 * 4.8e-4
@@ -152,14 +162,14 @@ HLB = Recipe(
     "hlb",
     "hlb-CIFAR10 v0.3.0: 2x2 unpadded whitening, squeeze-and-excite /16, SGD, 10 epochs, EMA",
     network=NetworkConfig(),
-    groups=(
+    param_groups=(
         ParamGroup("biases", "sgd", 32 * _HLB_LR, 0.85, _HLB_DECAY / 32, mean_lr=True),
         ParamGroup("weights", "sgd", _HLB_LR, 0.85, _HLB_DECAY, mean_lr=True),
     ),
     epochs=10,
     batch_size=512,
     schedule=Schedule(peak=0.2, final=0.135, hold=0.2),
-    shift=3,
+    translation=3,
     ema_fraction=0.2,
 )
 
@@ -171,14 +181,14 @@ AIR = Recipe(
     network=NetworkConfig(
         whiten_eps=5e-4,
         stem_channels=None,
-        groups=tuple(Group(channels, depth=1, residual=False, se=False) for channels in (64, 256, 256)),
+        conv_groups=tuple(Group(channels, depth=1, residual=False, se=False) for channels in (64, 256, 256)),
         se_reduction=None,
         norm_momentum=0.4,
         logit_scale=1 / 256,
         dirac=True,
         head_std=1.0,
     ),
-    groups=(
+    param_groups=(
         ParamGroup("stem.bias", "sgd", _AIR_BIAS_LR, 0.85, _AIR_DECAY / _AIR_BIAS_LR, epochs=3),
         ParamGroup("biases", "sgd", _AIR_BIAS_LR, 0.85, _AIR_DECAY / _AIR_BIAS_LR),
         ParamGroup("head", "sgd", _AIR_HEAD_LR, 0.85, _AIR_DECAY / _AIR_HEAD_LR),

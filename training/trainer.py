@@ -52,8 +52,8 @@ class Trainer:
         self.device, self.image_shape = dataset.device, dataset.image_shape
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
         self.batches = Batches(
-            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, recipe.cutout,
-            recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
+            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.translation, recipe.flip,
+            recipe.cutout, recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
         )  # fmt: skip
         self.optimizer = Optimizer(
             self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
@@ -81,7 +81,7 @@ class Trainer:
     def rewind(self) -> None:
         """Back to step 0 with the weights as they are: no momentum, nothing frozen."""
         self.optimizer.reset()
-        self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.groups))))
+        self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.param_groups))))
         self.progress.start_run()
 
     def whiten(self) -> None:

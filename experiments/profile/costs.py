@@ -42,7 +42,7 @@ def step_costs(recipe: Recipe, batch: int, classes: int, image_shape: tuple[int,
             cost = Case(call.op, call.arguments, call.options).cost(itemsize)
         else:
             continue
-        for passed, more in cost.items():
-            before = out.get((call.part, passed), Cost(0))
-            out[call.part, passed] = Cost(before.bytes + more.bytes, before.flops + more.flops)
+        for direction, more in cost.items():
+            before = out.get((call.part, direction), Cost(0))
+            out[call.part, direction] = Cost(before.bytes + more.bytes, before.flops + more.flops)
     return out

@@ -36,7 +36,7 @@ class Row:
     """
 
     part: str
-    passed: str
+    direction: str
     ms: float
     bytes: int | None
     flops: int | None
@@ -144,7 +144,7 @@ class Stepper:
         if self._count % budget.total_steps == 0:
             trainer.rewind()
         # always the costliest phase: everything is trained, on whole images
-        trainer.do_step(Phase(tuple(range(len(trainer.optimizer.groups))), trainer.batches.size))
+        trainer.do_step(Phase(tuple(range(len(trainer.optimizer.param_groups))), trainer.batches.size))
         self._count += 1
 
 

@@ -14,16 +14,16 @@ def table(profile: Profile) -> list[str]:
     head = f"{'part':<22} {'pass':<6} {'ms':>8} {'share':>7} {'MB':>8} {'GFLOP':>8} {'floor ms':>8} {'of it':>6}"
     lines = [head, "-" * len(head)]
 
-    def line(part: str, passed: str, ms: float, moved=None, flops=None, floor=None) -> str:
+    def line(part: str, direction: str, ms: float, moved=None, flops=None, floor=None) -> str:
         share = f"{100 * ms / profile.parts_ms:.1f} %"
         reached = "-" if not floor or not ms else f"{100 * floor / ms:.0f} %"
         return (
-            f"{part:<22} {passed:<6} {ms:8.3f} {share:>7} {_number(moved, 1, 1e6):>8} "
+            f"{part:<22} {direction:<6} {ms:8.3f} {share:>7} {_number(moved, 1, 1e6):>8} "
             f"{_number(flops or None, 2, 1e9):>8} {_number(floor, 3):>8} {reached:>6}"
         )
 
     for row in profile.rows:
-        lines.append(line(row.part, row.passed, row.ms, row.bytes, row.flops, row.floor_ms))
+        lines.append(line(row.part, row.direction, row.ms, row.bytes, row.flops, row.floor_ms))
     lines.append(line("idle (gaps)", "", profile.idle_ms))
     lines.append("-" * len(head))
     lines.append(line("all parts", "", profile.parts_ms, profile.bytes, profile.flops, profile.floor_ms))
@@ -41,11 +41,11 @@ def convolution_table(profile: Profile) -> list[str]:
     lines = [head, "-" * len(head)]
     rows = [row for row in profile.rows if ".conv" in row.part and row.flops]
 
-    def line(part: str, passed: str, ms: float, flops: int) -> str:
+    def line(part: str, direction: str, ms: float, flops: int) -> str:
         rate = flops / (ms * 1e-3)
-        return f"{part:<22} {passed:<6} {ms:8.3f} {rate / 1e12:8.3f} {100 * rate / profile.matmul_rate:>20.0f} %"
+        return f"{part:<22} {direction:<6} {ms:8.3f} {rate / 1e12:8.3f} {100 * rate / profile.matmul_rate:>20.0f} %"
 
-    lines += [line(row.part, row.passed, row.ms, row.flops) for row in rows]
+    lines += [line(row.part, row.direction, row.ms, row.flops) for row in rows]
     if rows:
         lines.append(line("all", "", sum(row.ms for row in rows), sum(row.flops for row in rows)))
     return lines if rows else []

@@ -120,17 +120,17 @@ class Owners:
                 self._forward[event.sequence] = _region(event)
 
     def of(self, event: Event) -> tuple[str, str]:
-        passed = "fwd"
+        direction = "fwd"
         for at in event.ancestors():
             if at.category == "user_annotation" and at.name in ("dgrad", "wgrad"):
-                passed = at.name
+                direction = at.name
             if at.name.startswith(PART):
-                return at.name.removeprefix(PART), passed
+                return at.name.removeprefix(PART), direction
             if _is_backward(at):
-                passed = "bwd" if passed == "fwd" else passed
+                direction = "bwd" if direction == "fwd" else direction
                 if at.sequence in self._forward:
-                    return self._forward[at.sequence], passed
-        return UNNAMED, passed
+                    return self._forward[at.sequence], direction
+        return UNNAMED, direction
 
 
 def _is_backward(event: Event) -> bool:
@@ -144,14 +144,14 @@ def _region(event: Event) -> str:
 def _host_work(event: Event, owners: Owners) -> Iterator[Work]:
     """The outermost operators inside a span; of a compiled graph, the time that its own kernels take."""
     if event.name.startswith(_COMPILED):
-        passed = owners.of(event)[1]
+        direction = owners.of(event)[1]
         at = event.start
         for child in event.children:
-            yield Work("compiled kernels", at, child.start, ("compiled kernels", passed))
+            yield Work("compiled kernels", at, child.start, ("compiled kernels", direction))
             inner = "convolutions" if "convolution" in child.name else "compiled kernels"
-            yield Work(child.name, child.start, child.end, (inner, passed))
+            yield Work(child.name, child.start, child.end, (inner, direction))
             at = child.end
-        yield Work("compiled kernels", at, event.end, ("compiled kernels", passed))
+        yield Work("compiled kernels", at, event.end, ("compiled kernels", direction))
     elif event.category == "cpu_op" and "::" in event.name and not event.name.startswith(("autograd::", "torch::")):
         yield Work(event.name, event.start, event.end, owners.of(event))
     else:

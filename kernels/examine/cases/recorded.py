@@ -123,7 +123,7 @@ def recorded_calls(
         trainer = Trainer(recipe, dataset, budget, recorder.backend, precision, graph=False)
     recorder.watch(trainer.network)
     trainer.network.train()
-    everything = Phase(tuple(range(len(trainer.optimizer.groups))), (height, width))
+    everything = Phase(tuple(range(len(trainer.optimizer.param_groups))), (height, width))
     # tensors have shapes and no values inside, the results of an operation on real ones too
     with FakeTensorMode(allow_non_fake_inputs=True):
         for phase in [everything] if whole else trainer.phases():

@@ -67,7 +67,7 @@ _VALUES: dict[str, Callable[[tuple[int, ...], dict], Tensor]] = {
     "grads": lambda shape, facts: torch.randn(shape) * 0.5,
     "lr": lambda shape, facts: torch.linspace(0.1, 0.3, *shape) if shape[0] > 1 else torch.full(shape, 0.3),
     GATHER + "index": _index,
-    GATHER + "shift": _pairs(lambda side, facts: -min(3, side - 1), lambda side, facts: min(3, side - 1) + 1),
+    GATHER + "translation": _pairs(lambda side, facts: -min(3, side - 1), lambda side, facts: min(3, side - 1) + 1),
     GATHER + "flip": lambda shape, facts: torch.rand(shape) < 0.5,
     GATHER + "jitter": lambda shape, facts: (
         torch.tensor([1.0, 0.0]) + torch.tensor([0.3, 0.2]) * (2 * torch.rand(shape) - 1)
