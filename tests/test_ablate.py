@@ -89,11 +89,11 @@ def test_table_names_n_and_fits_80_columns():
     assert head.startswith("n = 2 to 3; d f, 10 training and 5 test images; 0.5 x the channels")
     assert all(len(line) <= 80 for line in lines)
     assert "+2.50 +-19.06" in lines[2] and "1.75x" in lines[2]
-    assert "| other | 3 |" in compare.markdown(shared, group, ASKED)
+    assert "Too few runs to tell from 'base': other." in compare.markdown(shared, group, ASKED)
 
 
 def test_equal_epochs_interpolates_between_rungs():
-    ladder = [record(f"off {e}", 0, 0.8 + e / 100, epochs=e) for e in (4, 6)]
+    ladder = [record(f"off {e}", seed, 0.8 + e / 100, epochs=e) for e in (4, 6) for seed in (0, 1)]
     plan = Plan("asked", {}, ladder=("with", ("off 4", "off 6")))
 
     def footer(accuracy):
@@ -104,6 +104,8 @@ def test_equal_epochs_interpolates_between_rungs():
         "with: the accuracy of 4 epochs, for which 'off 4' takes 5.5 (linear interpolation of the means)"
     ]
     assert "outside" in footer(0.9)[0]
+    noisy = [record("off 6", 0, 0.83), record("off 6", 1, 0.89), record("with", 0, 0.855)]
+    assert "too few runs" in compare.footers(compare.compare([*ladder[:2], *noisy], plan), plan)[0]
     assert compare.footers(compare.compare(ladder, plan), plan) == []
 
 
@@ -118,15 +120,19 @@ def test_claims_stand_beside_what_is_measured():
         }
 
     runs = [
-        record("base", 0, 0.80, 10.0, stem=stem(27, 32, 1000, 4.0)),
-        record("other", 0, 0.79, 8.5, stem=stem(12, 31, 250, 3.0)),
+        record(name, seed, accuracy, seconds, stem=each)
+        for seed in (0, 1)
+        for name, accuracy, seconds, each in (
+            ("base", 0.80, 10.0, stem(27, 32, 1000, 4.0)),
+            ("other", 0.79, 8.5, stem(12, 31, 250, 3.0)),
+        )
     ]
     plan = Plan("asked", ASKED.variants, stems=("base", "other"))
     said = compare.footers(compare.compare(runs, plan), plan)
     assert "- 27 -> 12 features: 27 -> 12" in said
     assert any("0.25x the stem's multiply-adds, 0.75x its time" in line for line in said)
     assert any("1024 -> 961, 0.94x" in line for line in said)
-    assert any("1.5 s of 10.0 s, 15.0 %" in line for line in said) and "here -1.00 points" in said[-1]
+    assert any("1.5 s of 10.0 s, 15.0 %" in line for line in said) and "here -1.00 +-0.00 points" in said[-1]
     assert all(len(line) <= 80 for line in compare.lines(*compare.comparable(runs)[0], plan)[2:]), said
     text = compare.markdown(*compare.comparable(runs)[0], plan)
     assert "| other | 12 | 32 | 31x31 | 0 | 3.00 | 0.75x |" in text and "- 27 -> 12" in text

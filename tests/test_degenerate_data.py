@@ -13,7 +13,7 @@ from blink.training import precision
 from blink.training.budget import plan_budget
 from blink.training.data import synthetic
 from blink.training.data.dataset import Dataset, assemble
-from blink.training.loop import train
+from blink.training.loop import train, train_epoch
 from blink.training.recipes import AIR, BLINK, HLB, Recipe, with_group, with_network
 from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
@@ -101,7 +101,7 @@ def test_fused_and_reference_train_alike(recipe, kind):
     for which in (backend.fused(), backend.reference()):
         training = trainer(narrowed(recipe, 8), degenerate(kind, 16, 8), steps=2, batch=4, which=which)
         training.prepare(3)
-        training.train_epoch(0, torch.Generator(DEVICE).manual_seed(3))
+        train_epoch(training, 0, torch.Generator(DEVICE).manual_seed(3))
         losses.append(training.progress.losses.tolist())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

@@ -78,11 +78,11 @@ def test_a_parts_commands_exist_and_end_within_ten_minutes(part, call, tmp_path)
     assert head.split()[0] == part and len(rows) == sum("--collect-only" not in command for command in noted)
 
 
-def test_every_part_is_explained_and_in_the_readme(call):
+def test_every_part_is_explained_and_in_the_docs(call):
     code, said, _ = call("nothing", "out")
     assert code == 2 and all(f"\n  {part} " in said for part in PARTS)
-    readme = (ROOT / "README.md").read_text()
-    assert all(f" {part}" in readme[readme.index("for part in ops") :][:400] for part in PARTS)
+    docs = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert all(f" {part}" in docs[docs.index("for part in ops") :][:400] for part in PARTS)
 
 
 def test_tests_run_side_by_side_and_are_counted(call, tmp_path):
