@@ -6,18 +6,21 @@ kernels into plain functions.
 """
 
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from blink import kernels
 
@@ -78,19 +81,26 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile for one of TARGETS and read the resources. Raises RuntimeError under the interpreter."""
+    compiled = _compiled(launch, target)
+    return _resources(launch, target, compiled, *_assemblies([compiled], target))
+
+
+def _compiled(launch: Launch, target: str) -> CompiledKernel:
     if launching.interpreting():
         raise RuntimeError("kernels cannot be compiled where TRITON_INTERPRET is set; unset it in a new process")
-    compiled = triton.compile(source_of(launch), target=TARGETS[target], options=launch.compile_options)
+    return triton.compile(source_of(launch), target=TARGETS[target], options=launch.compile_options)
+
+
+def _resources(launch: Launch, target: str, compiled: CompiledKernel, assembly: str) -> Resources:
     fused = 0
     if target.startswith("sm_"):
         fused = fused_shuffles(compiled.asm["ptx"])
-        usage, assembly = _cubin_report(compiled.asm["cubin"])
+        usage = _resource_usage(compiled.asm["cubin"])
         instructions = count_sass(assembly)
         registers, stack = usage["REG"], usage["STACK"] + usage["LOCAL"]
         # every load or store of local memory in the machine code is a spill: no kernel declares local arrays
         spills = instructions.local_loads + instructions.local_stores
     else:
-        assembly = compiled.asm["amdgcn"]
         instructions = count_amdgcn(assembly)
         fields = {key: int(value) for key, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
         # this target's vgpr_count includes the accumulation registers
@@ -152,21 +162,23 @@ def identity(launch: Launch) -> tuple:
 
 
 def tile(launch: Launch) -> tuple:
-    """Equal for two launches of a kernel that differ only in sizes that its tiles do not depend on."""
+    """Equal for two launches of a kernel whose tiles have the same sizes, of the same dtypes and flags; what else they
+    differ in are sizes that no tile depends on, activations, and arguments that are there or not.
+    """
 
     def chosen(values: dict) -> Iterator[tuple[str, object]]:
         for name, value in values.items():
             if hasattr(value, "_asdict"):
                 yield from chosen(value._asdict())
-            elif name.startswith("BLOCK_") or name in _SHAPING or not isinstance(value, int | tuple) or value is True:
+            elif name.startswith("BLOCK_") or name in ("F_PAD", "DTYPE") or isinstance(value, bool):
                 yield name, str(value)
 
-    kinds = [kind for kind, _ in groupby(specialized(value)[0] for _, value in leaves(launch.arguments))]
-    return kernel_name(launch), launch.num_warps, launch.maxnreg, *chosen(launch.constexprs), *kinds
+    kinds = {specialized(value)[0] for _, value in leaves(launch.arguments)}
+    return kernel_name(launch), *chosen(launch.constexprs), *sorted(kinds & set(_FLOATS))
 
 
-# sizes that change what a tile's code is: a patch's side, and its features
-_SHAPING = ("K", "F_PAD")
+# the types that activations come in
+_FLOATS = ("*fp32", "*fp16", "*bf16")
 
 
 def examine(job: tuple[Case, list[int], str, str]) -> list[dict]:
@@ -176,6 +188,7 @@ def examine(job: tuple[Case, list[int], str, str]) -> list[dict]:
     """
     case, chosen, dtype, target = job
     launches, rows = capture(case, getattr(torch, dtype)), []
+    built: list[tuple[Launch, CompiledKernel]] = []
     for launch in (launches[at] for at in chosen):
         # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
         reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
@@ -190,46 +203,82 @@ def examine(job: tuple[Case, list[int], str, str]) -> list[dict]:
             "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{target}"),
             "error": None,
         }
+        rows.append(row)
         try:
-            numbers = asdict(compile_launch(launch, target))
+            built.append((launch, _compiled(launch, target)))
         except Exception as error:
             # one kernel's failure must not hide what became of the others
-            rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"})
-            continue
-        instructions = numbers.pop("instructions")
-        rows.append({**numbers, **instructions, **row})
+            row["error"] = f"{type(error).__name__}: {error.__cause__ or error}"
+    assemblies = _assemblies([compiled for _, compiled in built], target)
+    for row, (launch, compiled), assembly in zip((r for r in rows if not r["error"]), built, assemblies):
+        numbers = asdict(_resources(launch, target, compiled, assembly))
+        row |= {**numbers, **numbers.pop("instructions"), **row}
     return rows
 
 
 def jobs(cases: list[Case], dtypes: list[str], targets: list[str], tiles: bool) -> list[tuple]:
-    """For `examine`: every launch of these cases, for each target once what compiles to the same code; tiles: once what
-    differs only in sizes that its tiles do not depend on.
+    """For `examine`: every launch of these cases, for each target once what compiles to the same code; tiles: of all
+    that have the same, the one with the most tensors.
     """
-    planned, seen = [], set()
+    best: dict[tuple, tuple[int, tuple[str, int], int]] = {}
     for dtype in dtypes:
-        for case in cases:
-            chosen = []
+        for number, case in enumerate(cases):
             for at, launch in enumerate(capture(case, getattr(torch, dtype))):
                 key = tile(launch) if tiles else identity(launch)
-                if key not in seen:
-                    seen.add(key)
-                    chosen.append(at)
-            planned += [(case, chosen, dtype, target) for target in targets if chosen]
-    # as they are printed
-    return sorted(planned, key=lambda job: (targets.index(job[3]), dtypes.index(job[2])))
+                tensors = sum(isinstance(value, torch.Tensor) for _, value in leaves(launch.arguments)) if tiles else 0
+                if key not in best or tensors > best[key][0]:
+                    best[key] = tensors, (dtype, number), at
+    chosen = defaultdict(list)
+    for _, where, at in best.values():
+        chosen[where].append(at)
+    where = sorted(chosen, key=lambda where: (dtypes.index(where[0]), where[1]))
+    return [(cases[n], sorted(chosen[dtype, n]), dtype, target) for target in targets for dtype, n in where]
 
 
-def _cubin_report(cubin: bytes) -> tuple[dict[str, int], str]:
-    """Resource usage and machine code, by the tools that ship with triton."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        # without data flow analysis, which only resolves indirect branches and takes a third of the time
-        assembly = _run(tools / "nvdisasm", "-c", "-ndf", file.name)
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}, assembly
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
 
 
-def _run(*command) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+def _assemblies(kernels: list[CompiledKernel], target: str) -> list[str]:
+    """The machine code of each. NVIDIA's disassembler takes a quarter of a second to start: it is started once."""
+    if not target.startswith("sm_"):
+        return [kernel.asm["amdgcn"] for kernel in kernels]
+    codes = [_code(kernel.asm["cubin"]) for kernel in kernels]
+    if not codes:
+        return []
+    # what is compiled for these has instructions of one architecture only
+    architecture = target.replace("sm_", "SM") + ("a" if int(target[3:]) >= 90 else "")
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        lines = _run("nvdisasm", "--binary", architecture, file.name).splitlines(keepends=True)
+    ends, texts = list(accumulate(map(len, codes))), [""] * len(codes)
+    at = 0
+    for line in lines:
+        address = re.match(r"\s+/\*([0-9a-f]+)\*/", line)
+        at = int(address[1], 16) if address else at
+        texts[bisect_right(ends, at)] += line
+    return texts
+
+
+def _code(cubin: bytes) -> bytes:
+    """The sections of an ELF file, little-endian and of 64 bits, that hold machine code."""
+    (table,), (count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 60)
+    # name, type, flags, address, offset, size
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
+    start = sections[names][4]
+    return b"".join(
+        cubin[offset : offset + size]
+        for name, _, _, _, offset, size in sections
+        if cubin.startswith(b".text.", start + name)
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    """Of the tools that come with triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
