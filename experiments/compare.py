@@ -30,10 +30,14 @@ class Row:
     epochs: float
 
 
+def machine_of(environment: dict) -> dict:
+    """What of its description two machines, and the software on them, must share."""
+    return {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+
+
 def conditions(record: dict) -> dict:
     """What two runs must share to be compared: the plan, the data, the scale, the machine and how it computes."""
-    environment, data = record["environment"], record["data"]
-    machine = {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+    data = record["data"]
     return {
         "plan": record["plan"],
         "data": f"{data['name']} {data['fingerprint']}, {data['train']:,} training and {data['test']:,} test images",
@@ -43,7 +47,7 @@ def conditions(record: dict) -> dict:
         "dtype": record["dtype"],
         "graph": record["graph"],
         "deterministic": record["deterministic"],
-        **machine,
+        **machine_of(record["environment"]),
     }
 
 

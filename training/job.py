@@ -68,14 +68,14 @@ def prepare(
     recipe = customized(RECIPES[options.recipe], options)
     setting = choose_setting(options)
     imported = time.perf_counter()
-    notes: list[str] = []
-    dataset = load_data(options, console, notes).to(setting.device)
+    dataset, notes = load_data(options, console)
+    dataset = dataset.to(setting.device)
     budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps)
     if not recipe.network.fused_stem:
         notes.append("this stem runs the plain convolution, whatever the kernels")
     facts = {
         "command": ["blink", name, *options.arguments],
-        **describe(setting, recipe, dataset, budget),
+        **describe(setting, recipe, budget, dataset),
         "steps_given": steps is not None,
         "start_up": {"imports": imported - STARTED, "data": time.perf_counter() - imported},
         "peak_bytes": None,
@@ -95,8 +95,12 @@ def customized(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     return replace(recipe, network=network)
 
 
-def load_data(options: argparse.Namespace, console: Console, notes: list[str]) -> Dataset:
-    """--data, cut to --limit, with a progress bar on a terminal. Raises UserError."""
+def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, list[str]]:
+    """--data, cut to --limit, with a progress bar on a terminal; and what a person should know of it, in lines.
+
+    Raises UserError.
+    """
+    notes: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("decoding", total=None, visible=False)
@@ -108,7 +112,7 @@ def load_data(options: argparse.Namespace, console: Console, notes: list[str]) -
             notes.append(line)
             bar.update(task, description=line, visible=True)
 
-        return data.load(options.data, progress, note).limited(options.limit)
+        return data.load(options.data, progress, note).limited(options.limit), notes
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:
@@ -124,7 +128,7 @@ def describe_stem(recipe: Recipe, backend: str) -> str:
     return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
 
 
-def describe(setting: Setting, recipe: Recipe, dataset: Dataset, budget: Budget) -> dict:
+def describe(setting: Setting, recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
     """What a result must name besides its command and its seed, ready for JSON."""
     return {
         "data": {
