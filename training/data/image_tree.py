@@ -73,24 +73,13 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
         return min(_CHUNK, len(files) - start)
 
     done = 0
-    # Pillow decodes outside the interpreter lock, so threads use every core
+    # Pillow decodes outside the interpreter lock, so threads use every core; what is left when one fails is cancelled
     with ThreadPoolExecutor(cpu_count()) as pool:
-        tasks = [pool.submit(decode_chunk, start) for start in range(0, len(files), _CHUNK)]
-        try:
-            for task in tasks:
-                done += task.result()
-                progress(done, len(files))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for decoded in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
+            done += decoded
+            progress(done, len(files))
     cut = len(train_files)
-    return (
-        classes,
-        images[:cut],
-        np.array(train_labels, dtype=np.int64),
-        images[cut:],
-        np.array(test_labels, dtype=np.int64),
-    )
+    return classes, images[:cut], np.array(train_labels), images[cut:], np.array(test_labels)
 
 
 def _decode(path: Path) -> np.ndarray:
