@@ -160,5 +160,4 @@ def count_flops(recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
     from blink.training.flops import run_flops
 
     sizes = (len(dataset.train_images), len(dataset.test_images))
-    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
-    return asdict(flops) | {"total": flops.total}
+    return run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
