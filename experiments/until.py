@@ -15,7 +15,7 @@ from blink.files import check_output, write_json
 from blink.training.budget import plan_budget
 from blink.training.job import add_job_arguments, count_flops, prepare
 from blink.training.loop import train
-from blink.training.results import spread, with_spread
+from blink.training.results import spreads, with_spread
 
 EXAMPLES = (
     "blink until 0.94 --runs 5",
@@ -102,9 +102,8 @@ def run(options: argparse.Namespace) -> int:
         if trainer.compiles:
             trainer.warm_up(options.seed)
         results = [train(trainer, options.seed + number, validate=0) for number in range(options.runs)]
-        accuracy, seconds = (spread([getattr(r, k) for r in results]) for k in ("accuracy", "seconds"))
         pflop = count_flops(job.recipe, budget, job.dataset)["total"] / 1e15
-        tried.append(Trial(epochs, budget.total_steps, accuracy, seconds, pflop))
+        tried.append(Trial(epochs, budget.total_steps, **spreads(results), pflop=pflop))
         # after each, so that nothing that ends this process takes a finished one with it
         write(None)
         return tried[-1]
