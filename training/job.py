@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,7 +11,7 @@ from blink.command import STARTED, natural, positive
 from blink.training import data
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.recipes import RECIPES, Recipe
+from blink.training.recipes import RECIPES, Recipe, with_network
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
 
@@ -86,13 +86,12 @@ def prepare(
 
 def customized(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes in its network."""
-    network = recipe.network
     if options.stem is not None:
         kernel, padding = STEMS[options.stem]
-        network = replace(network, whiten_kernel=kernel, whiten_padding=padding)
+        recipe = with_network(recipe, whiten_kernel=kernel, whiten_padding=padding)
     if options.se is not None:
-        network = replace(network, se_reduction=None if options.se == "off" else options.se)
-    return replace(recipe, network=network)
+        recipe = with_network(recipe, se_reduction=None if options.se == "off" else options.se)
+    return recipe
 
 
 def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, list[str]]:
