@@ -149,6 +149,7 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, decay: float):
+        # a state_dict's tensors are detached
         self._live = [t for t in network.state_dict().values() if t.is_floating_point()]
         self._decay = decay
         self._average: list[Tensor] = []
@@ -158,9 +159,8 @@ class WeightAverage:
         """As before the first update; the memory stays, where a run would split what later parts of it need whole."""
         self.started = False
 
-    @torch.no_grad()
     def update(self) -> None:
-        live = [t.detach().float() for t in self._live]
+        live = [t.float() for t in self._live]
         if not self._average:
             self._average = [t.clone() for t in live]
         elif not self.started:
@@ -173,14 +173,9 @@ class WeightAverage:
         """Inside, the network holds the average; outside, its own values again."""
         if not self.started:
             raise RuntimeError("the weight average was never updated")
-        kept = [t.detach().clone() for t in self._live]
+        kept = [t.clone() for t in self._live]
         try:
-            self._copy(self._average)
+            torch._foreach_copy_(self._live, self._average)
             yield
         finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for live, value in zip(self._live, values):
-            live.copy_(value)
+            torch._foreach_copy_(self._live, kept)
