@@ -10,11 +10,18 @@ import sys
 import textwrap
 import time
 from importlib import import_module
+from pathlib import Path
 
 from blink.errors import UserError
 
 # the first of the process: what it takes to import the rest counts as start-up
 STARTED = time.perf_counter()
+
+
+def python_path() -> str:
+    """The PYTHONPATH under which another process finds this package too, installed or not."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -1,4 +1,4 @@
-"""Tables as Markdown and as aligned text."""
+"""Tables as Markdown and as text."""
 
 from collections.abc import Iterable
 
@@ -9,13 +9,7 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join("| " + " | ".join(values) + " |\n" for values in (head, ["---"] * len(head), *rows))
 
 
-def aligned(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of text: the first column to the left, the others to the right, each as wide as its widest cell."""
-    lines = [tuple(columns), *map(tuple, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join(
-            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    ]
+def fixed(values: Iterable[str], widths: Iterable[int]) -> str:
+    """A row of text: the first cell to the left, the others to the right, each at least as wide as it is told."""
+    first, *rest = zip(values, widths)
+    return " ".join((f"{first[0]:<{first[1]}}", *(f"{value:>{width}}" for value, width in rest)))

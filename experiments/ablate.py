@@ -14,7 +14,7 @@ from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
-from blink.training.budget import plan_budget
+from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.job import add_data_arguments, count_flops, describe, load_data
 from blink.training.loop import train
@@ -50,12 +50,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    console = Console()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     if options.plan is None:
         for name, plan in PLANS.items():
-            console.print(
-                f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", highlight=False, markup=False
-            )
+            console.print(f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", soft_wrap=False)
         return 0
     began = time.perf_counter()
     plan = PLANS[options.plan]
@@ -63,19 +61,13 @@ def run(options: Namespace) -> int:
     path = options.json or Path("runs") / f"{options.plan}.jsonl"
     check_output(path, append=True)
     setting = choose_setting(options)
-    notes: list[str] = []
-    dataset = load_data(options, console, notes)
+    dataset, notes = load_data(options, console)
     if options.tuning_split:
         dataset = dataset.tuning_split()
-    dataset = dataset.to(setting.device)
     for note in notes:
-        console.print(f"note     {note}", style="yellow", highlight=False, markup=False)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(f"{options.plan}: {plan.summary}")
-    runner = Runner(options, setting, dataset, plan.stems is not None)
+        console.print(f"note     {note}", style="yellow", soft_wrap=False)
+    console.print(f"{options.plan}: {plan.summary}")
+    runner = Runner(options, setting, dataset.to(setting.device), plan.stems is not None)
     queue = [(seed, name) for seed in range(options.seed, options.seed + options.runs) for name in chosen]
     longest = 0.0
     for number, (seed, name) in enumerate(queue, 1):
@@ -84,19 +76,19 @@ def run(options: Namespace) -> int:
             continue
         spent = time.perf_counter() - began
         if options.minutes is not None and spent + longest > 60 * options.minutes:
-            say(f"stopped before run {number} of {len(queue)}: {options.minutes:g} minutes would not hold it")
+            console.print(f"stopped before run {number} of {len(queue)}: {options.minutes:g} minutes would not hold it")
             break
         record |= runner.run(name, chosen[name], seed)
         longest = max(longest, time.perf_counter() - began - spent)
         records.append(path, record)
-        say(
+        console.print(
             f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
             f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
         )
     written = [r for r in records.read(path, _KEYS) if r["plan"] == options.plan]
     for shared, group in compare.comparable(written):
         for line in compare.lines(shared, group, plan):
-            say(line)
+            console.print(line)
     return 0
 
 
@@ -106,31 +98,30 @@ class Runner:
     def __init__(self, options: Namespace, setting: Setting, dataset: Dataset, stem: bool):
         self._options, self._setting, self._dataset, self._stem = options, setting, dataset, stem
         self._trainers: dict[str, Trainer] = {}
-        self._stems: dict[str, dict] = {}
-        self._flops: dict[str, dict] = {}
+        # what every run of a variant costs
+        self._costs: dict[str, dict] = {}
 
-    def _scaled(self, recipe: Recipe) -> Recipe:
-        return stretched(narrowed(recipe, self._options.width), self._options.epochs_factor)
+    def scaled(self, recipe: Recipe) -> tuple[Recipe, Budget]:
+        recipe = stretched(narrowed(recipe, self._options.width), self._options.epochs_factor)
+        return recipe, plan_budget(recipe, len(self._dataset.train_images), self._options.batch_size)
 
     def describe(self, name: str, recipe: Recipe, seed: int) -> dict:
         """All of the record that is known before the run."""
-        recipe = self._scaled(recipe)
-        budget = plan_budget(recipe, len(self._dataset.train_images), self._options.batch_size)
         record = {
             "plan": self._options.plan,
             "variant": name,
             "seed": seed,
             "width": self._options.width,
             "epochs_factor": self._options.epochs_factor,
-            **describe(self._setting, recipe, self._dataset, budget),
+            **describe(self._setting, *self.scaled(recipe), self._dataset),
         }
         # as it will be read back: tuples become lists
         return json.loads(json.dumps(record))
 
     def run(self, name: str, recipe: Recipe, seed: int) -> dict:
         """Train it: what is known of the record only afterwards."""
-        recipe, setting, dataset = self._scaled(recipe), self._setting, self._dataset
-        budget = plan_budget(recipe, len(dataset.train_images), self._options.batch_size)
+        recipe, budget = self.scaled(recipe)
+        setting, dataset = self._setting, self._dataset
         trainer = self._trainers.get(name)
         if trainer is None:
             trainer = Trainer(recipe, dataset, budget, setting.backend, setting.compute, setting.graph)
@@ -138,22 +129,20 @@ class Runner:
                 # captured graphs and compiled code are worth keeping; else only memory would be kept
                 self._trainers[name] = trainer
                 trainer.warm_up(seed)
-        if self._stem and name not in self._stems:
-            from blink.experiments import stem
+        if name not in self._costs:
+            self._costs[name] = {"flops": count_flops(recipe, budget, dataset)}
+            if self._stem:
+                from blink.experiments.stem import cost_of
 
-            shape = stem.shape_of(trainer.network, dataset.image_shape[1:])
-            self._stems[name] = shape | {"milliseconds": stem.milliseconds(trainer)}
-        if name not in self._flops:
-            self._flops[name] = count_flops(recipe, budget, dataset)
+                self._costs[name]["stem"] = cost_of(trainer)
         result = train(trainer, seed, validate=0)
-        record = {
+        return {
             "accuracy": result.accuracy,
             "seconds": result.seconds,
             "images_per_second": result.images_per_second,
             "epoch_losses": [row.train_loss for row in result.epochs],
-            "flops": self._flops[name],
+            **self._costs[name],
         }
-        return record | ({"stem": self._stems[name]} if self._stem else {})
 
 
 def same_run(record: dict, old: dict, path: Path) -> bool:

@@ -8,6 +8,7 @@ from math import prod
 
 from blink.errors import UserError
 from blink.experiments.plans import Plan
+from blink.tables import fixed
 from blink.tables import markdown as table
 from blink.training.results import spread
 
@@ -30,10 +31,14 @@ class Row:
     epochs: float
 
 
+def machine_of(environment: dict) -> dict:
+    """What of its description two machines, and the software on them, must share."""
+    return {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+
+
 def conditions(record: dict) -> dict:
     """What two runs must share to be compared: the plan, the data, the scale, the machine and how it computes."""
-    environment, data = record["environment"], record["data"]
-    machine = {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
+    data = record["data"]
     return {
         "plan": record["plan"],
         "data": f"{data['name']} {data['fingerprint']}, {data['train']:,} training and {data['test']:,} test images",
@@ -43,7 +48,7 @@ def conditions(record: dict) -> dict:
         "dtype": record["dtype"],
         "graph": record["graph"],
         "deterministic": record["deterministic"],
-        **machine,
+        **machine_of(record["environment"]),
     }
 
 
@@ -149,36 +154,26 @@ def heading(shared: dict, rows: list[Row]) -> str:
     return f"{n}; {shared['data']}; {width}, {epochs}; {machine(shared)}"
 
 
-def equal_epochs(rows: list[Row], name: str, ladder: list[str]) -> float | None:
-    """How many epochs the ladder's recipe needs for the accuracy of `name`, by linear interpolation of its rungs.
+def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[str]:
+    """How many epochs the rungs' recipe needs for the accuracy of `name`, by linear interpolation.
 
-    ladder: variants that differ in their epochs only. None where that accuracy is outside them.
+    rungs: variants that differ in their epochs only.
     """
     by_name = {row.variant: row for row in rows}
-    if name not in by_name or any(rung not in by_name for rung in ladder):
-        return None
-    target = by_name[name].accuracy["mean"]
-    points = sorted((by_name[rung].epochs, by_name[rung].accuracy["mean"]) for rung in ladder)
-    for (e0, a0), (e1, a1) in pairwise(points):
-        if min(a0, a1) <= target <= max(a0, a1) and a0 != a1:
-            return e0 + (e1 - e0) * (target - a0) / (a1 - a0)
-    return None
-
-
-def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[str]:
-    row = next((row for row in rows if row.variant == name), None)
-    if row is None:
+    if name not in by_name:
         return []
-    by_name = {row.variant: row for row in rows}
     if not all(rung in by_name for rung in rungs) or not any(decided(by_name[rung]) for rung in rungs[1:]):
         return [f"{name}: too few runs to tell {', '.join(map(repr, rungs))} apart, so no equal budget can be named"]
-    needed = equal_epochs(rows, name, list(rungs))
-    if needed is None:
-        return [f"{name}: its accuracy lies outside that of {', '.join(rungs)}, so no equal budget can be named"]
-    return [
-        f"{name}: the accuracy of {row.epochs:.3g} epochs, for which {rungs[0]!r} takes {needed:.3g} "
-        "(linear interpolation of the means)"
-    ]
+    target = by_name[name].accuracy["mean"]
+    points = sorted((by_name[rung].epochs, by_name[rung].accuracy["mean"]) for rung in rungs)
+    for (e0, a0), (e1, a1) in pairwise(points):
+        if min(a0, a1) <= target <= max(a0, a1) and a0 != a1:
+            needed = e0 + (e1 - e0) * (target - a0) / (a1 - a0)
+            return [
+                f"{name}: the accuracy of {by_name[name].epochs:.3g} epochs, for which {rungs[0]!r} takes {needed:.3g} "
+                "(linear interpolation of the means)"
+            ]
+    return [f"{name}: its accuracy lies outside that of {', '.join(rungs)}, so no equal budget can be named"]
 
 
 def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
@@ -210,15 +205,10 @@ def footers(rows: list[Row], plan: Plan) -> list[str]:
 def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
     """One comparable group as text of at most 80 columns but for its heading."""
     rows = compare(records, plan)
-
-    def line(values: Iterable[str], sizes: tuple[int, ...] = (3, 13, 13, 8, 6, 7)) -> str:
-        first, *rest = values
-        return " ".join((f"{first:<22}", *(f"{value:>{size}}" for value, size in zip(rest, sizes))))
-
-    out = ["", heading(shared, rows), line(COLUMNS), *(line(cells(row)) for row in rows)]
+    out = ["", heading(shared, rows), *(fixed(line, (22, 3, 13, 13, 8, 6, 7)) for line in (COLUMNS, *map(cells, rows)))]
     if plan.stems:
-        sizes = tuple(max(8, len(name)) for name in STEM_COLUMNS[1:])
-        out += ["", *(line(c, sizes) for c in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
+        widths = (22, *(max(8, len(name)) for name in STEM_COLUMNS[1:]))
+        out += ["", *(fixed(line, widths) for line in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
     return out + footers(rows, plan)
 
 

@@ -6,30 +6,28 @@ from functools import partial
 import torch
 
 from blink.kernels.examine.bench.measure import time_calls
-from blink.model.layers import FrozenStem
-from blink.model.network import Network
+from blink.model.layers import FrozenStem, ProjectedStem
 from blink.training.trainer import Trainer
 
 _SECONDS = 0.5
 
 
-def shape_of(network: Network, size: tuple[int, int]) -> dict:
-    """features: of a patch; channels and output: what the stem gives; macs: multiply-adds of one image's forward."""
-    stem, config = network.stem, network.config
-    taps = (config.whiten_kernel or 3) ** 2
+def cost_of(trainer: Trainer) -> dict:
+    """features: of a patch; channels and output: what the stem gives; macs: multiply-adds of one image's forward;
+    milliseconds: of forward and backward on a batch.
+    """
+    stem, config = trainer.network.stem, trainer.network.config
     lost = config.whiten_kernel - 1 if config.fused_stem else 0
-    height, width = (side - lost for side in size)
-    features = len(stem.mean) * taps
-    if not isinstance(stem, FrozenStem):
-        each = features * stem.out_channels
-    else:
-        filters = stem.whiten.out_channels
-        each = features * filters + (filters * stem.out_channels if config.stem_channels else 0)
+    height, width = (side - lost for side in trainer.image_shape[1:])
+    features = len(stem.mean) * (config.whiten_kernel or 3) ** 2
+    filters = stem.whiten.out_channels if isinstance(stem, FrozenStem) else stem.out_channels
+    projected = filters * stem.out_channels if isinstance(stem, ProjectedStem) else 0
     return {
         "features": features,
         "channels": stem.out_channels,
         "output": [height, width],
-        "macs": height * width * each,
+        "macs": height * width * (features * filters + projected),
+        "milliseconds": milliseconds(trainer),
     }
 
 

@@ -119,35 +119,25 @@ def tables(folder: Path) -> tuple[str, str]:
     return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
 
 
-def plan_tables(folder: Path) -> str:
-    """Every plan's tables, of every file of JSON lines in `folder`."""
-    plans: dict[str, str] = {}
+def line_tables(folder: Path) -> tuple[str, str, str]:
+    """(every plan's tables, every race's, for README.md the races on GPUs or, where there are none, those on CPUs) of
+    the files of JSON lines in `folder`.
+    """
+    plans, races, near = dict.fromkeys(PLANS, ""), "", {"cuda": "", "cpu": ""}
     for path in sorted(folder.glob("*.jsonl")):
         with refused_unless_whole(path):
             found = records.read(path)
             if found and "contestant" in found[0]:
+                races += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+                link = f"[{path.name}](results/{path.name})"
+                near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
                 continue
             for shared, group in compare.comparable(found):
                 name = shared["plan"]
-                text = f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
-                plans[name] = plans.get(name, "") + text
+                plans[name] += f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
     # in the order of the plans, whatever their files are called
-    return "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
-
-
-def race_tables(folder: Path) -> tuple[str, str]:
-    """(every race, for README.md the races on GPUs or, where there are none, those on CPUs) of the files of JSON lines
-    in `folder`.
-    """
-    out, near = "", {"cuda": "", "cpu": ""}
-    for path in sorted(folder.glob("*.jsonl")):
-        with refused_unless_whole(path):
-            found = records.read(path)
-            if found and "contestant" in found[0]:
-                out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
-                link = f"[{path.name}](results/{path.name})"
-                near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
-    return out, near["cuda"] or near["cpu"]
+    told = "".join(f"\n## {name}\n\n{PLANS[name].summary}\n{text}" for name, text in plans.items() if text)
+    return told, races, near["cuda"] or near["cpu"]
 
 
 @contextmanager
@@ -178,10 +168,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder, readme = options.root / "results", options.root / "README.md"
     runs, profiles = tables(folder)
-    wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plan_tables(folder)}
-    races, near_races = race_tables(folder)
-    if races:
-        wanted[folder / "README.md"] += _RACES + races
+    plans, races, near_races = line_tables(folder)
+    text = _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans + (_RACES + races if races else "")
+    wanted = {folder / "README.md": text}
     try:
         wanted[readme] = fill(readme.read_text(), "record", near_races)
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

@@ -15,7 +15,7 @@ from blink.files import check_output, write_json
 from blink.training.budget import plan_budget
 from blink.training.job import add_job_arguments, count_flops, prepare
 from blink.training.loop import train
-from blink.training.results import spread, with_spread
+from blink.training.results import spreads, with_spread
 
 EXAMPLES = (
     "blink until 0.94 --runs 5",
@@ -92,12 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_output(options.json)
-    console = Console()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     job = prepare("until", options, console, options.epochs)
     tried: list[Trial] = []
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def train_all(epochs: float) -> Trial:
         budget = plan_budget(job.recipe, len(job.dataset.train_images), options.batch_size, epochs)
@@ -105,9 +102,8 @@ def run(options: argparse.Namespace) -> int:
         if trainer.compiles:
             trainer.warm_up(options.seed)
         results = [train(trainer, options.seed + number, validate=0) for number in range(options.runs)]
-        accuracy, seconds = (spread([getattr(r, k) for r in results]) for k in ("accuracy", "seconds"))
         pflop = count_flops(job.recipe, budget, job.dataset)["total"] / 1e15
-        tried.append(Trial(epochs, budget.total_steps, accuracy, seconds, pflop))
+        tried.append(Trial(epochs, budget.total_steps, **spreads(results), pflop=pflop))
         # after each, so that nothing that ends this process takes a finished one with it
         write(None)
         return tried[-1]
@@ -119,14 +115,14 @@ def run(options: argparse.Namespace) -> int:
             write_json(options.json, {**job.facts, "until": found})
 
     for note in job.notes:
-        say(f"note     {note}")
-    say(f"the smallest budget whose mean of {options.runs} run(s) reaches {options.accuracy:.4f}")
-    smallest = search(options.accuracy, options.epochs or job.recipe.epochs, train_all, say)
+        console.print(f"note     {note}")
+    console.print(f"the smallest budget whose mean of {options.runs} run(s) reaches {options.accuracy:.4f}")
+    smallest = search(options.accuracy, options.epochs or job.recipe.epochs, train_all, console.print)
     write(smallest)
     if smallest is None:
         most = max(trial.epochs for trial in tried)
         raise UserError(
             f"no budget up to {most:g} epochs reached {options.accuracy:g}; lower it, or begin at more --epochs"
         )
-    say(f"smallest: {smallest.epochs:g} epochs, {smallest.seconds['mean']:.2f} s, {smallest.pflop:.4f} PFLOP")
+    console.print(f"smallest: {smallest.epochs:g} epochs, {smallest.seconds['mean']:.2f} s, {smallest.pflop:.4f} PFLOP")
     return 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from blink import kernels
 from blink.kernels.environment import has_c_compiler, has_cxx_compiler
 from blink.model import convolution
 
@@ -40,30 +41,22 @@ def _collect(name: str, ops, conv3x3: Callable = convolution.conv3x3, **options)
 
 def reference() -> Backend:
     """Plain PyTorch; runs anywhere."""
-    from blink.kernels import reference as ops
-
-    return _collect("reference", ops)
+    return _collect("reference", kernels.reference)
 
 
 def compiled() -> Backend:
     """The reference under torch.compile: what a user would otherwise pick."""
-    from blink.kernels import reference as ops
-
-    return _collect("compiled", ops, convolution.plain_conv3x3, compile=True)
+    return _collect("compiled", kernels.reference, convolution.plain_conv3x3, compile=True)
 
 
 def eager() -> Backend:
     """Plain PyTorch with its own convolution too: what a CPU's step is raced against."""
-    from blink.kernels import reference as ops
-
-    return _collect("eager", ops, convolution.plain_conv3x3)
+    return _collect("eager", kernels.reference, convolution.plain_conv3x3)
 
 
 def fused() -> Backend:
     """The hand-written Triton kernels; needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)."""
-    from blink import kernels as ops
-
-    return _collect("fused", ops)
+    return _collect("fused", kernels)
 
 
 def select(choice: str, device: torch.device) -> Backend:
@@ -76,8 +69,6 @@ def select(choice: str, device: torch.device) -> Backend:
         raise ValueError(f"unknown kernels {choice!r}; expected one of {', '.join(CHOICES)}")
     if choice == "reference" or (choice == "auto" and device.type != "cuda"):
         return reference()
-    from blink import kernels
-
     if device.type == "cuda" and kernels.HAS_TRITON and not has_c_compiler():
         raise ValueError(
             "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "

@@ -19,10 +19,12 @@ class NormAct(nn.Module):
     new batch in the running statistics.
     """
 
+    op_name = "excite_norm_act_add"
+
     def __init__(self, channels: int, momentum: float, eps: float, activation: str, backend: Backend):
         super().__init__()
         self.momentum, self.eps, self.activation = momentum, eps, activation
-        self.op = backend.excite_norm_act_add
+        self.op = getattr(backend, self.op_name)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
@@ -42,9 +44,7 @@ class PoolNormAct(NormAct):
     x [B, C, H, W] -> ([B, C, H // 2, W // 2], again if forked, [B, C] float32 or None)
     """
 
-    def __init__(self, channels: int, momentum: float, eps: float, activation: str, backend: Backend):
-        super().__init__(channels, momentum, eps, activation, backend)
-        self.op = backend.pool_norm_act
+    op_name = "pool_norm_act"
 
     def forward(self, x: Tensor, squeeze: bool, fork: bool) -> tuple[Tensor | None, ...]:
         statistics = (self.running_mean, self.running_var)

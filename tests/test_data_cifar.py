@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import tarfile
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,9 +20,11 @@ from blink.errors import UserError
 from blink.training import data
 from blink.training.data import cifar
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
+from blink.training.data.layouts import LAYOUTS
 
 ROWS = 4
 CLASSES = {"cifar10": 10, "cifar100": 100}
+LABEL_KEYS = {"cifar10": "labels", "cifar100": "fine_labels"}
 
 
 @pytest.fixture(autouse=True)
@@ -49,30 +51,39 @@ def put(folder: Path, name: str, raw: bytes) -> tuple[str, str]:
     return name, hashlib.md5(raw).hexdigest()
 
 
-def make_python(folder: Path, name="cifar10", module="numpy.core.multiarray"):
-    """Write a published folder of random images; returns its layout and each half's (rows, labels)."""
-    layout = cifar.PUBLISHED[name]
+def publish(monkeypatch, name, **changes):
+    """Let torchvision's class of this name say something else in this test."""
+    monkeypatch.setitem(cifar.PUBLISHED, name, type("Changed", (cifar.PUBLISHED[name],), changes))
+
+
+def make_python(monkeypatch, folder: Path, name="cifar10", module="numpy.core.multiarray"):
+    """Write a published folder of random images, whose md5 sums are then the published ones; returns its layout and
+    each half's (rows, labels).
+    """
+    source = cifar.PUBLISHED[name]
     random = np.random.RandomState(1)
     written, halves = [], []
-    for files in (layout.train_files, layout.test_files):
+    for files in (source.train_list, source.test_list):
         sums, rows, labels = [], [], []
         for file, _ in files:
             batch = random.randint(0, 256, (ROWS, 3072), dtype=np.uint8)
             numbers = random.randint(0, CLASSES[name], ROWS).tolist()
-            sums.append(put(folder, file, dump({"data": batch, layout.label_key: numbers}, module)))
+            sums.append(put(folder, file, dump({"data": batch, LABEL_KEYS[name]: numbers}, module)))
             rows.append(batch)
             labels += numbers
-        written.append(tuple(sums))
+        written.append(sums)
         halves.append((np.concatenate(rows), labels))
     names = [f"class {i}" for i in range(CLASSES[name])]
-    _, meta_md5 = put(folder, layout.meta_file, dump({layout.class_key: names}))
-    return replace(layout, train_files=written[0], test_files=written[1], meta_md5=meta_md5), halves
+    file, md5 = put(folder, source.meta["filename"], dump({source.meta["key"]: names}))
+    meta = {"filename": file, "key": source.meta["key"], "md5": md5}
+    publish(monkeypatch, name, train_list=written[0], test_list=written[1], meta=meta)
+    return LAYOUTS[name], halves
 
 
-def with_file(layout: cifar.Published, folder: Path, raw: bytes) -> cifar.Published:
-    """The layout with its first training file replaced by `raw`, md5 sum included."""
-    first = put(folder, layout.train_files[0][0], raw)
-    return replace(layout, train_files=(first, *layout.train_files[1:]))
+def with_file(monkeypatch, folder: Path, raw: bytes) -> None:
+    """CIFAR-10's first training file replaced by `raw`, md5 sum included."""
+    first, *others = cifar.PUBLISHED["cifar10"].train_list
+    publish(monkeypatch, "cifar10", train_list=[put(folder, first[0], raw), *others])
 
 
 def pixels_of(rows: np.ndarray) -> np.ndarray:
@@ -87,9 +98,9 @@ def pixels_of(rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_python_batches_give_every_pixel_and_label(tmp_path, name, module):
-    layout, halves = make_python(tmp_path, name, module)
-    assert f"c{module}\n_reconstruct".encode() in (tmp_path / layout.train_files[0][0]).read_bytes()
+def test_python_batches_give_every_pixel_and_label(tmp_path, monkeypatch, name, module):
+    layout, halves = make_python(monkeypatch, tmp_path, name, module)
+    assert f"c{module}\n_reconstruct".encode() in (tmp_path / layout.first_file).read_bytes()
     classes, *arrays = cifar.read_python_batches(tmp_path, layout)
     assert classes == tuple(f"class {i}" for i in range(CLASSES[name]))
     for images, labels, (rows, numbers) in zip(arrays[::2], arrays[1::2], halves, strict=True):
@@ -98,8 +109,8 @@ def test_python_batches_give_every_pixel_and_label(tmp_path, name, module):
         assert labels.tolist() == numbers
 
 
-def test_wrong_md5_names_the_file(tmp_path):
-    layout, _ = make_python(tmp_path)
+def test_wrong_md5_names_the_file(tmp_path, monkeypatch):
+    layout, _ = make_python(monkeypatch, tmp_path)
     path = tmp_path / "data_batch_3"
     raw = bytearray(path.read_bytes())
     raw[-100] ^= 1
@@ -108,8 +119,8 @@ def test_wrong_md5_names_the_file(tmp_path):
         cifar.read_python_batches(tmp_path, layout)
 
 
-def test_missing_file_is_named(tmp_path):
-    layout, _ = make_python(tmp_path)
+def test_missing_file_is_named(tmp_path, monkeypatch):
+    layout, _ = make_python(monkeypatch, tmp_path)
     (tmp_path / "test_batch").unlink()
     with pytest.raises(UserError, match="lacks test_batch"):
         cifar.read_python_batches(tmp_path, layout)
@@ -123,10 +134,10 @@ class Malicious:
         return os.system, (self.command,)
 
 
-def test_malicious_pickle_is_refused_and_not_executed(tmp_path):
+def test_malicious_pickle_is_refused_and_not_executed(tmp_path, monkeypatch):
     folder, mark = tmp_path / "batches", tmp_path / "executed"
-    layout, _ = make_python(folder)
-    layout = with_file(layout, folder, dump({"data": Malicious(f"touch {mark}")}))
+    layout, _ = make_python(monkeypatch, folder)
+    with_file(monkeypatch, folder, dump({"data": Malicious(f"touch {mark}")}))
     with pytest.raises(UserError, match=r"data_batch_1.*system"):
         cifar.read_python_batches(folder, layout)
     assert not mark.exists()
@@ -149,23 +160,25 @@ def _truncated():
         pytest.param(dump({"data": np.zeros((1, 3071), np.uint8), "labels": [0]}), id="short rows"),
     ],
 )
-def test_malformed_python_batch_is_named(tmp_path, raw):
-    layout, _ = make_python(tmp_path)
+def test_malformed_python_batch_is_named(tmp_path, monkeypatch, raw):
+    layout, _ = make_python(monkeypatch, tmp_path)
+    with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="data_batch_1"):
-        cifar.read_python_batches(tmp_path, with_file(layout, tmp_path, raw))
+        cifar.read_python_batches(tmp_path, layout)
 
 
 @pytest.mark.parametrize("label", [10, -1])
-def test_python_label_out_of_range(tmp_path, label):
-    layout, _ = make_python(tmp_path)
+def test_python_label_out_of_range(tmp_path, monkeypatch, label):
+    layout, _ = make_python(monkeypatch, tmp_path)
     raw = dump({"data": np.zeros((1, 3072), np.uint8), "labels": [label]})
+    with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="label"):
-        cifar.read_python_batches(tmp_path, with_file(layout, tmp_path, raw))
+        cifar.read_python_batches(tmp_path, layout)
 
 
 def make_binary(folder: Path, name: str):
     """Write the binary version; the label is the record's last label byte (CIFAR-100: coarse, then fine)."""
-    layout = cifar.PUBLISHED[name]
+    layout = LAYOUTS[name]
     random = np.random.RandomState(2)
     halves = []
     for files in (layout.binary_train, layout.binary_test):
@@ -224,11 +237,10 @@ def test_missing_binary_file_is_named(tmp_path, missing):
 @pytest.mark.parametrize("parent", [False, True], ids=["folder itself", "its parent"])
 @pytest.mark.parametrize("kind", ["python", "binary"])
 def test_a_cifar_folder_is_recognized(tmp_path, monkeypatch, kind, parent):
-    layout = cifar.PUBLISHED["cifar10"]
+    layout = LAYOUTS["cifar10"]
     name = layout.folder if kind == "python" else layout.binary_folder
-    make = make_python if kind == "python" else make_binary
-    made, halves = make(tmp_path / name, "cifar10")
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", made)
+    make = partial(make_python, monkeypatch) if kind == "python" else make_binary
+    _, halves = make(tmp_path / name, "cifar10")
     dataset = load(str(tmp_path if parent else tmp_path / name))
     assert (dataset.name, dataset.generated) == ("cifar10", False)
     assert torch.equal(dataset.mean, torch.tensor(CIFAR10_MEAN))
@@ -243,8 +255,7 @@ def test_a_cifar_folder_is_recognized(tmp_path, monkeypatch, kind, parent):
 def test_a_second_start_does_without_torchvision(tmp_path, monkeypatch, kind):
     """Its import takes two seconds."""
     if kind == "python":
-        made, _ = make_python(tmp_path / "cifar-10-batches-py")
-        monkeypatch.setitem(cifar.PUBLISHED, "cifar10", made)
+        make_python(monkeypatch, tmp_path / "cifar-10-batches-py")
     else:
         make_binary(tmp_path / "cifar-10-batches-bin", "cifar10")
     first = load(str(tmp_path))
@@ -255,9 +266,9 @@ def test_a_second_start_does_without_torchvision(tmp_path, monkeypatch, kind):
     assert load(str(tmp_path)).fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("name", cifar.PUBLISHED)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_the_names_of_a_folder_are_torchvisions(name):
-    layout = cifar.PUBLISHED[name]
+    layout = LAYOUTS[name]
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
     assert (layout.folder, layout.first_file) == (source.base_folder, source.train_list[0][0])
     assert layout.meta_file == source.meta["filename"]
@@ -324,7 +335,7 @@ def listener():
 def point_at(monkeypatch, server):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz"
-    monkeypatch.setitem(cifar.PUBLISHED, "cifar10", replace(cifar.PUBLISHED["cifar10"], url=url))
+    publish(monkeypatch, "cifar10", url=url)
 
 
 @pytest.mark.parametrize("before", [None, 77.0], ids=["no default timeout", "a default timeout"])
@@ -359,25 +370,24 @@ def test_an_answer_that_is_not_http_is_one_line(monkeypatch, listener):
     thread.join()
 
 
-def offer(monkeypatch, archive: Path, layout: cifar.Published):
-    """Make `archive` what a download of `layout` brings."""
+def offer(monkeypatch, archive: Path):
+    """Make `archive` what a download of CIFAR-10 brings."""
 
     def copy(url, root, filename, md5):
-        assert (url, filename, md5) == (layout.url, layout.archive, layout.archive_md5)
+        assert (url, filename, md5) == (CIFAR10.url, CIFAR10.filename, CIFAR10.tgz_md5)
         assert socket.getdefaulttimeout() == cifar.SOCKET_TIMEOUT_SECONDS
         shutil.copy(archive, Path(root) / filename)
 
     monkeypatch.setattr(cifar, "download_url", copy)
-    monkeypatch.setitem(cifar.PUBLISHED, layout.name, layout)
 
 
 @pytest.mark.parametrize("source", [None, "cifar10"], ids=["default", "named"])
 def test_downloaded_archive_is_unpacked_and_read(tmp_path, monkeypatch, source):
     folder = tmp_path / "made"
-    layout, halves = make_python(folder)
+    layout, halves = make_python(monkeypatch, folder)
     with tarfile.open(tmp_path / "made.tar.gz", "w:gz") as archive:
         archive.add(folder, layout.folder)
-    offer(monkeypatch, tmp_path / "made.tar.gz", layout)
+    offer(monkeypatch, tmp_path / "made.tar.gz")
     notes = []
     dataset = load(source, notes)
     assert dataset.name == "cifar10" and not dataset.generated
@@ -390,7 +400,7 @@ def test_archive_that_climbs_out_is_refused(tmp_path, monkeypatch):
     (tmp_path / "evil").write_text("x")
     with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "evil", "../climbed")
-    offer(monkeypatch, tmp_path / "evil.tar.gz", cifar.PUBLISHED["cifar10"])
+    offer(monkeypatch, tmp_path / "evil.tar.gz")
     with pytest.raises(UserError, match="could not download cifar10"):
         load("cifar10")
     assert not (tmp_path / "climbed").exists()
@@ -402,6 +412,6 @@ def test_truncated_archive_is_one_line(tmp_path, monkeypatch):
         archive.add(tmp_path / "noise", "cifar-10-batches-py/data_batch_1")
     raw = (tmp_path / "cut.tar.gz").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(raw[: len(raw) // 2])
-    offer(monkeypatch, tmp_path / "cut.tar.gz", cifar.PUBLISHED["cifar10"])
+    offer(monkeypatch, tmp_path / "cut.tar.gz")
     with pytest.raises(UserError, match="could not download cifar10"):
         load("cifar10")

@@ -11,6 +11,7 @@ from blink.kernels.gather import gathered
 from blink.model import backend
 from blink.model.network import Group, Network, NetworkConfig
 from blink.model.whitening import initialize_stem
+from blink.training.budget import Budget
 from blink.training.data import synthetic
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import HLB, ParamGroup, Schedule
@@ -44,7 +45,7 @@ def train_both(config: NetworkConfig, steps: int, batch: int, rule: str = "sgd")
     )
     recipe = replace(HLB, network=config, param_groups=groups, schedule=Schedule())
     which = (backend.fused(), backend.reference())
-    optimizers = [Optimizer(n, recipe, batch, steps, steps, b) for n, b in zip(networks, which)]
+    optimizers = [Optimizer(n, recipe, Budget(batch, steps, steps), b) for n, b in zip(networks, which)]
     scale = config.logit_scale
     losses = []
     for network in networks:

@@ -8,6 +8,7 @@ from torch import nn
 
 from blink.model.backend import reference
 from blink.model.network import Group, Network, NetworkConfig
+from blink.training.budget import Budget
 from blink.training.optimizer import Optimizer, WeightAverage, group_parameters
 from blink.training.recipes import AIR, HLB, ParamGroup, Resolution, Schedule, freezing, gated
 
@@ -25,7 +26,7 @@ def test_hlb_optimizer_has_the_published_rates(batch_size):
     assert weights.lr / batch_size == pytest.approx(lr) and weights.decay * batch_size == pytest.approx(decay)
     assert biases.lr / batch_size == pytest.approx(lr * 32) and biases.decay * batch_size == pytest.approx(decay / 32)
     assert {(g.rule, g.momentum, g.mean_lr) for g in HLB.param_groups} == {("sgd", 0.85, True)}
-    optimizer = Optimizer(tiny_network(), HLB, batch_size, 10, 100, reference())
+    optimizer = Optimizer(tiny_network(), HLB, Budget(batch_size, 10, 100), reference())
     factors = [HLB.schedule.factor(step, 100) for step in range(100)]
     expected = [[lr * 32 * f for f in factors], [lr * f for f in factors]]
     torch.testing.assert_close(optimizer.rates, torch.tensor(expected).t())
@@ -83,7 +84,7 @@ def test_every_trained_parameter_is_in_exactly_one_group():
 
 def test_a_group_stops_after_its_epochs_and_its_rate_reaches_0_there():
     network = tiny_network(config=AIR.network)
-    optimizer = Optimizer(network, AIR, 10, 20, 160, reference())
+    optimizer = Optimizer(network, AIR, Budget(10, 20, 160), reference())
     assert optimizer.steps == [60, 160, 160, 160]
     assert optimizer.active(59) == (0, 1, 2, 3) and optimizer.active(60) == (1, 2, 3)
     bias = optimizer.rates[:, 0].tolist()
@@ -104,7 +105,7 @@ def test_groups_that_differ_in_their_rates_only_are_one_call():
         return lambda ps, gs, bs, lr, **options: seen.append((name, ps, gs, bs, lr, options))
 
     optimizer = Optimizer(
-        network, recipe, 10, 20, 160, replace(reference(), sgd_nesterov=rule("sgd"), muon=rule("muon"))
+        network, recipe, Budget(10, 20, 160), replace(reference(), sgd_nesterov=rule("sgd"), muon=rule("muon"))
     )
     for step, calls, still in ((0, 3, 14), (70, 3, 13), (100, 3, 9)):
         active = optimizer.active(step)
@@ -138,7 +139,7 @@ def test_updates_are_those_of_torch_sgd():
     ours, theirs = tiny_network(), tiny_network()
     theirs.load_state_dict(ours.state_dict())
     start = {name: value.clone() for name, value in ours.state_dict().items()}
-    optimizer = Optimizer(ours, recipe, 4, 5, 5, reference())
+    optimizer = Optimizer(ours, recipe, Budget(4, 5, 5), reference())
     biases, weights = group_parameters(theirs, recipe.param_groups)
     for _ in range(2):
         own = (dict(momentum=0.7, weight_decay=0.04), dict(momentum=0.9, weight_decay=0.08))

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,7 +11,7 @@ from blink.command import STARTED, natural, positive
 from blink.training import data
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.recipes import RECIPES, Recipe
+from blink.training.recipes import RECIPES, Recipe, with_network
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
 
@@ -68,14 +68,14 @@ def prepare(
     recipe = customized(RECIPES[options.recipe], options)
     setting = choose_setting(options)
     imported = time.perf_counter()
-    notes: list[str] = []
-    dataset = load_data(options, console, notes).to(setting.device)
+    dataset, notes = load_data(options, console)
+    dataset = dataset.to(setting.device)
     budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps)
     if not recipe.network.fused_stem:
         notes.append("this stem runs the plain convolution, whatever the kernels")
     facts = {
         "command": ["blink", name, *options.arguments],
-        **describe(setting, recipe, dataset, budget),
+        **describe(setting, recipe, budget, dataset),
         "steps_given": steps is not None,
         "start_up": {"imports": imported - STARTED, "data": time.perf_counter() - imported},
         "peak_bytes": None,
@@ -86,17 +86,20 @@ def prepare(
 
 def customized(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     """The recipe with what the command line changes in its network."""
-    network = recipe.network
     if options.stem is not None:
         kernel, padding = STEMS[options.stem]
-        network = replace(network, whiten_kernel=kernel, whiten_padding=padding)
+        recipe = with_network(recipe, whiten_kernel=kernel, whiten_padding=padding)
     if options.se is not None:
-        network = replace(network, se_reduction=None if options.se == "off" else options.se)
-    return replace(recipe, network=network)
+        recipe = with_network(recipe, se_reduction=None if options.se == "off" else options.se)
+    return recipe
 
 
-def load_data(options: argparse.Namespace, console: Console, notes: list[str]) -> Dataset:
-    """--data, cut to --limit, with a progress bar on a terminal. Raises UserError."""
+def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, list[str]]:
+    """--data, cut to --limit, with a progress bar on a terminal; and what a person should know of it, in lines.
+
+    Raises UserError.
+    """
+    notes: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("decoding", total=None, visible=False)
@@ -108,7 +111,7 @@ def load_data(options: argparse.Namespace, console: Console, notes: list[str]) -
             notes.append(line)
             bar.update(task, description=line, visible=True)
 
-        return data.load(options.data, progress, note).limited(options.limit)
+        return data.load(options.data, progress, note).limited(options.limit), notes
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:
@@ -124,7 +127,7 @@ def describe_stem(recipe: Recipe, backend: str) -> str:
     return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
 
 
-def describe(setting: Setting, recipe: Recipe, dataset: Dataset, budget: Budget) -> dict:
+def describe(setting: Setting, recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
     """What a result must name besides its command and its seed, ready for JSON."""
     return {
         "data": {
@@ -156,5 +159,4 @@ def count_flops(recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
     from blink.training.flops import run_flops
 
     sizes = (len(dataset.train_images), len(dataset.test_images))
-    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
-    return asdict(flops) | {"total": flops.total}
+    return run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)

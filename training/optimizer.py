@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
+from blink.training.budget import Budget
 from blink.training.recipes import ParamGroup, Recipe
 
 
@@ -34,19 +35,13 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
         if not p.requires_grad:
             continue
         layer = int(name.split(".")[1]) if name.startswith("groups.") else None
-        at = next(
-            (
-                i
-                for i, group in enumerate(groups)
-                if belongs[group.params](name, p)
-                and (group.layers is None or layer in group.layers)
-                and (group.rule != "muon" or p.dim() > 1)
-            ),
-            None,
-        )
-        if at is None:
+        for group, its in zip(groups, members):
+            in_layers = group.layers is None or layer in group.layers
+            if belongs[group.params](name, p) and in_layers and (group.rule != "muon" or p.dim() > 1):
+                its.append(p)
+                break
+        else:
             raise ValueError(f"no parameter group of the recipe trains {name}")
-        members[at].append(p)
     return members
 
 
@@ -72,37 +67,26 @@ class Optimizer:
     of the recipe that train anything in this network; rates [steps, groups].
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        recipe: Recipe,
-        batch_size: int,
-        steps_per_epoch: int,
-        total_steps: int,
-        backend: Backend,
-    ):
+    def __init__(self, network: nn.Module, recipe: Recipe, budget: Budget, backend: Backend):
         pairs = [(g, ps) for g, ps in zip(recipe.param_groups, group_parameters(network, recipe.param_groups)) if ps]
         self.param_groups = [g for g, _ in pairs]
         self.params = [ps for _, ps in pairs]
         self.buffers = [[torch.zeros_like(p, requires_grad=False) for p in ps] for ps in self.params]
-        self._batch_size = batch_size
+        self._batch_size, total_steps = budget.batch_size, budget.total_steps
+        device = self.params[0][0].device
         # Newton-Schulz in fp16 where tensor cores are: a CPU is slower in it than in fp32
-        dtype = torch.float16 if self.params[0][0].device.type == "cuda" else torch.float32
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
         self._rules = {"sgd": backend.sgd_nesterov, "muon": partial(backend.muon, dtype=dtype)}
         # what a schedule is compressed to is in proportion to the recipe's own epochs
         self.steps = [
             total_steps if g.epochs is None else min(total_steps, max(1, round(g.epochs / recipe.epochs * total_steps)))
             for g in self.param_groups
         ]
-        rates = [
-            [
-                g.lr / (batch_size if g.mean_lr else 1) * recipe.schedule.factor(step, own) if step < own else 0.0
-                for step in range(total_steps)
-            ]
-            for g, own in zip(self.param_groups, self.steps)
-        ]
-        device = self.params[0][0].device
-        self.rates = torch.tensor(rates, dtype=torch.float32, device=device).t().contiguous()
+        rates = torch.zeros(total_steps, len(self.param_groups))
+        for i, (group, own) in enumerate(zip(self.param_groups, self.steps)):
+            peak = group.lr / (self._batch_size if group.mean_lr else 1)
+            rates[:own, i] = torch.tensor([peak * recipe.schedule.factor(step, own) for step in range(own)])
+        self.rates = rates.to(device)
         self._calls, columns = self._plan_calls()
         # [steps, parameters], those of a call side by side
         self._rates = self.rates[:, columns].contiguous()
@@ -165,6 +149,7 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, decay: float):
+        # a state_dict's tensors are detached
         self._live = [t for t in network.state_dict().values() if t.is_floating_point()]
         self._decay = decay
         self._average: list[Tensor] = []
@@ -174,9 +159,8 @@ class WeightAverage:
         """As before the first update; the memory stays, where a run would split what later parts of it need whole."""
         self.started = False
 
-    @torch.no_grad()
     def update(self) -> None:
-        live = [t.detach().float() for t in self._live]
+        live = [t.float() for t in self._live]
         if not self._average:
             self._average = [t.clone() for t in live]
         elif not self.started:
@@ -189,14 +173,9 @@ class WeightAverage:
         """Inside, the network holds the average; outside, its own values again."""
         if not self.started:
             raise RuntimeError("the weight average was never updated")
-        kept = [t.detach().clone() for t in self._live]
+        kept = [t.clone() for t in self._live]
         try:
-            self._copy(self._average)
+            torch._foreach_copy_(self._live, self._average)
             yield
         finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for live, value in zip(self._live, values):
-            live.copy_(value)
+            torch._foreach_copy_(self._live, kept)

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +15,7 @@ from blink.files import replacing
 from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
 from blink.training.recipes import Recipe
-from blink.training.results import EpochRow, RunResult, spread, with_spread
+from blink.training.results import EpochRow, RunResult, spreads, with_spread
 
 GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100
@@ -99,15 +100,15 @@ class Report:
         if not self.runs:
             self._say("no run finished", style="bold")
             return
-        accuracy, seconds = (spread([getattr(r, k) for r in self.runs]) for k in ("accuracy", "seconds"))
-        rate = spread([r.images_per_second for r in self.runs])
+        accuracy, seconds = spreads(self.runs).values()
+        rate = fmean(r.images_per_second for r in self.runs)
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left", title="summary")
         data = facts["data"]
         if data["generated"]:
             table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
         table.add_row("accuracy", f"{with_spread(accuracy, 4)}  ({self._evaluated_as()}, {data['test']:,} images)")
         table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, evaluation)")
-        table.add_row("training", f"{rate['mean']:,.0f} images/s")
+        table.add_row("training", f"{rate:,.0f} images/s")
         if facts["flops"] is not None:
             total = facts["flops"]["total"] / 1e15
             table.add_row("FLOPs", f"{total:.4g} PFLOP a run (whitening, training, evaluation)")
@@ -127,24 +128,19 @@ class Report:
 
     def as_dict(self) -> dict:
         every = 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
-        runs = []
-        for r in self.runs:
-            logged = list(range(0, len(r.losses), every))
-            runs.append(
-                {
-                    "seed": r.seed,
-                    "accuracy": r.accuracy,
-                    "seconds": r.seconds,
-                    "images_per_second": r.images_per_second,
-                    "logged_steps": logged,
-                    "losses": [r.losses[i] for i in logged],
-                    "epochs": [asdict(row) for row in r.epochs],
-                }
-            )
-        summary = None
-        if self.runs:
-            summary = {k: spread([getattr(r, k) for r in self.runs]) for k in ("accuracy", "seconds")}
-        return {**self.facts, "runs": runs, "summary": summary}
+        runs = [
+            {
+                "seed": r.seed,
+                "accuracy": r.accuracy,
+                "seconds": r.seconds,
+                "images_per_second": r.images_per_second,
+                "logged_steps": list(range(0, len(r.losses), every)),
+                "losses": r.losses[::every],
+                "epochs": [asdict(row) for row in r.epochs],
+            }
+            for r in self.runs
+        ]
+        return {**self.facts, "runs": runs, "summary": spreads(self.runs) if self.runs else None}
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=False)

@@ -50,6 +50,11 @@ def spread(values: list[float]) -> dict:
     return out
 
 
+def spreads(runs: "list[RunResult]") -> dict[str, dict]:
+    """Of several runs' accuracy and seconds."""
+    return {key: spread([getattr(run, key) for run in runs]) for key in ("accuracy", "seconds")}
+
+
 def with_spread(s: dict, digits: int) -> str:
     """A spread as text: the mean, and from two values on its std and 95 % interval."""
     text = f"{s['mean']:.{digits}f}"

@@ -18,7 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 @dataclass(frozen=True)
 class Setting:
-    """graph: whether each step is a CUDA graph; environment: the machine and its software, ready for JSON."""
+    """graph: whether each step is a CUDA graph; environment: the machine and its software, ready for JSON;
+    interpreted: whether Triton interprets the kernels.
+    """
 
     device: torch.device
     backend: backends.Backend
@@ -26,10 +28,7 @@ class Setting:
     graph: bool
     deterministic: bool
     environment: dict
-
-    @property
-    def interpreted(self) -> bool:
-        return self.backend.name == "fused" and self.device.type != "cuda"
+    interpreted: bool
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,10 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 def choose_setting(options: argparse.Namespace) -> Setting:
     """What `add_setting_arguments` was given, made effective in this process. Raises UserError for what cannot be."""
     device = choose_device(options.device)
-    backend = choose_backend(options.kernels, device)
+    try:
+        backend = backends.select(options.kernels, device)
+    except ValueError as error:
+        raise UserError(f"--kernels {options.kernels}: {error}") from error
     interpreted = backend.name == "fused" and device.type != "cuda"
     compute = precision.choose(options.dtype, device, interpreted)
     if interpreted and compute.name == "bf16":
@@ -57,7 +59,8 @@ def choose_setting(options: argparse.Namespace) -> Setting:
     torch.backends.cudnn.benchmark = not options.deterministic
     if device.type == "cpu":
         keep_freed_memory()
-    return Setting(device, backend, compute, graph, options.deterministic, environment.describe(device))
+    facts = environment.describe(device)
+    return Setting(device, backend, compute, graph, options.deterministic, facts, interpreted)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -73,14 +76,6 @@ def choose_device(name: str | None) -> torch.device:
         # streams, events and graphs are the current device's
         torch.cuda.set_device(device)
     return device
-
-
-def choose_backend(kernels: str, device: torch.device) -> backends.Backend:
-    """Raises UserError where these kernels cannot run."""
-    try:
-        return backends.select(kernels, device)
-    except ValueError as error:
-        raise UserError(f"--kernels {kernels}: {error}") from error
 
 
 def choose_graph(choice: str, device: torch.device) -> bool:

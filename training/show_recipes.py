@@ -1,7 +1,7 @@
 """List the recipes, or every setting of one."""
 
 import argparse
-from dataclasses import fields
+from dataclasses import asdict
 
 from blink.training.recipes import RECIPES
 
@@ -20,23 +20,19 @@ def run(options: argparse.Namespace) -> int:
         return 0
     recipe = RECIPES[options.recipe]
     print(f"{recipe.name}: {recipe.summary}")
-    for name, value in settings(recipe, "").items():
-        print(f"  {name} = {value!r}")
+    for name, value in settings(asdict(recipe)).items():
+        if name not in ("name", "summary"):
+            print(f"  {name} = {value!r}")
     return 0
 
 
-def settings(value, prefix: str) -> dict[str, object]:
-    """Every setting of a recipe by its dotted name; tuples of parts are numbered."""
-    out: dict[str, object] = {}
-    for field in fields(value):
-        part, name = getattr(value, field.name), f"{prefix}{field.name}"
-        if hasattr(part, "__dataclass_fields__"):
-            out |= settings(part, f"{name}.")
-        elif isinstance(part, tuple) and part and hasattr(part[0], "__dataclass_fields__"):
-            for i, each in enumerate(part):
-                out |= settings(each, f"{name}.{i}.")
-        elif not prefix and name in ("name", "summary"):
-            continue
-        else:
-            out[name] = part
-    return out
+def settings(value, name: str = "") -> dict[str, object]:
+    """Every setting of a recipe, as nested dictionaries, by its dotted name; tuples of parts are numbered."""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+        parts = enumerate(value)
+    else:
+        return {name: value}
+    prefix = name and f"{name}."
+    return {key: inner for at, part in parts for key, inner in settings(part, f"{prefix}{at}").items()}

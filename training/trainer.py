@@ -55,9 +55,7 @@ class Trainer:
             dataset.train_images, dataset.train_labels, budget.batch_size, recipe.translation, recipe.flip,
             recipe.cutout, recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
         )  # fmt: skip
-        self.optimizer = Optimizer(
-            self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
-        )
+        self.optimizer = Optimizer(self.network, recipe, budget, backend)
         self.progress = Progress(budget.total_steps, self.device)
         self.average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._loss_of = loss_function(self.network, backend, recipe.label_smoothing)

@@ -3,6 +3,7 @@ optimizer, idle; what each must compute and move; and the whole step against pla
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -36,22 +37,19 @@ def run(options: argparse.Namespace) -> int:
     console = Console()
     job = prepare("profile", options, console, steps=options.steps)
     Report(console, job.facts).header(job.recipe, job.dataset, job.budget, job.notes)
-    backend, compute = job.setting.backend, job.setting.compute
+    setting, eager = job.setting, backends.eager()
 
-    def make(which: backends.Backend, instrumented: bool, graph: bool) -> Trainer:
-        which = measure.instrumented(which) if instrumented else which
-        return Trainer(job.recipe, job.dataset, job.budget, which, compute, graph)
+    def make(backend: backends.Backend, instrumented: bool, graph: bool) -> Trainer:
+        backend = measure.instrumented(backend) if instrumented else backend
+        return Trainer(job.recipe, job.dataset, job.budget, backend, setting.compute, graph and setting.graph)
 
-    def make_trainer(instrumented: bool, allow_graph: bool) -> Trainer:
-        return make(backend, instrumented, job.setting.graph and allow_graph)
-
-    def make_eager(instrumented: bool) -> Trainer:
-        return make(backends.eager(), instrumented, False)
-
-    measured = measure.measure(make_trainer, not backend.compile, options.seed, options.traces)
+    make_trainer, layers = partial(make, setting.backend), not setting.backend.compile
+    measured = measure.measure(make_trainer, layers, options.seed, options.traces)
     for lines in filter(None, (report.table(measured), report.convolution_table(measured))):
         print(*lines, "", sep="\n")
-    against_eager = measure.compare(lambda: make_trainer(False, True), make_eager, options.seed, options.traces)
+    against_eager = measure.compare(
+        lambda: make_trainer(False, True), lambda traced: make(eager, traced, False), options.seed, options.traces
+    )
     for line in report.comparison_lines(against_eager):
         console.print(line, highlight=False)
     console.print(f"chrome traces: {options.traces}", highlight=False)

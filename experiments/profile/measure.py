@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from blink.experiments.profile.costs import step_costs
@@ -23,7 +22,7 @@ from blink.training.step import Phase
 from blink.training.trainer import Trainer
 
 PROFILED_STEPS = 3
-_GPU_STEPS, _CPU_ROUNDS = 30, 5
+_GPU_STEPS, _ROUNDS = 30, 5
 _ROOF_SECONDS = 0.3
 _COPY_BYTES = 1 << 28
 
@@ -105,25 +104,8 @@ def instrumented(backend: Backend) -> Backend:
 def add_regions(trainer: Trainer, layers: bool) -> None:
     """Give each layer of the network, and the batch, a region of its own; a compiled network keeps its layers fused."""
     trainer.batches.take = in_region("batch", trainer.batches.take)
-    if not layers:
-        return
-    for name, module in layers_of(trainer.network):
-        _hook(module, name)
-
-
-def _hook(module: nn.Module, name: str) -> None:
-    open_regions: list[record_function] = []
-
-    def enter(*_):
-        region = record_function(PART + name)
-        region.__enter__()
-        open_regions.append(region)
-
-    def leave(*_):
-        open_regions.pop().__exit__(None, None, None)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    for name, module in layers_of(trainer.network) if layers else ():
+        module.forward = in_region(name, module.forward)
 
 
 class Stepper:
@@ -153,15 +135,22 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _timed(stepper: Stepper, steps: int) -> float:
-    """Milliseconds a step."""
-    device = stepper.trainer.device
-    _synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(steps):
+def _rounds(*steppers: Stepper) -> list[list[float]]:
+    """Of each, milliseconds a step in every round; rounds alternate, after two steps that nobody counts."""
+    device = steppers[0].trainer.device
+    steps = _GPU_STEPS if device.type == "cuda" else 1
+
+    def timed(stepper: Stepper) -> float:
+        _synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            stepper()
+        _synchronize(device)
+        return (time.perf_counter() - begin) * 1e3 / steps
+
+    for stepper in (*steppers, *steppers):
         stepper()
-    _synchronize(device)
-    return (time.perf_counter() - begin) * 1e3 / steps
+    return list(map(list, zip(*([timed(stepper) for stepper in steppers] for _ in range(_ROUNDS)))))
 
 
 def trace_steps(stepper: Stepper, path: Path, eager: list[Work] | None = None) -> list[Step]:
@@ -181,26 +170,26 @@ def trace_steps(stepper: Stepper, path: Path, eager: list[Work] | None = None) -
         return steps_of(json.load(file), cuda, eager)
 
 
+def _traced_parts(trainer: Trainer, layers: bool, seed: int, path: Path) -> list[Step]:
+    """The steps of an instrumented trainer, each layer in a region of its own if asked for."""
+    add_regions(trainer, layers)
+    stepper = Stepper(trainer, seed)
+    stepper()
+    return trace_steps(stepper, path)
+
+
 def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: int, folder: Path) -> Profile:
     """Profile the steps of make_trainer(instrumented, graph); the traces go to `folder`.
 
     With a graph, the same step is profiled without one first, which tells the part that each kernel belongs to.
     """
     plain = Stepper(make_trainer(False, True), seed)
-    device, graph = plain.trainer.device, plain.trainer.graph
-    for _ in range(2):
-        plain()
-    rounds = [_timed(plain, _GPU_STEPS if device.type == "cuda" else 1) for _ in range(_CPU_ROUNDS)]
-
-    trainer = make_trainer(True, False)
-    add_regions(trainer, layers)
-    stepper = Stepper(trainer, seed)
-    stepper()
-    steps = trace_steps(stepper, folder / "trace.json.gz")
-    if graph:
+    (rounds,) = _rounds(plain)
+    steps = _traced_parts(make_trainer(True, False), layers, seed, folder / "trace.json.gz")
+    trainer, device = plain.trainer, plain.trainer.device
+    if trainer.graph:
         steps = trace_steps(plain, folder / "trace-graph.json.gz", eager=steps[-1].work)
 
-    trainer = stepper.trainer
     classes, weight = len(trainer.dataset.classes), trainer.network.head.weight
     costs = step_costs(trainer.recipe, trainer.budget.batch_size, classes, trainer.image_shape, weight.element_size())
     dtype = weight.dtype if device.type == "cuda" else torch.float32
@@ -214,9 +203,8 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
     rows = []
     for owner in sorted(mean, key=lambda o: (order.get(o, len(order)), o)):
         cost = costs.get(owner)
-        floor = None if cost is None else _floor_ms(cost, copy_rate, product_rate)
-        counted = (None, None) if cost is None else (cost.bytes, cost.flops)
-        rows.append(Row(*owner, mean[owner], *counted, floor))
+        counted = (cost.bytes, cost.flops, _floor_ms(cost, copy_rate, product_rate)) if cost else (None, None, None)
+        rows.append(Row(*owner, mean[owner], *counted))
     return Profile(
         rows,
         sum(cost.bytes for cost in costs.values()),
@@ -238,21 +226,10 @@ def compare(
     make_trainer: Callable[[], Trainer], make_eager: Callable[[bool], Trainer], seed: int, folder: Path
 ) -> Comparison:
     """Alternate steps with those of plain eager PyTorch, then profile the latter for its convolutions' share."""
-    ours, theirs = Stepper(make_trainer(), seed), Stepper(make_eager(False), seed)
-    steps = _GPU_STEPS if ours.trainer.device.type == "cuda" else 1
-    for stepper in (ours, theirs):
-        for _ in range(2):
-            stepper()
-    pairs = [(_timed(ours, steps), _timed(theirs, steps)) for _ in range(_CPU_ROUNDS)]
-    del ours, theirs
-    trainer = make_eager(True)
-    add_regions(trainer, layers=True)
-    stepper = Stepper(trainer, seed)
-    stepper()
-    profiled = trace_steps(stepper, folder / "trace-eager.json.gz")
+    medians = map(statistics.median, _rounds(Stepper(make_trainer(), seed), Stepper(make_eager(False), seed)))
+    profiled = _traced_parts(make_eager(True), True, seed, folder / "trace-eager.json.gz")
     convolutions = statistics.fmean(
         sum(ms for (part, _), ms in step.by_owner().items() if ".conv" in part) for step in profiled
     )
     length = statistics.fmean(step.length for step in profiled)
-    medians = (statistics.median(times) for times in zip(*pairs))
-    return Comparison(*medians, convolutions / 1e3, length / 1e3, len(pairs))
+    return Comparison(*medians, convolutions / 1e3, length / 1e3, _ROUNDS)

@@ -78,15 +78,15 @@ def _spans(events: Iterable[dict]) -> Iterator[dict]:
     return (e for e in events if e.get("ph") == "X" and "dur" in e)
 
 
-def _threads(events: list[dict]) -> dict[object, list[Event]]:
+def _outermost(events: list[dict]) -> list[Event]:
     """The outermost spans of every host thread, nested by time."""
     by_thread: dict[object, list[dict]] = defaultdict(list)
     for e in _spans(events):
         if e.get("cat") in {"cpu_op", "user_annotation"} | _LAUNCHES:
             by_thread[e["tid"]].append(e)
-    out = {}
-    for thread, spans in by_thread.items():
-        roots, stack = [], []
+    roots = []
+    for spans in by_thread.values():
+        stack = []
         for e in sorted(spans, key=lambda e: (e["ts"], -e["dur"])):
             args = e.get("args", {})
             correlation = args.get("correlation") if e["cat"] in _LAUNCHES else None
@@ -99,8 +99,7 @@ def _threads(events: list[dict]) -> dict[object, list[Event]]:
             else:
                 roots.append(event)
             stack.append(event)
-        out[thread] = roots
-    return out
+    return roots
 
 
 def _walk(events: list[Event]) -> Iterator[Event]:
@@ -167,8 +166,7 @@ def steps_of(trace: dict, on_gpu: bool, eager: list[Work] | None = None) -> list
     order. Raises UserError for a trace that lacks the work of a step.
     """
     events = trace["traceEvents"]
-    threads = _threads(events)
-    roots = [event for thread in threads.values() for event in thread]
+    roots = _outermost(events)
     marks = sorted(
         (e for e in _walk(roots) if e.category == "user_annotation" and e.name == STEP), key=lambda e: e.start
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from blink.command import natural, positive
 from blink.errors import UserError
-from blink.experiments import records
+from blink.experiments import compare, records
 from blink.experiments.race import data, table
 from blink.experiments.race.contest import OURS, Block, Contestant, run_block
 from blink.experiments.race.peers import PEERS, find_script
@@ -47,31 +47,23 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    console = Console()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     setting = choose_setting(options)
-    named = [find(text) for text in options.peers]
-    failed = False
-    on_gpu = setting.device.type == "cuda"
-    for name, _ in [pair for pair in named if not on_gpu and not PEERS[pair[0]].on_cpu]:
-        print(
-            f"blink: {name} needs a GPU, and the device is {setting.device.type}; left out",
-            file=sys.stderr,
-        )
-        failed = True
-    named = [(name, script) for name, script in named if on_gpu or PEERS[name].on_cpu]
+    named, failed = [], False
+    for name, script in map(find, options.peers):
+        if setting.device.type == "cuda" or PEERS[name].on_cpu:
+            named.append((name, script))
+        else:
+            print(f"blink: {name} needs a GPU, and the device is {setting.device.type}; left out", file=sys.stderr)
+            failed = True
     if not named:
         raise UserError("no peer is left to race; name one that can run here")
     path = options.json or options.scratch / "race.jsonl"
     make_folder(options.scratch)
     check_output(path, append=True)
-    notes: list[str] = []
-    dataset = load_data(options, console, notes)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
+    dataset, notes = load_data(options, console)
     for note in notes:
-        say(f"note     {note}")
+        console.print(f"note     {note}")
     contestants = [Contestant(OURS, Path.cwd(), options=own_options(options))]
     for name, script in named:
         identity = f"{dataset.fingerprint}-{len(dataset.train_images)}-{len(dataset.test_images)}"
@@ -92,14 +84,13 @@ def run(options: Namespace) -> int:
             seed = options.seed + number * options.runs
             block = run_block(contestant, asked, seed, setting.device, caches / contestant.name)
             records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
-            say(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
+            console.print(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
             if block.error is not None:
                 print(f"blink: {contestant.name} {block.error}", file=sys.stderr)
                 failed = True
     found = records.read(path)
-    if table.rows(found):
-        for line in table.text(found):
-            say(line)
+    for line in table.text(found) if table.rows(found) else ():
+        console.print(line)
     return 2 if failed else 0
 
 
@@ -145,7 +136,6 @@ def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options
         flops = count_flops(recipe, budget, dataset)["total"] / 1e15
         images = budget.batch_size * budget.total_steps
     environment, adapted = setting.environment, contestant.peer is not None and setting.device.type != "cuda"
-    machine = {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
     sizes = f"{len(dataset.train_images):,} training and {len(dataset.test_images):,} test images"
     return {
         "contestant": contestant.name,
@@ -153,7 +143,7 @@ def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options
             "data": f"{dataset.name} {dataset.fingerprint}, {sizes}",
             "kernels": f"{OURS}: {options.recipe}, {setting.backend.name}",
             "dtype": setting.compute.name,
-            **machine,
+            **compare.machine_of(environment),
         },
         "environment": environment,
         "pflop": flops,

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import torch
 
-import blink
+from blink.command import python_path
 from blink.experiments import records
 from blink.experiments.race.peers import Peer
 
-# what a process must find `blink` in, installed or not
-ROOT = Path(blink.__file__).resolve().parent.parent
 OURS = "blink"
 
 
@@ -69,7 +67,7 @@ def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device
     own = {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": python_path(),
     }
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "runs.json"

@@ -8,7 +8,7 @@ what names CUDA is turned to the CPU, half precision to bfloat16, and nothing is
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -19,22 +19,11 @@ from blink.experiments import records
 from blink.experiments.race.peers import PEERS, Rows, with_runs
 
 
-class Clock:
-    """Wall-clock seconds between the CUDA events that a script measures between, since it was last read."""
+def timed_event(seconds: list[float], event_type: type | None, synchronize) -> type:
+    """A torch.cuda.Event that also notes the wall clock, the device idle; event_type None: only that.
 
-    def __init__(self):
-        self._seconds = 0.0
-
-    def add(self, seconds: float) -> None:
-        self._seconds += seconds
-
-    def read(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-def timed_event(clock: Clock, event_type: type | None, synchronize) -> type:
-    """A torch.cuda.Event that also notes the wall clock, the device idle; event_type None: only that."""
+    seconds: what gets the time between two events whenever a script asks for it.
+    """
 
     class Event:
         def __init__(self, *args, **kwargs):
@@ -48,7 +37,7 @@ def timed_event(clock: Clock, event_type: type | None, synchronize) -> type:
 
         def elapsed_time(self, end: "Event") -> float:
             ours = end.at - self.at
-            clock.add(ours)
+            seconds.append(ours)
             return self._event.elapsed_time(end._event) if self._event is not None else 1e3 * ours
 
         def synchronize(self) -> None:
@@ -129,14 +118,13 @@ class Tee:
 def main(name: str, script: str, runs: str, out: str, device: str) -> None:
     peer, path, on_gpu = PEERS[name], Path(script), device == "cuda"
     text = with_runs(peer, path.read_text(), int(runs), path)
-    rows, clock = Rows(peer), Clock()
-
-    ended = 0
+    rows, measured, ended = Rows(peer), [], 0
 
     def on_line(line: str) -> None:
         nonlocal ended
         for accuracy, seconds in rows.read(line):
-            ours = clock.read()
+            ours = sum(measured)
+            measured.clear()
             # the first is the warm-up: the script's own, or the one more that was asked for
             if ended:
                 records.append(Path(out), {"accuracy": accuracy, "seconds": seconds, "our_seconds": ours})
@@ -144,16 +132,14 @@ def main(name: str, script: str, runs: str, out: str, device: str) -> None:
 
     if not on_gpu:
         turn_to_cpu()
-    event = timed_event(clock, torch.cuda.Event if on_gpu else None, torch.cuda.synchronize)
-    stdout, sys.stdout = sys.stdout, Tee(sys.stdout, on_line)
+    event = timed_event(measured, torch.cuda.Event if on_gpu else None, torch.cuda.synchronize)
     sys.argv = [str(path)]
     sys.path.insert(0, str(path.parent))
     namespace = {"__name__": "__main__", "__file__": str(path)}
     try:
-        with lent_to(namespace, event), nullcontext() if on_gpu else OnCpu():
+        with redirect_stdout(Tee(sys.stdout, on_line)), lent_to(namespace, event), nullcontext() if on_gpu else OnCpu():
             exec(compile(text, str(path), "exec"), namespace)
     finally:
-        sys.stdout = stdout
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
         records.append(Path(out), {"peak_bytes": peak, "torch": torch.__version__})
 

@@ -1,15 +1,16 @@
 """The race's records as tables: each contestant's accuracy and seconds, and its seconds over this project's."""
 
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blink.experiments.compare import machine, percent
 from blink.experiments.race.contest import OURS
+from blink.tables import fixed
 from blink.tables import markdown as table
 from blink.training.results import spread
 
 COLUMNS = ("trainer", "n", "accuracy %", "seconds", "our clock", "times blink's", "PFLOP")
+_WIDTHS = (20, 3, 13, 8, 9, 13, 7)
 MORE = ("trainer", "std %", "std s", "images/s", "peak GB", "cold s", "again s")
 
 
@@ -119,10 +120,6 @@ def text(records: list[dict]) -> list[str]:
     """Lines of at most 80 columns but for the heading and what stands below."""
     found = rows(records)
 
-    def line(values: Iterable[str]) -> str:
-        first, *rest = values
-        return f"{first:<20}" + "".join(f"{value:>{width}}" for value, width in zip(rest, (4, 14, 9, 10, 14, 8)))
-
-    out = [heading(records[0]["shared"]), line(COLUMNS), *(line(cells(row)) for row in found)]
-    out += ["", line(MORE), *(line(more_cells(row)) for row in found)]
-    return out + [f"note: {note}" for note in notes(records)]
+    first, second = ((COLUMNS, *map(cells, found)), (MORE, *map(more_cells, found)))
+    out = [heading(records[0]["shared"]), *(fixed(line, _WIDTHS) for line in first)]
+    return [*out, "", *(fixed(line, _WIDTHS) for line in second), *(f"note: {note}" for note in notes(records))]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blink.training.data import cache, image_tree
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
-from blink.training.data.layouts import LAYOUTS
+from blink.training.data.layouts import LAYOUTS, Layout
 from blink.errors import UserError
 
 DEFAULT_ROOT = Path("data")
@@ -26,23 +26,9 @@ def load(source: str | None, progress: Progress, note: Note) -> Dataset:
     """
     if source == "synthetic":
         return generated()
-    if source in LAYOUTS:
-        return _published(source, progress, note)
-    if source is not None:
+    if source is not None and source not in LAYOUTS:
         return read(Path(source), progress, note)
-    try:
-        return _published("cifar10", progress, note)
-    except _NoDownload as error:
-        note(str(error))
-        return generated()
-
-
-class _NoDownload(UserError):
-    pass
-
-
-def _published(source: str, progress: Progress, note: Note) -> Dataset:
-    layout = LAYOUTS[source]
+    layout = LAYOUTS[source or "cifar10"]
     for name in (layout.folder, layout.binary_folder):
         if (DEFAULT_ROOT / name).is_dir():
             return read(DEFAULT_ROOT / name, progress, note)
@@ -50,10 +36,13 @@ def _published(source: str, progress: Progress, note: Note) -> Dataset:
 
     note(f"downloading {layout.name} ...")
     try:
-        folder = cifar.download(DEFAULT_ROOT, cifar.PUBLISHED[source])
+        cifar.download(DEFAULT_ROOT, layout)
     except UserError as error:
-        raise _NoDownload(str(error)) from error
-    return read(folder, progress, note)
+        if source is not None:
+            raise
+        note(str(error))
+        return generated()
+    return read(DEFAULT_ROOT / layout.folder, progress, note)
 
 
 def generated() -> Dataset:
@@ -88,9 +77,8 @@ def read(path: Path, progress: Progress, note: Note) -> Dataset:
 def _recognize(path: Path, progress: Progress):
     """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds."""
     tree = (path / "train").is_dir() or (path / "test").is_dir()
-    if tree and not any(path.glob("cifar-*")):
-        return _image_tree(path, progress)
-    for layout in LAYOUTS.values():
+    published = LAYOUTS.values() if not tree or any(path.glob("cifar-*")) else ()
+    for layout in published:
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
         kinds = (
             (layout.folder, layout.first_file, layout.meta_file, False),
@@ -99,9 +87,11 @@ def _recognize(path: Path, progress: Progress):
         for folder, first, meta, binary in kinds:
             for root in (path, path / folder):
                 if (root / first).is_file() or (root / meta).is_file():
-                    return root, layout.name, partial(_read_published, root, layout.name, binary), statistics
+                    return root, layout.name, partial(_read_published, root, layout, binary), statistics
     if tree:
-        return _image_tree(path, progress)
+        # a name that is no text is shown as far as it is
+        name = os.fsencode(path.resolve().name).decode(errors="replace")
+        return path, name, partial(image_tree.read_image_tree, path, progress), None
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
@@ -109,14 +99,7 @@ def _recognize(path: Path, progress: Progress):
     )
 
 
-def _read_published(root: Path, name: str, binary: bool):
+def _read_published(root: Path, layout: Layout, binary: bool):
     from blink.training.data import cifar
 
-    read = cifar.read_binary_batches if binary else cifar.read_python_batches
-    return read(root, cifar.PUBLISHED[name])
-
-
-def _image_tree(path: Path, progress: Progress):
-    # a name that is no text is shown as far as it is
-    name = os.fsencode(path.resolve().name).decode(errors="replace")
-    return path, name, lambda: image_tree.read_image_tree(path, progress), None
+    return (cifar.read_binary_batches if binary else cifar.read_python_batches)(root, layout)

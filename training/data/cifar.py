@@ -8,7 +8,6 @@ import pickle
 import socket
 import tarfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +16,6 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
-from blink.training.data import layouts
 from blink.training.data.dataset import Arrays
 from blink.training.data.layouts import Layout
 from blink.errors import UserError
@@ -27,42 +25,8 @@ _PIXELS = 3 * _SIDE * _SIDE
 SOCKET_TIMEOUT_SECONDS = 5
 
 
-@dataclass(frozen=True)
-class Published(Layout):
-    """A layout with what torchvision knows of it: (file name, md5) pairs, the keys inside, where it comes from."""
-
-    train_files: tuple[tuple[str, str], ...]
-    test_files: tuple[tuple[str, str], ...]
-    meta_md5: str
-    label_key: str
-    class_key: str
-    url: str
-    archive: str
-    archive_md5: str
-
-    @property
-    def files(self) -> list[tuple[str, str]]:
-        return [*self.train_files, *self.test_files, (self.meta_file, self.meta_md5)]
-
-
-def _published(layout: Layout, source: type[CIFAR10], label_key: str) -> Published:
-    return Published(
-        **asdict(layout),
-        train_files=tuple(map(tuple, source.train_list)),
-        test_files=tuple(map(tuple, source.test_list)),
-        meta_md5=source.meta["md5"],
-        label_key=label_key,
-        class_key=source.meta["key"],
-        url=source.url,
-        archive=source.filename,
-        archive_md5=source.tgz_md5,
-    )
-
-
-PUBLISHED = {
-    "cifar10": _published(layouts.LAYOUTS["cifar10"], CIFAR10, "labels"),
-    "cifar100": _published(layouts.LAYOUTS["cifar100"], CIFAR100, "fine_labels"),
-}
+# what torchvision knows of each: (file name, md5) pairs, the keys inside, where it comes from
+PUBLISHED: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 _ALLOWED_GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -93,23 +57,26 @@ def restricted_load(path: Path) -> dict:
     return content
 
 
-def read_python_batches(folder: Path, layout: Published) -> Arrays:
+def read_python_batches(folder: Path, layout: Layout) -> Arrays:
     """Read `folder` (layout.folder itself). Raises UserError for a missing file, a wrong md5 or malformed content."""
-    for name, md5 in layout.files:
+    source = PUBLISHED[layout.name]
+    class_file = source.meta["filename"]
+    files = [*source.train_list, *source.test_list, (class_file, source.meta["md5"])]
+    for name, md5 in files:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{folder} lacks {name}; a {layout.name} folder holds {_names(layout.files)}")
+            raise UserError(f"{folder} lacks {name}; a {layout.name} folder holds {', '.join(n for n, _ in files)}")
         if not check_integrity(str(path), md5):
             raise UserError(f"{path} does not match its published md5 {md5}: truncated or damaged; download it again")
-    classes = restricted_load(folder / layout.meta_file).get(layout.class_key)
+    classes = restricted_load(folder / class_file).get(source.meta["key"])
     if not isinstance(classes, list):
-        raise UserError(f"{folder / layout.meta_file} lacks the key {layout.class_key!r}; download it again")
+        raise UserError(f"{folder / class_file} lacks the key {source.meta['key']!r}; download it again")
     halves = []
-    for files in (layout.train_files, layout.test_files):
+    for listed in (source.train_list, source.test_list):
         images, labels = [], []
-        for name, _ in files:
+        for name, _ in listed:
             batch = restricted_load(folder / name)
-            data, numbers = batch.get("data"), batch.get(layout.label_key)
+            data, numbers = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
             if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
                 raise UserError(f"{folder / name} lacks its uint8 image rows under 'data'; download it again")
             if not isinstance(numbers, list) or len(numbers) != len(data) or data.shape[1] != _PIXELS:
@@ -165,10 +132,6 @@ def _to_nhwc(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1))
 
 
-def _names(files: list[tuple[str, str]]) -> str:
-    return ", ".join(name for name, _ in files)
-
-
 @contextmanager
 def _socket_timeout(seconds: float):
     before = socket.getdefaulttimeout()
@@ -179,14 +142,15 @@ def _socket_timeout(seconds: float):
         socket.setdefaulttimeout(before)
 
 
-def download(root: Path, layout: Published) -> Path:
+def download(root: Path, layout: Layout) -> None:
     """Download and unpack into root / layout.folder. Raises UserError within seconds when there is no network."""
+    source = PUBLISHED[layout.name]
     try:
         root.mkdir(parents=True, exist_ok=True)
         # torchvision sets no timeout of its own, and a silent network would hang for minutes
         with _socket_timeout(SOCKET_TIMEOUT_SECONDS):
-            download_url(layout.url, str(root), layout.archive, layout.archive_md5)
-        with tarfile.open(root / layout.archive) as archive:
+            download_url(source.url, str(root), source.filename, source.tgz_md5)
+        with tarfile.open(root / source.filename) as archive:
             archive.extractall(root, filter="data")
     except (URLError, HTTPException, OSError, EOFError, RuntimeError, tarfile.TarError) as error:
         lines = str(getattr(error, "reason", error)).splitlines()
@@ -194,4 +158,3 @@ def download(root: Path, layout: Published) -> Path:
         raise UserError(
             f"could not download {layout.name} ({reason}); put it under {root}, or name other data with --data"
         ) from error
-    return root / layout.folder

@@ -48,15 +48,8 @@ class Dataset:
 
     def limited(self, count: int | None) -> "Dataset":
         """The first `count` training and the first `count` test images."""
-        if count is None:
-            return self
-        return replace(
-            self,
-            train_images=self.train_images[:count],
-            train_labels=self.train_labels[:count],
-            test_images=self.test_images[:count],
-            test_labels=self.test_labels[:count],
-        )
+        cut = {key: value[:count] for key, value in vars(self).items() if key.startswith(("train_", "test_"))}
+        return replace(self, **cut)
 
     def tuning_split(self, per_class: int = 500) -> "Dataset":
         """A fixed stratified split of the training images: the first `per_class` of each class, in the fixed order, are
@@ -86,16 +79,13 @@ def fixed_order(count: int) -> np.ndarray:
 
 def pixel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Per-channel mean and standard deviation in units of 0..1, exact from the integer histogram."""
-    channels = images.shape[-1]
     levels = np.arange(256, dtype=np.float64) / 255
-    mean, std = [], []
-    for c in range(channels):
-        share = np.bincount(images[..., c].reshape(-1), minlength=256) / (images.size // channels)
-        mean.append(float(share @ levels))
-        std.append(float(np.sqrt(share @ (levels - mean[-1]) ** 2)))
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in images.reshape(-1, images.shape[-1]).T])
+    share = counts / counts.sum(1, keepdims=True)
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(1))
     # a constant channel has no scale to divide by
-    std = [s if s > 0 else 1.0 for s in std]
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 0, std, 1.0)).float()
 
 
 def assemble(

@@ -23,8 +23,8 @@ def extensions() -> tuple[str, ...]:
     return (*IMG_EXTENSIONS, ".gif")
 
 
-def list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int], list[Path], list[int]]:
-    """Class names (sorted), then the files and labels of train and of test, sorted by class and name.
+def list_images(root: Path) -> tuple[tuple[str, ...], list[list[Path]], list[np.ndarray]]:
+    """Class names (sorted), then the files and the labels of train and of test, each sorted by class and name.
 
     Raises UserError for a folder without classes or images, and for a class that one half lacks.
     """
@@ -36,19 +36,17 @@ def list_images(root: Path) -> tuple[tuple[str, ...], list[Path], list[int], lis
         raise UserError(f"{root / 'test'} lacks the class {_quoted(missing)} that train has; every class needs both")
     if extra:
         raise UserError(f"{root / 'train'} lacks the class {_quoted(extra)} that test has; every class needs both")
-    halves = []
+    files, labels = [], []
     for half in ("train", "test"):
-        files, labels = [], []
-        for label, name in enumerate(classes):
-            found = sorted(p for p in (root / half / name).iterdir() if _is_image(p))
-            if not found:
+        found = [sorted(p for p in (root / half / name).iterdir() if _is_image(p)) for name in classes]
+        for name, own in zip(classes, found):
+            if not own:
                 raise UserError(
                     f"{root / half / name} holds no image; expected files ending in {', '.join(extensions())}"
                 )
-            files += found
-            labels += [label] * len(found)
-        halves += [files, labels]
-    return classes, *halves
+        files.append([path for own in found for path in own])
+        labels.append(np.repeat(np.arange(len(classes)), list(map(len, found))))
+    return classes, files, labels
 
 
 def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
@@ -56,8 +54,8 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
 
     Raises UserError naming the first image that cannot be decoded or whose size differs from the first one's.
     """
-    classes, train_files, train_labels, test_files, test_labels = list_images(root)
-    files = train_files + test_files
+    classes, halves, labels = list_images(root)
+    files = halves[0] + halves[1]
     height, width, _ = _decode(files[0]).shape
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
@@ -73,24 +71,13 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
         return min(_CHUNK, len(files) - start)
 
     done = 0
-    # Pillow decodes outside the interpreter lock, so threads use every core
+    # Pillow decodes outside the interpreter lock, so threads use every core; what is left when one fails is cancelled
     with ThreadPoolExecutor(cpu_count()) as pool:
-        tasks = [pool.submit(decode_chunk, start) for start in range(0, len(files), _CHUNK)]
-        try:
-            for task in tasks:
-                done += task.result()
-                progress(done, len(files))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    cut = len(train_files)
-    return (
-        classes,
-        images[:cut],
-        np.array(train_labels, dtype=np.int64),
-        images[cut:],
-        np.array(test_labels, dtype=np.int64),
-    )
+        for decoded in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
+            done += decoded
+            progress(done, len(files))
+    cut = len(halves[0])
+    return classes, images[:cut], labels[0], images[cut:], labels[1]
 
 
 def _decode(path: Path) -> np.ndarray:

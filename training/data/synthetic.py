@@ -24,26 +24,6 @@ Array = np.ndarray
 
 # Signed distances (negative inside) in shape units: a shape about fills the unit disc. Each is its own
 # mirror image up to a rotation, so a horizontal flip never turns one class into another.
-def _disc(u: Array, v: Array) -> Array:
-    return np.hypot(u, v) - 0.85
-
-
-def _ring(u: Array, v: Array) -> Array:
-    return np.abs(np.hypot(u, v) - 0.72) - 0.2
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.74
-
-
-def _frame(u: Array, v: Array) -> Array:
-    return np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.62) - 0.17
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    return np.maximum(-v, 0.5 * v + 0.866 * np.abs(u)) - 0.5
-
-
 def _cross(u: Array, v: Array) -> Array:
     a, b = np.abs(u), np.abs(v)
     return np.maximum(np.maximum(a, b) - 0.95, np.minimum(a, b) - 0.27)
@@ -60,15 +40,6 @@ def _star(u: Array, v: Array) -> Array:
     return ((x - 1) * corner_y + y * (1 - corner_x)) / normal
 
 
-def _crescent(u: Array, v: Array) -> Array:
-    return np.maximum(np.hypot(u, v) - 0.92, 0.72 - np.hypot(u - 0.42, v))
-
-
-def _stripes(u: Array, v: Array) -> Array:
-    bars = np.abs(np.mod(u, 0.62) - 0.31) - 0.155
-    return np.maximum(np.hypot(u, v) - 0.95, bars)
-
-
 def _checker(u: Array, v: Array) -> Array:
     # the product of two triangle waves is negative on the squares of one colour
     a = np.abs(np.mod(u + 0.2, 0.8) - 0.4) - 0.2
@@ -78,15 +49,15 @@ def _checker(u: Array, v: Array) -> Array:
 
 
 _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "square": _square,
-    "frame": _frame,
-    "triangle": _triangle,
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.2,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.74,
+    "frame": lambda u, v: np.abs(np.maximum(np.abs(u), np.abs(v)) - 0.62) - 0.17,
+    "triangle": lambda u, v: np.maximum(-v, 0.5 * v + 0.866 * np.abs(u)) - 0.5,
     "cross": _cross,
     "star": _star,
-    "crescent": _crescent,
-    "stripes": _stripes,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.92, 0.72 - np.hypot(u - 0.42, v)),
+    "stripes": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, np.abs(np.mod(u, 0.62) - 0.31) - 0.155),
     "checker": _checker,
 }
 CLASSES: tuple[str, ...] = tuple(_SHAPES)

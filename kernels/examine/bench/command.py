@@ -5,6 +5,7 @@ compared with float64 first; a wrong one gets its error in place of a time, and 
 import argparse
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -168,12 +169,7 @@ def timed(case, ops, tensors, dtype, backward: bool, device, seconds: float, cos
     time = timing.best
     return {
         "status": "timed",
-        "note": timing.note,
-        "median": timing.median,
-        "low": timing.low,
-        "high": timing.high,
-        "samples": timing.samples,
-        "graph": timing.graph,
+        **asdict(timing),
         "time": time,
         "gb_s": cost.bytes / time / 1e3,
         "tflop_s": cost.flops / time / 1e6,

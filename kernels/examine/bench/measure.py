@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 Call = Callable[[], object]
@@ -34,16 +35,8 @@ class Timing:
 
 
 def summarize(microseconds: list[float], graph: float | None = None, note: str = "") -> Timing:
-    ordered = sorted(microseconds)
-    last = len(ordered) - 1
-    return Timing(
-        statistics.median(ordered),
-        ordered[math.floor(0.2 * last)],
-        ordered[math.ceil(0.8 * last)],
-        len(ordered),
-        graph,
-        note,
-    )
+    low, high = (float(np.quantile(microseconds, q, method=m)) for q, m in ((0.2, "lower"), (0.8, "higher")))
+    return Timing(statistics.median(microseconds), low, high, len(microseconds), graph, note)
 
 
 def rotating_sets(bytes_moved: int, device: torch.device) -> int:

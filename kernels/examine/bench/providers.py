@@ -4,14 +4,13 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-import blink
 from blink import kernels
+from blink.command import python_path
 
 from ... import reference
 from ...environment import has_cxx_compiler
@@ -70,13 +69,12 @@ def fresh(case: Case, tensors: Tensors, dtype: torch.dtype | None = None) -> Ten
     return out
 
 
-def results(case: Case, ops, tensors: Tensors, dtype: torch.dtype, upstream: Tensor | None) -> dict[str, Tensor]:
-    """y, the updated buffers and every gradient. upstream None stands for a fixed random one."""
+def results(case: Case, ops, tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """y, the updated buffers and every gradient, for a fixed random upstream one."""
     y = case.combined(ops, tensors, dtype)
-    if upstream is None:
-        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     leaves = [tensors[name] for name in case.differentiable]
-    grads = torch.autograd.grad(y, leaves, upstream.to(y.dtype)) if leaves else ()
+    grads = torch.autograd.grad(y, leaves, upstream) if leaves else ()
     out = {"y": y.detach()}
     for name in case.buffers:
         out |= named(name, tensors[name])
@@ -86,8 +84,7 @@ def results(case: Case, ops, tensors: Tensors, dtype: torch.dtype, upstream: Ten
 def judge(case: Case, ops, tensors: Tensors, dtype: torch.dtype, truth: dict[str, Tensor]) -> Verdict:
     """Compare every result with the float64 truth; a NaN, a missing result or a wrong shape is an infinite error."""
     worst, where = 0.0, "y"
-    upstream = torch.randn(truth["y"].shape, generator=torch.Generator().manual_seed(1)).to(truth["y"].device)
-    got = results(case, ops, fresh(case, tensors), dtype, upstream)
+    got = results(case, ops, fresh(case, tensors), dtype)
     for name, want in truth.items():
         value = got.get(name)
         if value is None or value.shape != want.shape:
@@ -101,13 +98,13 @@ def judge(case: Case, ops, tensors: Tensors, dtype: torch.dtype, truth: dict[str
 
 def truth_of(case: Case, tensors: Tensors) -> dict[str, Tensor]:
     """What the reference gives in float64."""
-    return results(case, reference, fresh(case, tensors, torch.float64), torch.float64, None)
+    return results(case, reference, fresh(case, tensors, torch.float64), torch.float64)
 
 
 def first_call_seconds(case: Case, ops, tensors: Tensors, dtype: torch.dtype) -> float:
     """Wall time of the first forward and backward, which is mostly compilation."""
     begin = time.perf_counter()
-    results(case, ops, fresh(case, tensors), dtype, None)
+    results(case, ops, fresh(case, tensors), dtype)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -134,8 +131,6 @@ def calls_of(case: Case, ops, sets: list[Tensors], dtype: torch.dtype, backward:
 def reexecute_interpreted(command: str, arguments: list[str]) -> None:
     """Off a GPU the fused ops are checked in the interpreter, which must be chosen before they are imported."""
     os.environ["TRITON_INTERPRET"] = "1"
-    # where this process found the package, installed or not
-    root = str(Path(blink.__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONPATH"] = python_path()
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "blink", command, *arguments])
