@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import launching
 from .gather import Gather
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, GATES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,6 +35,11 @@ def device(op: str, *tensors: Tensor | None) -> None:
 def activation(op: str, name: str | None) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {name!r}; expected one of {', '.join(map(str, ACTIVATIONS))}")
+
+
+def gate_activation(op: str, name: str) -> None:
+    if name not in GATES:
+        raise ValueError(f"{op}: unknown gate_activation {name!r}; expected one of {', '.join(GATES)}")
 
 
 def tensor(op: str, name: str, x: Tensor) -> None:

@@ -1,5 +1,7 @@
 """squeeze_excite: fused against the float64 reference and against torchvision's layer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,12 +19,22 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(2**-8 * 1.02, 2**-8 * 1.02),
 }
 
+
+def hard(case):
+    """The same with hardsigmoid for its gate."""
+    options = {**case.options, "gate_activation": "hardsigmoid"}
+    return replace(case, label=f"{case.label}-hardsigmoid", options=options)
+
+
 CASES = [
     squeeze_excite(3, 128, 15, 15, 8, activation="gelu"),
     squeeze_excite(2, 512, 3, 3, 32, activation="gelu"),
     squeeze_excite(1, 17, 5, 7, 1),
     squeeze_excite(2, 80, 9, 4, 20, activation="silu"),
     squeeze_excite(3, 12, 1, 1, 3, activation=None),
+    # MobileNetV3's
+    hard(squeeze_excite(2, 16, 5, 4, 8)),
+    hard(squeeze_excite(1, 72, 3, 3, 24, activation="hardswish")),
     # EfficientNet's and RegNet's widest
     squeeze_excite(1, 1152, 3, 3, 48, activation="silu"),
     squeeze_excite(1, 2000, 2, 3, 500),
