@@ -1,24 +1,39 @@
-"""Fused Triton ops for small-image classifiers, each with a plain PyTorch reference in `reference`.
+"""Fused Triton ops for small-image classifiers, and nn.Modules over them.
 
-The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
-them in Triton's interpreter on a CPU); `reference` needs neither.
+Each op runs on its kernels on a GPU and in plain PyTorch elsewhere: `backend` says which. The two by themselves are
+`fused`, which needs triton and a GPU (or TRITON_INTERPRET=1, to run in Triton's interpreter on a CPU), and `reference`.
 """
-
-from importlib.util import find_spec
 
 if __name__ == "kernels":
     raise ImportError("this package is blink.kernels: from blink.kernels import ...")
 
 from . import reference
+from .dispatch import (
+    HAS_TRITON,
+    backend,
+    cross_entropy,
+    excite_norm_act_add,
+    interpreting,
+    muon,
+    newton_schulz,
+    norm_act,
+    pool_norm_act,
+    se_gate,
+    sgd_nesterov,
+    squeeze_excite,
+    whiten,
+    whiten_project_norm_act,
+)
 from .gather import Gather
-
-HAS_TRITON = find_spec("triton") is not None
+from .layers import Whiten
+from .squeeze_excitation import SqueezeExcite, replace_squeeze_excitation
 
 __all__ = [
     "HAS_TRITON",
     "Gather",
     "SqueezeExcite",
     "Whiten",
+    "backend",
     "cross_entropy",
     "excite_norm_act_add",
     "interpreting",
@@ -27,30 +42,10 @@ __all__ = [
     "norm_act",
     "pool_norm_act",
     "reference",
+    "replace_squeeze_excitation",
     "se_gate",
     "sgd_nesterov",
     "squeeze_excite",
     "whiten",
     "whiten_project_norm_act",
 ]
-
-if HAS_TRITON:
-    from .cross_entropy import cross_entropy
-    from .excite_norm_act_add import excite_norm_act_add
-    from .launching import interpreting
-    from .layers import SqueezeExcite, Whiten
-    from .muon import muon
-    from .newton_schulz import newton_schulz
-    from .norm_act import norm_act
-    from .pool_norm_act import pool_norm_act
-    from .se_gate import se_gate
-    from .sgd_nesterov import sgd_nesterov
-    from .squeeze_excite import squeeze_excite
-    from .whiten import whiten
-    from .whiten_project_norm_act import whiten_project_norm_act
-else:
-
-    def __getattr__(name: str):
-        if name in __all__:
-            raise ImportError(f"{__name__}.{name} needs triton, which is not installed; {__name__}.reference does not")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import launching
+from .differentiation import transformed
 from .gather import Gather
 from .reference import ACTIVATIONS, GATES
 
@@ -15,7 +16,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def device(op: str, *tensors: Tensor | None) -> None:
-    """All on one device, and one that the kernels run on."""
+    """All on one device, and one that the kernels run on, as they cannot under a torch.func transform."""
+    if transformed():
+        raise RuntimeError(
+            f"{op}: the kernels take no torch.func transform and no forward-mode AD; blink.kernels.{op} and "
+            f"reference.{op} do, in plain PyTorch"
+        )
     present = [t for t in tensors if t is not None]
     where = present[0].device
     for t in present:

@@ -61,7 +61,7 @@ def eager() -> Backend:
 
 def fused() -> Backend:
     """The hand-written Triton kernels; needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)."""
-    from blink import kernels as ops
+    from blink.kernels import fused as ops
 
     return _collect("fused", ops)
 

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blink import kernels
-from blink.kernels import _checks, reference
+from blink.kernels import _checks, fused, reference
 from blink.kernels.activations import ACTIVATIONS, GATES
 from blink.kernels.examine import cases
 from tests.oracle import DEVICE
@@ -57,7 +56,7 @@ def results(ops, op: str, arguments: dict, upstream: torch.Tensor, options: dict
 
 
 def assert_as_pytorch(op: str, arguments: dict, upstream: torch.Tensor, options: dict, names=None) -> None:
-    got, want = (results(ops, op, arguments, upstream, options) for ops in (kernels, reference))
+    got, want = (results(ops, op, arguments, upstream, options) for ops in (fused, reference))
     got, want = ({name: values[name] for name in names or want} for values in (got, want))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
 
@@ -145,7 +144,7 @@ def test_an_infinite_gradient_stops_at_a_hidden_relu(op):
         arguments, upstream = {"x": images(value)}, images(upstream)
     arguments |= gate_weights(0.5)
     assert_as_pytorch(op, arguments, upstream, {"activation": "relu"})
-    assert results(kernels, op, arguments, upstream, {"activation": "relu"})["dweight1"].isfinite().all()
+    assert results(fused, op, arguments, upstream, {"activation": "relu"})["dweight1"].isfinite().all()
 
 
 def test_the_kernels_have_what_the_reference_has():
@@ -174,10 +173,10 @@ def test_no_op_takes_an_unknown_name_for_the_identity(case, monkeypatch):
     monkeypatch.setattr(_checks, "activation", lambda op, name: None)
     unknown = replace(case, options={**case.options, "activation": "tanh"})
     with pytest.raises(KeyError, match="tanh"):
-        unknown.call(kernels, unknown.make(DEVICE, torch.float32), torch.float32)
+        unknown.call(fused, unknown.make(DEVICE, torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize("ops", [kernels, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
 @pytest.mark.parametrize(
     "case", [cases.se_gate(2, 4, 2), cases.squeeze_excite(2, 4, 2, 2, 2)], ids=lambda case: case.op
 )

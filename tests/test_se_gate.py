@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import se_gate
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
@@ -72,9 +73,9 @@ def test_saturated_gate_keeps_its_gradient():
 def test_weights_as_convolutions():
     case = se_gate(3, 6, 2)
     tensors = case.make(DEVICE, torch.float32)
-    want = case.call(kernels, tensors, torch.float32)
+    want = case.call(fused, tensors, torch.float32)
     tensors |= {name: tensors[name][:, :, None, None].requires_grad_() for name in ("weight1", "weight2")}
-    got = case.call(kernels, tensors, torch.float32)
+    got = case.call(fused, tensors, torch.float32)
     assert torch.equal(got, want)
     got.sum().backward()
     assert tensors["weight1"].grad.shape == (2, 6, 1, 1)
@@ -83,10 +84,10 @@ def test_weights_as_convolutions():
 def test_refuses_wrong_shapes():
     good = se_gate(3, 6, 2).make(DEVICE, torch.float32)
     with pytest.raises(ValueError, match=r"squeeze must be \[B, C\]"):
-        kernels.se_gate(**{**good, "squeeze": torch.randn(3, 6, 1, device=DEVICE)})
+        fused.se_gate(**{**good, "squeeze": torch.randn(3, 6, 1, device=DEVICE)})
     with pytest.raises(ValueError, match=r"weight2 must be \[6, 2\]"):
-        kernels.se_gate(**{**good, "weight2": torch.randn(5, 2, device=DEVICE)})
+        fused.se_gate(**{**good, "weight2": torch.randn(5, 2, device=DEVICE)})
     with pytest.raises(ValueError, match=r"bias1 must be \[2\]"):
-        kernels.se_gate(**{**good, "bias1": torch.randn(3, device=DEVICE)})
+        fused.se_gate(**{**good, "bias1": torch.randn(3, device=DEVICE)})
     with pytest.raises(TypeError, match="squeeze must be"):
-        kernels.se_gate(**{**good, "squeeze": torch.ones(3, 6, dtype=torch.int64, device=DEVICE)})
+        fused.se_gate(**{**good, "squeeze": torch.ones(3, 6, dtype=torch.int64, device=DEVICE)})

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from blink import kernels
+from blink.kernels import fused
 
 from .. import launching
 from ..launching import Launch, captured_launches, leaves, mapped, specialized
@@ -127,7 +127,7 @@ def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
     tensors = case.make(torch.device("cpu"), dtype)
     leaves = {name: t.requires_grad_() if name in case.differentiable else t for name, t in tensors.items()}
     with captured_launches() as launches:
-        y = case.combined(kernels, leaves, dtype)
+        y = case.combined(fused, leaves, dtype)
         if case.differentiable:
             y.backward(torch.empty_like(y))
     return launches

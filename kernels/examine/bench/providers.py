@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blink import kernels
+from blink.kernels import fused
 
 from ... import reference
 from ...environment import has_cxx_compiler
@@ -41,7 +42,7 @@ def load(name: str, case: Case):
     if name == "fused":
         if not kernels.HAS_TRITON:
             raise RuntimeError("triton is not installed")
-        return kernels
+        return fused
     if not torch.cuda.is_available() and not has_cxx_compiler():
         raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
     torch._dynamo.reset()

@@ -1,0 +1,285 @@
+"""replace_squeeze_excitation: a published model with its blocks swapped is the same function, whatever is done with it.
+
+The models run in float64, and so on the reference, where equality can be told from luck; the fused op inside a model is
+tested on one of two narrow blocks, and on a GPU in the published ones too.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint_sequential
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import SqueezeExcitation
+
+from blink.kernels import SqueezeExcite, replace_squeeze_excitation
+from tests.oracle import DEVICE
+
+# the number of blocks that each has
+MODELS = {
+    "efficientnet_b0": 16,
+    "efficientnet_v2_s": 30,
+    "mobilenet_v3_large": 8,
+    "mobilenet_v3_small": 9,
+    "regnet_y_400mf": 16,
+}
+FORMATS = [torch.channels_last, torch.contiguous_format]
+
+
+def images(dtype, layout=torch.channels_last, size=64):
+    return torch.randn(2, 3, size, size, dtype=dtype, device=DEVICE).contiguous(memory_format=layout)
+
+
+def pair(model: nn.Module, **options):
+    """The model and a copy of it with its blocks swapped."""
+    patched = copy.deepcopy(model)
+    result = replace_squeeze_excitation(patched, **options)
+    assert result.replaced and not result.left
+    return model, patched
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return models.mobilenet_v3_small(num_classes=5).to(DEVICE).double().eval()
+
+
+def step(model, x):
+    """Everything that a training step makes: the result, the gradients, the buffers."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return {"y": y.detach(), "x": x.grad, **{f"d{name}": grad for name, grad in grads.items()}, **buffers}
+
+
+def assert_close(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        scale = max(value.abs().max().item(), 1e-8)
+        torch.testing.assert_close(got[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64] + ([torch.float32] if DEVICE.type == "cuda" else []))
+@pytest.mark.parametrize("name", MODELS)
+def test_published_models(name, dtype):
+    """Evaluation and a training step, in either memory format; the same state_dict, loaded both ways."""
+    model = getattr(models, name)(num_classes=5).to(DEVICE, dtype)
+    patched = copy.deepcopy(model)
+    result = replace_squeeze_excitation(patched)
+    assert len(result.replaced) == MODELS[name] and result.left == {}
+    assert all(isinstance(patched.get_submodule(block), SqueezeExcite) for block in result.replaced)
+    assert list(patched.state_dict()) == list(model.state_dict())
+    patched.load_state_dict(model.state_dict())
+    model.load_state_dict(patched.state_dict())
+    tolerance = 1e-8 if dtype == torch.float64 else 5e-3
+    for layout in FORMATS[: 1 if name == "efficientnet_v2_s" else 2]:
+        x = images(dtype, layout)
+        model.to(memory_format=layout), patched.to(memory_format=layout)
+        model.train(), patched.train()
+        assert_close(step(patched, x), step(model, x), tolerance)
+        with torch.no_grad():
+            assert_close({"y": patched.eval()(x)}, {"y": model.eval()(x)}, tolerance)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "seresnet14t", "efficientnet_lite0", "regnety_002"])
+def test_models_of_timm(name):
+    timm = pytest.importorskip("timm")
+    if name == "seresnet14t":
+        model = timm.models.resnet.ResNet(
+            timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, block_args={"attn_layer": "se"}
+        )
+    elif name == "efficientnet_lite0":
+        assert replace_squeeze_excitation(timm.create_model(name)) == ([], {})
+        return
+    else:
+        model = timm.create_model(name, num_classes=5)
+    model, patched = pair(model.to(DEVICE).double().eval())
+    assert list(patched.state_dict()) == list(model.state_dict())
+    patched.load_state_dict(model.state_dict())
+    x = images(torch.float64)
+    assert_close(step(patched, x), step(model, x), 1e-8)
+
+
+class TimmLike(nn.Module):
+    """A block with the layers that timm's have, under their names."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, hidden, 1)
+        self.act1 = nn.SiLU(inplace=True)
+        self.conv_expand = nn.Conv2d(hidden, channels, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.conv_expand(self.act1(self.conv_reduce(x.mean((2, 3), keepdim=True)))))
+
+
+NAMES = ("conv_reduce", "act1", "conv_expand", "gate")
+
+
+def narrow(norm=True):
+    """Two blocks, torchvision's and one with timm's names, small enough for the interpreter."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        SqueezeExcitation(8, 4, nn.Hardswish, nn.Hardsigmoid),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        TimmLike(8, 3),
+        nn.Flatten(),
+    ).to(DEVICE)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_layout_of_ones_own_and_the_fused_op(layout):
+    model, patched = pair(narrow(), also={TimmLike: NAMES})
+    assert [type(patched[i]) for i in (1, 3)] == [SqueezeExcite] * 2
+    x = images(torch.float32, layout, 6)
+    assert_close(step(patched, x), step(model, x), 1e-4)
+
+
+def test_a_block_stays_itself():
+    """The object, its parameters, hooks, mode and what refers to it."""
+    model = narrow().eval()
+    block, parameters = model[1], list(model.parameters())
+    calls = []
+    block.register_forward_hook(lambda module, args, y: calls.append("forward"))
+    block.register_full_backward_hook(lambda module, grads, upstream: calls.append("backward"))
+    block.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert replace_squeeze_excitation(model).replaced == ["1"]
+    assert model[1] is block and block.training and not model.training
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), parameters, strict=True))
+    model(images(torch.float32, size=6)).sum().backward()
+    assert calls == ["forward", "backward"]
+    before = block.fc1.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, block.fc1.weight)
+
+
+def test_a_block_that_is_the_model_or_has_two_names():
+    block = SqueezeExcitation(8, 4)
+    assert replace_squeeze_excitation(block) == ([""], {}) and type(block) is SqueezeExcite
+    shared = SqueezeExcitation(8, 4)
+    model = nn.Sequential(shared, shared)
+    assert replace_squeeze_excitation(model).replaced == ["0"] and type(model[1]) is SqueezeExcite
+    # nothing is left to do
+    assert replace_squeeze_excitation(model) == ([], {})
+
+
+def changed(change):
+    block = SqueezeExcitation(8, 4)
+    change(block)
+    return block
+
+
+class Derived(SqueezeExcitation):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "block, reason",
+    [
+        (SqueezeExcitation(8, 4, nn.Mish), r"no kernel has Mish\(\)"),
+        (SqueezeExcitation(8, 4, lambda: nn.GELU("tanh")), "no kernel has GELU"),
+        (SqueezeExcitation(8, 4, scale_activation=nn.Tanh), r"no kernel has Tanh\(\)"),
+        (changed(lambda b: b.fc1.register_forward_hook(print)), "hooks on fc1"),
+        (changed(lambda b: nn.utils.parametrizations.weight_norm(b.fc1)), "fc1 is a ParametrizedConv2d"),
+        (changed(lambda b: setattr(b, "fc1", nn.Conv2d(8, 4, 1, bias=False))), "fc1 has no bias"),
+        (changed(lambda b: setattr(b, "fc2", nn.Conv2d(4, 8, 3, padding=1))), "fc2 is not a plain 1x1 convolution"),
+        (changed(lambda b: setattr(b, "forward", torch.relu)), "its forward is replaced"),
+        (changed(lambda b: delattr(b, "activation")), "it has no layer activation"),
+        (Derived(8, 4), "Derived may compute something else than its base class"),
+    ],
+)
+def test_what_is_left_and_why(block, reason):
+    model = nn.Sequential(SqueezeExcitation(8, 4), block)
+    kind = type(block)
+    result = replace_squeeze_excitation(model)
+    assert result.replaced == ["0"] and list(result.left) == ["1"] and type(model[1]) is kind
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(result.left["1"])
+
+
+@pytest.mark.parametrize("also", [{TimmLike: "gate"}, {TimmLike: NAMES[:3]}, {"TimmLike": NAMES}])
+def test_wrong_arguments(also):
+    with pytest.raises(TypeError, match="also must map a class to the names of its four layers"):
+        replace_squeeze_excitation(narrow(), also)
+    with pytest.raises(TypeError, match="model must be a module, found str"):
+        replace_squeeze_excitation("model")
+
+
+def test_compiled_exported_traced_and_copied(small):
+    model, patched = pair(small)
+    x = images(torch.float64)
+    with torch.no_grad():
+        want = model(x)
+        torch._dynamo.reset()
+        buffer = io.BytesIO()
+        torch.save(patched, buffer)
+        buffer.seek(0)
+        for name, same in (
+            ("compiled", torch.compile(patched, backend="aot_eager", fullgraph=True)),
+            ("exported", torch.export.export(patched, (x,)).module()),
+            ("traced", torch.jit.trace(patched, x)),
+            ("fx", torch.fx.symbolic_trace(patched)),
+            ("deepcopy", copy.deepcopy(patched)),
+            ("pickle", pickle.loads(pickle.dumps(patched))),
+            ("torch.save", torch.load(buffer, weights_only=False)),
+        ):
+            torch.testing.assert_close(same(x), want, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_feature_extraction(small):
+    """By the names that the unpatched model has."""
+    names = ["features.1.block.1", "features.4", "avgpool"]
+    x = images(torch.float64)
+    want, got = (create_feature_extractor(model, names)(x) for model in pair(small))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model, patched = pair(narrow(norm=False), also={TimmLike: NAMES})
+    x = images(torch.float32, size=6)
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        want, got = step(model, x), step(patched, x)
+    assert got["y"].dtype == want["y"].dtype
+    assert_close({k: v.float() for k, v in got.items()}, {k: v.float() for k, v in want.items()}, 0.05)
+
+
+def test_the_fused_op_compiled_and_checkpointed():
+    model, patched = pair(narrow(), also={TimmLike: NAMES})
+    x = images(torch.float32, size=6)
+    want = step(model, x)
+    torch._dynamo.reset()
+    compiled = step(torch.compile(patched, backend="aot_eager", fullgraph=True), x)
+    # a compiled module's names have a prefix, and its buffers have moved
+    assert_close({"y": compiled["y"], "x": compiled["x"]}, {"y": want["y"], "x": want["x"]}, 1e-4)
+    fresh = pair(narrow(), also={TimmLike: NAMES})[1]
+    x = x.clone().requires_grad_()
+    y = checkpoint_sequential(fresh, 2, x, use_reentrant=False)
+    y.square().mean().backward()
+    assert_close({"y": y.detach(), "x": x.grad}, {"y": want["y"], "x": want["x"]}, 1e-4)
+
+
+def test_distributed_data_parallel(tmp_path):
+    model, patched = pair(narrow(), also={TimmLike: NAMES})
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(patched)
+        x = images(torch.float32, size=6)
+        want = step(model, x)
+        got = {name.replace("module.", ""): value for name, value in step(parallel, x).items()}
+        assert_close(got, want, 1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
