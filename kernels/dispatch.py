@@ -134,11 +134,11 @@ def dispatched(name: str, unbatched: bool = False, differentiable: bool = True) 
 
     def call(arguments: dict, differentiable_twice: bool):
         first = arguments[names[0]]
-        tensors = [first] if isinstance(first, Tensor) else list(first) if isinstance(first, (list, tuple)) else []
-        if not all(isinstance(tensor, Tensor) for tensor in tensors) or (not tensors and not isinstance(first, list)):
+        if not isinstance(first, Tensor if differentiable else (list, tuple)):
             what = "a tensor" if differentiable else "a list of tensors"
             raise TypeError(f"{name}: {names[0]} must be {what}, found {type(first).__name__}")
-        tensors += [value for value in arguments.values() if isinstance(value, Tensor)]
+        values = (first, *arguments.values()) if differentiable else first
+        tensors = [value for value in values if isinstance(value, Tensor)]
         if not tensors or not _runs_fused(tensors[0].device.type):
             return plain(**arguments)
         if _CHOICE is None and (differentiable_twice or _asks_for_reference(tensors)):
@@ -148,7 +148,8 @@ def dispatched(name: str, unbatched: bool = False, differentiable: bool = True) 
     @functools.wraps(kernel or plain)
     def op(*positional, **arguments):
         twice = arguments.pop("differentiable_twice", False) if differentiable else False
-        if len(positional) > len(names) or names[0] not in (*names[: len(positional)], *arguments):
+        placed = names[: len(positional)]
+        if len(positional) > len(names) or names[0] not in (*placed, *arguments) or any(n in arguments for n in placed):
             # Python's own words for it
             return plain(*positional, **arguments)
         arguments = {**dict(zip(names, positional)), **arguments}
