@@ -11,12 +11,10 @@ import torch
 
 from blink import kernels
 from blink.errors import UserError
-from blink.kernels import dispatch, reference
+from blink.kernels import dispatch, fused, reference
 from blink.kernels.examine import cases
 from blink.model import backend as backends
 from tests.oracle import DEVICE, in_float64, run, updated
-
-fused = pytest.importorskip("blink.kernels.fused", reason="needs triton", exc_type=ImportError)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = cases.small_cases()
