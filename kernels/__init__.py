@@ -1,35 +1,37 @@
-"""Fused Triton ops for small-image classifiers, each with a plain PyTorch reference in `reference`.
+"""Fused Triton ops for small-image classifiers, and nn.Modules over them.
 
-The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
-them in Triton's interpreter on a CPU); `reference` needs neither.
+Each op runs on its kernels on a GPU and in plain PyTorch elsewhere: `backend` says which. The two by themselves are
+`fused`, which needs triton and a GPU (or TRITON_INTERPRET=1, to run in Triton's interpreter on a CPU), and `reference`.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import iter_modules
+from typing import Any
 
 if __name__ == "kernels":
     raise ImportError("this package is blink.kernels: from blink.kernels import ...")
 
-from . import reference
+from . import dispatch, reference
+from .dispatch import HAS_TRITON, backend, interpreting
 from .gather import Gather
+from .layers import Whiten
+from .registry import NAMES
+from .squeeze_excitation import SqueezeExcite, replace_squeeze_excitation
 
-HAS_TRITON = find_spec("triton") is not None
 
-# an op is a public function in a file of its name, with a reference of the same name
-_OPS = [module.name for module in iter_modules(__path__) if callable(getattr(reference, module.name, None))]
+def __getattr__(name: str) -> Any:
+    """For type checkers, which do not see names that come with the files."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-__all__ = ["HAS_TRITON", "Gather", "SqueezeExcite", "Whiten", "interpreting", "reference", *_OPS]
 
-if HAS_TRITON:
-    from .launching import interpreting
-    from .layers import SqueezeExcite, Whiten
+globals().update({name: getattr(dispatch, name) for name in NAMES})
 
-    # by hand they would be known twice
-    globals().update({name: getattr(import_module(f".{name}", __name__), name) for name in _OPS})
-else:
-
-    def __getattr__(name: str):
-        if name in __all__:
-            raise ImportError(f"{__name__}.{name} needs triton, which is not installed; {__name__}.reference does not")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "HAS_TRITON",
+    "Gather",
+    "SqueezeExcite",
+    "Whiten",
+    "backend",
+    "interpreting",
+    "reference",
+    "replace_squeeze_excitation",
+    *NAMES,
+]

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 
 from . import launching
+from .differentiation import transformed
 from .gather import Gather
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, GATES
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def device(op: str, *tensors: Tensor | None) -> None:
-    """All on one device, and one that the kernels run on."""
+    """All on one device, and one that the kernels run on, as they cannot under a torch.func transform."""
+    if transformed():
+        raise RuntimeError(
+            f"{op}: the kernels take no torch.func transform and no forward-mode AD; blink.kernels.{op} and "
+            f"reference.{op} do, in plain PyTorch"
+        )
     present = [t for t in tensors if t is not None]
     where = present[0].device
     for t in present:
@@ -35,6 +41,11 @@ def device(op: str, *tensors: Tensor | None) -> None:
 def activation(op: str, name: str | None) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"{op}: unknown activation {name!r}; expected one of {', '.join(map(str, ACTIVATIONS))}")
+
+
+def gate_activation(op: str, name: str) -> None:
+    if name not in GATES:
+        raise ValueError(f"{op}: unknown gate_activation {name!r}; expected one of {', '.join(GATES)}")
 
 
 def tensor(op: str, name: str, x: Tensor) -> None:

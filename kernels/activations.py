@@ -1,4 +1,5 @@
-"""The activations of the kernels: by the names of `reference.ACTIVATIONS`, act(z) and its derivative times a gradient.
+"""The activations and gates of the kernels: by the names of `reference.ACTIVATIONS` and `reference.GATES`, the value
+and its derivative times a gradient.
 
 A new one is two functions and an entry here, and its definition in `reference`: the tests run over both tables.
 """
@@ -8,10 +9,29 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._common import rounded_product
+
 
 @triton.jit
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_backward(dgate, gate):
+    return rounded_product(dgate * gate, 1.0 - gate)
+
+
+@triton.jit
+def hardsigmoid(z):
+    # a NaN fails both comparisons
+    return tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, (z + 3.0) * 0.16666666666666666))
+
+
+@triton.jit
+def hardsigmoid_backward(dgate, gate):
+    # a choice, not a product: an infinite dgate times 0 would be NaN
+    return tl.where((gate > 0) & (gate < 1), dgate * 0.16666666666666666, 0.0)
 
 
 @triton.jit
@@ -44,6 +64,17 @@ def silu(z):
 def silu_backward(dy, z):
     s = sigmoid(z)
     return dy * (s * (1.0 + z * (1.0 - s)))
+
+
+@triton.jit
+def hardswish(z):
+    return z * hardsigmoid(z)
+
+
+@triton.jit
+def hardswish_backward(dy, z):
+    # a NaN z lets dy through, as in PyTorch
+    return tl.where(z <= -3, 0.0, dy * tl.where(z < 3, z * 0.3333333333333333 + 0.5, 1.0))
 
 
 @triton.jit
@@ -84,9 +115,24 @@ class Activation(NamedTuple):
     backward: triton.JITFunction
 
 
+class Gate(NamedTuple):
+    """What a kernel takes, as a constexpr: gate(logit), where a NaN stays a NaN, or the gradient of the logit from the
+    gate's gradient and the gate itself, which is what backward passes have.
+    """
+
+    value: triton.JITFunction
+    backward: triton.JITFunction
+
+
+GATES = {
+    "sigmoid": Gate(sigmoid, sigmoid_backward),
+    "hardsigmoid": Gate(hardsigmoid, hardsigmoid_backward),
+}
+
 ACTIVATIONS = {
     None: Activation(identity, identity_backward),
     "relu": Activation(relu, relu_backward),
     "silu": Activation(silu, silu_backward),
     "gelu": Activation(gelu, gelu_backward),
+    "hardswish": Activation(hardswish, hardswish_backward),
 }

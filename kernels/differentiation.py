@@ -5,15 +5,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _Refusal(torch.autograd.Function):
     """Gradients as they are; to differentiate them is an error."""
 
     @staticmethod
-    def forward(ctx, message: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx, message: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The first `count` are the gradients; the others what they depend on, so that no search for it misses this."""
         ctx.message = message
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_):
@@ -27,7 +29,8 @@ def differentiable_once(op: str, instead: str | None = None) -> Callable:
     torch's once_differentiable raises only where an incoming gradient requires one; with create_graph and an incoming
     gradient that does not, as of a plain sum, it would leave this op's second derivatives out without a word.
     """
-    message = f"{op} is differentiable once; where second derivatives are needed, use {instead or f'reference.{op}'}"
+    instead = f"use {instead}" if instead else f"pass differentiable_twice=True or use reference.{op}"
+    message = f"{op} is differentiable once; where second derivatives are needed, {instead}"
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -37,8 +40,15 @@ def differentiable_once(op: str, instead: str | None = None) -> Callable:
             # gradients are enabled in a backward pass with create_graph only
             if not torch.is_grad_enabled():
                 return grads
-            return _Refusal.apply(message, *(g if g is None else g.detach().requires_grad_() for g in grads))
+            grads = [g if g is None else g.detach().requires_grad_() for g in grads]
+            sources = [t for t in (*ctx.saved_tensors, *upstream) if t is not None and t.requires_grad]
+            return _Refusal.apply(message, len(grads), *grads, *sources)
 
         return once
 
     return decorate
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -16,7 +16,8 @@ from torch import Tensor
 from . import _options
 from .gather import Gather, gathered
 
-ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish}
+GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def _activation(name: str | None):
@@ -24,6 +25,12 @@ def _activation(name: str | None):
         known = ", ".join(str(key) for key in ACTIVATIONS)
         raise ValueError(f"unknown activation {name!r}; expected one of {known}")
     return ACTIVATIONS[name]
+
+
+def _gate_activation(name: str):
+    if name not in GATES:
+        raise ValueError(f"unknown gate_activation {name!r}; expected one of {', '.join(GATES)}")
+    return GATES[name]
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
@@ -135,13 +142,21 @@ def pool_norm_act(
 
 
 def se_gate(
-    squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, activation: str = "gelu"
+    squeeze: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    activation: str | None = "gelu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
     """sigmoid(act(squeeze W1^T + b1) W2^T + b2), in float32 (float64 for float64 input): see `kernels.se_gate`."""
+    act, gate = _activation(activation), _gate_activation(gate_activation)
     with torch.autocast(squeeze.device.type, enabled=False):
         squeeze = _at_least_fp32(squeeze)
         w1, b1, w2, b2 = (p.to(squeeze.dtype) for p in (weight1.flatten(1), bias1, weight2.flatten(1), bias2))
-        return torch.sigmoid(F.linear(_activation(activation)(F.linear(squeeze, w1, b1)), w2, b2))
+        return gate(F.linear(act(F.linear(squeeze, w1, b1)), w2, b2))
 
 
 def excite_norm_act_add(
@@ -168,11 +183,19 @@ def excite_norm_act_add(
 
 
 def squeeze_excite(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, activation: str = "relu"
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    activation: str | None = "relu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
     """x * se_gate(mean of x over H and W): see `kernels.squeeze_excite`."""
     squeeze = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-    gate = se_gate(squeeze, weight1, bias1, weight2, bias2, activation=activation)
+    gates = {"activation": activation, "gate_activation": gate_activation}
+    gate = se_gate(squeeze, weight1, bias1, weight2, bias2, **gates)
     return x * gate[:, :, None, None].to(x.dtype)
 
 

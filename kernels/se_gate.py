@@ -1,11 +1,11 @@
-"""The squeeze-and-excite gate, fused: Linear -> activation -> Linear -> sigmoid, on the squeezed [B, C].
+"""The squeeze-and-excite gate, fused: Linear -> activation -> Linear -> sigmoid or hardsigmoid, on the squeezed [B, C].
 
     hidden = s W1^T + b1          gate = sigmoid(act(hidden) W2^T + b2)
 
 One launch forward and two backward (the input's gradient, then the weights'), where eager PyTorch takes about five and
 nine: at [512, 512] the arithmetic is nothing and the launches are everything. The gate stays float32, because
 gate (1 - gate), which its gradient needs, is lost in 16 bits from a logit of about 8 on. Sources: Hu et al. 2018;
-reduction 16 and GELU, hlb-CIFAR10.
+reduction 16 and GELU, hlb-CIFAR10; hardsigmoid, Howard et al. 2019 (MobileNetV3).
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks
-from ._common import add_product, block_of, rounded_product
-from .activations import ACTIVATIONS, sigmoid
+from ._common import add_product, block_of
+from .activations import ACTIVATIONS, GATES
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 from .registry import Arguments, Cost, data, fp32, op
@@ -38,10 +38,10 @@ def _load_matrix(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr):
-    """The gradient before the sigmoid."""
+def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr, DGATE: tl.constexpr):
+    """The gradient of what the gate is made of."""
     gate = _load_matrix(gate_ptr, b, c, in_b, in_c, C)
-    return rounded_product(_load_matrix(dgate_ptr, b, c, in_b, in_c, C) * gate, 1.0 - gate)
+    return DGATE(_load_matrix(dgate_ptr, b, c, in_b, in_c, C), gate)
 
 
 class GateWeights(NamedTuple):
@@ -62,7 +62,9 @@ class _Sizes(NamedTuple):
 
 
 @triton.jit
-def _fwd_kernel(squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexpr, ACT: tl.constexpr):
+def _fwd_kernel(
+    squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr
+):
     """One program per BLOCK_B images; stores the hidden pre-activation and the gate."""
     b = tl.program_id(0) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
     in_b = b < batch
@@ -91,14 +93,15 @@ def _fwd_kernel(squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexp
             w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
             logit = add_product(logit, h, tl.trans(w2))
         logit += tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        tl.store(gate_ptr + b[:, None] * S.C + c[None, :], sigmoid(logit), mask=in_b[:, None] & in_c[None, :])
+        tl.store(gate_ptr + b[:, None] * S.C + c[None, :], GATE(logit), mask=in_b[:, None] & in_c[None, :])
 
 
 @triton.jit
 def _bwd_kernel(
-    dgate_ptr, gate_ptr, hidden_ptr, layers, dsqueeze_ptr, dhidden_ptr, batch, S: tl.constexpr, DACT: tl.constexpr
-):
-    """dhidden = (dlogit W2) act'(hidden) and dsqueeze = dhidden W1, with dlogit = dgate gate (1 - gate)."""
+    dgate_ptr, gate_ptr, hidden_ptr, layers, dsqueeze_ptr, dhidden_ptr, batch, S: tl.constexpr, DACT: tl.constexpr,
+    DGATE: tl.constexpr,
+):  # fmt: skip
+    """dhidden = (dlogit W2) act'(hidden) and dsqueeze = dhidden W1, dlogit from dgate and gate."""
     b = tl.program_id(0) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
     in_b = b < batch
     for first in range(0, S.R, S.BLOCK_R):
@@ -108,7 +111,7 @@ def _bwd_kernel(
         for start in range(0, S.C, S.BLOCK_C):
             c = start + tl.arange(0, S.BLOCK_C)
             in_c = c < S.C
-            dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C)
+            dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C, DGATE)
             dh = add_product(dh, dlogit, _load_matrix(layers.w2, c, r, in_c, in_r, S.R))
         dh = DACT(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
         tl.store(dhidden_ptr + b[:, None] * S.R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
@@ -128,8 +131,9 @@ def _bwd_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, grads, batch, S: tl.constexpr, ACT: tl.constexpr
-):
+    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, grads, batch, S: tl.constexpr, ACT: tl.constexpr,
+    DGATE: tl.constexpr,
+):  # fmt: skip
     """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s: a tile of each a program, over the whole batch, in order."""
     c = tl.program_id(0) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     r = tl.program_id(1) * S.BLOCK_R + tl.arange(0, S.BLOCK_R)
@@ -141,7 +145,7 @@ def _weight_grad_kernel(
     for start in range(0, batch, S.BLOCK_B):
         b = start + tl.arange(0, S.BLOCK_B)
         in_b = b < batch
-        dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C)
+        dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C, DGATE)
         h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
         dhidden = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
         s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
@@ -169,7 +173,13 @@ def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], _Sizes]:
 
 
 def weight_gradients(
-    dgate: Tensor, gate: Tensor, hidden: Tensor, dhidden: Tensor, squeeze: Tensor, activation: str | None
+    dgate: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    dhidden: Tensor,
+    squeeze: Tensor,
+    activation: str | None,
+    gate_activation: str,
 ) -> GateWeights:
     """(dW1 [R, C], db1 [R], dW2 [C, R], db2 [C]), float32. All arguments float32: [B, C] or [B, R]."""
     batch, channels = gate.shape
@@ -180,13 +190,20 @@ def weight_gradients(
     sizes = _Sizes(channels, width, _WEIGHT_BLOCK_B, _WEIGHT_BLOCK_C, _block_r(width))
     grid = (triton.cdiv(channels, sizes.BLOCK_C), triton.cdiv(width, sizes.BLOCK_R))
     arguments = (dgate, gate, hidden, dhidden, squeeze, grads, batch)
-    launch(_weight_grad_kernel, grid, *arguments, S=sizes, ACT=ACTIVATIONS[activation].value, maxnreg=128)
+    functions = dict(ACT=ACTIVATIONS[activation].value, DGATE=GATES[gate_activation].backward)
+    launch(_weight_grad_kernel, grid, *arguments, S=sizes, **functions, maxnreg=128)
     return grads
 
 
 @opaque_op("se_gate_fwd")
 def _fwd(
-    squeeze: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str | None
+    squeeze: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str | None,
+    gate_activation: str,
 ) -> tuple[Tensor, Tensor]:
     """(gate [B, C], hidden pre-activation [B, R]), float32."""
     batch, channels = squeeze.shape
@@ -194,13 +211,13 @@ def _fwd(
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
     grid, sizes = _rows(batch, channels, width)
     weights = GateWeights(weight1, bias1, weight2, bias2)
-    act = ACTIVATIONS[activation].value
-    launch(_fwd_kernel, grid, squeeze, weights, gate, hidden, batch, S=sizes, ACT=act, maxnreg=128)
+    functions = dict(ACT=ACTIVATIONS[activation].value, GATE=GATES[gate_activation].value)
+    launch(_fwd_kernel, grid, squeeze, weights, gate, hidden, batch, S=sizes, **functions, maxnreg=128)
     return gate, hidden
 
 
 @_fwd.register_fake
-def _(squeeze, weight1, bias1, weight2, bias2, activation):
+def _(squeeze, weight1, bias1, weight2, bias2, activation, gate_activation):
     return torch.empty_like(squeeze), squeeze.new_empty(squeeze.shape[0], weight1.shape[0])
 
 
@@ -213,6 +230,7 @@ def _bwd(
     weight1: Tensor,
     weight2: Tensor,
     activation: str | None,
+    gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dsqueeze [B, C], dW1, db1, dW2, db2), float32."""
     batch, channels = gate.shape
@@ -220,12 +238,13 @@ def _bwd(
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
     grid, sizes = _rows(batch, channels, width)
     arguments = (dgate, gate, hidden, GateWeights(weight1, None, weight2, None), dsqueeze, dhidden, batch)
-    launch(_bwd_kernel, grid, *arguments, S=sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=128)
-    return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
+    functions = dict(DACT=ACTIVATIONS[activation].backward, DGATE=GATES[gate_activation].backward)
+    launch(_bwd_kernel, grid, *arguments, S=sizes, **functions, maxnreg=128)
+    return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation, gate_activation)
 
 
 @_bwd.register_fake
-def _(dgate, gate, hidden, squeeze, weight1, weight2, activation):
+def _(dgate, gate, hidden, squeeze, weight1, weight2, activation, gate_activation):
     channels, width = gate.shape[1], hidden.shape[1]
     return (
         torch.empty_like(gate),
@@ -240,20 +259,21 @@ class SEGate(torch.autograd.Function):
     """Saved for backward: squeeze, gate and hidden pre-activation (float32), weight1, weight2."""
 
     @staticmethod
-    def forward(ctx, squeeze, weight1, bias1, weight2, bias2, activation):
-        gate, hidden = _fwd(squeeze, weight1, bias1, weight2, bias2, activation)
+    def forward(ctx, squeeze, weight1, bias1, weight2, bias2, *activations):
+        gate, hidden = _fwd(squeeze, weight1, bias1, weight2, bias2, *activations)
         ctx.save_for_backward(squeeze, gate, hidden, weight1, weight2)
-        ctx.activation, ctx.bias_dtypes = activation, (bias1.dtype, bias2.dtype)
+        ctx.activations, ctx.bias_dtypes = activations, (bias1.dtype, bias2.dtype)
         return gate
 
     @staticmethod
     @differentiable_once("se_gate")
     def backward(ctx, dgate):
         squeeze, gate, hidden, weight1, weight2 = ctx.saved_tensors
-        grads = _bwd(dgate.contiguous(), gate, hidden, squeeze, weight1, weight2, ctx.activation)
+        grads = _bwd(dgate.contiguous(), gate, hidden, squeeze, weight1, weight2, *ctx.activations)
         dtypes = (squeeze.dtype, weight1.dtype, ctx.bias_dtypes[0], weight2.dtype, ctx.bias_dtypes[1])
         return (
             *(g.to(d) if needed else None for g, d, needed in zip(grads, dtypes, ctx.needs_input_grad)),
+            None,
             None,
         )
 
@@ -314,16 +334,17 @@ def se_gate(
     bias2: Tensor,
     *,
     activation: str | None = "gelu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """sigmoid(act(squeeze W1^T + b1) W2^T + b2).
+    """sigmoid(act(squeeze W1^T + b1) W2^T + b2), or another gate than the sigmoid.
 
     squeeze: [B, C] floating, of any strides: per-image channel means.
     weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
         of any strides.
-    activation: a key of `reference.ACTIVATIONS`.
+    activation: a key of `reference.ACTIVATIONS`; gate_activation: a key of `reference.GATES`.
     Returns the gate [B, C] float32. Arithmetic is float32 throughout.
 
-    With dlogit = dgate gate (1 - gate) and h = act(hidden), backward is
+    With dlogit = dgate gate (1 - gate) (hardsigmoid: dgate / 6 where 0 < gate < 1) and h = act(hidden), backward is
         dW2 = dlogit^T h     db2 = sum dlogit     dhidden = (dlogit W2) act'(hidden)
         dW1 = dhidden^T s    db1 = sum dhidden    dsqueeze = dhidden W1
     Saved: squeeze, gate, hidden, both weights. Deterministic. Differentiable once.
@@ -333,10 +354,11 @@ def se_gate(
     """
     op = "se_gate"
     _checks.activation(op, activation)
+    _checks.gate_activation(op, gate_activation)
     _checks.tensor(op, "squeeze", squeeze)
     if squeeze.dim() != 2 or squeeze.numel() == 0:
         raise ValueError(f"{op}: squeeze must be [B, C] and not empty, found {list(squeeze.shape)}")
     _checks.dtype(op, "squeeze", squeeze, _checks.FLOATS)
     weights = check_gate_weights(op, squeeze.shape[1], weight1, bias1, weight2, bias2)
     _checks.device(op, squeeze, *weights)
-    return SEGate.apply(squeeze.float().contiguous(), *weights, activation)
+    return SEGate.apply(squeeze.float().contiguous(), *weights, activation, gate_activation)

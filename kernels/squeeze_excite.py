@@ -1,9 +1,10 @@
-"""The whole squeeze-and-excite block, fused: squeeze -> Linear -> activation -> Linear -> sigmoid -> excite.
+"""The whole squeeze-and-excite block, fused: squeeze -> Linear -> activation -> Linear -> gate -> excite.
 
     s = mean of x over H, W      gate = sigmoid(act(s W1^T + b1) W2^T + b2)      y = x * gate
 
 One program owns an image: it reads it to squeeze it, forms the gate in registers, and reads it again, now from cache,
-to scale it. One launch forward; two backward (x, then the weights). Source: Hu et al. 2018.
+to scale it. One launch forward; two backward (x, then the weights). Sources: Hu et al. 2018; hardsigmoid in place of
+sigmoid, Howard et al. 2019 (MobileNetV3).
 """
 
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import _checks
 from ._common import rounded_product
-from .activations import ACTIVATIONS, sigmoid
+from .activations import ACTIVATIONS, GATES
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 from .registry import Arguments, Cost, data, op
@@ -34,7 +35,9 @@ class _Sizes(NamedTuple):
 
 
 @triton.jit
-def _fwd_kernel(x_ptr, layers, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw, S: tl.constexpr, ACT: tl.constexpr):
+def _fwd_kernel(
+    x_ptr, layers, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw, S: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr
+):
     """One program per image."""
     image = tl.program_id(0)
     c = tl.arange(0, S.BLOCK_C)
@@ -61,7 +64,7 @@ def _fwd_kernel(x_ptr, layers, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw, S: 
         # beyond R an infinite squeeze times a weight of 0 is NaN
         h = tl.where(in_r, ACT(hidden), 0.0)
         logit += tl.sum(rounded_product(w2, h[:, None]), 0)
-    gate = sigmoid(logit)
+    gate = GATE(logit)
     tl.store(gate_ptr + image * S.C + c, gate, mask=in_c)
     for start in range(0, hw, S.BLOCK_HW):
         p = start + tl.arange(0, S.BLOCK_HW)
@@ -73,8 +76,9 @@ def _fwd_kernel(x_ptr, layers, y_ptr, squeeze_ptr, gate_ptr, hidden_ptr, hw, S: 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, x_ptr, layers, gate_ptr, hidden_ptr, dx_ptr, dgate_ptr, dhidden_ptr, hw, S: tl.constexpr, DACT: tl.constexpr
-):
+    dy_ptr, x_ptr, layers, gate_ptr, hidden_ptr, dx_ptr, dgate_ptr, dhidden_ptr, hw, S: tl.constexpr,
+    DACT: tl.constexpr, DGATE: tl.constexpr,
+):  # fmt: skip
     """One program per image: dgate = sum dy x, then the gate backwards to ds, then dx = dy gate + ds / (H W)."""
     image = tl.program_id(0)
     c = tl.arange(0, S.BLOCK_C)
@@ -90,7 +94,7 @@ def _bwd_kernel(
     dgate = tl.sum(acc, 0)
     tl.store(dgate_ptr + image * S.C + c, dgate, mask=in_c)
     gate = tl.load(gate_ptr + image * S.C + c, mask=in_c, other=0.0)
-    dlogit = dgate * gate * (1.0 - gate)
+    dlogit = DGATE(dgate, gate)
     ds = tl.zeros([S.BLOCK_C], dtype=tl.float32)
     for start in range(0, S.R, S.BLOCK_R):
         r = start + tl.arange(0, S.BLOCK_R)
@@ -124,7 +128,13 @@ def _sizes(x: Tensor, hidden: int) -> dict:
 
 @opaque_op("squeeze_excite_fwd")
 def _fwd(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str | None
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str | None,
+    gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, squeeze [B, C], gate [B, C], hidden pre-activation [B, R]); the latter three float32."""
     batch, channels, height, width = x.shape
@@ -132,13 +142,13 @@ def _fwd(
     squeeze = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, weight1.shape[0])
     arguments = (x, GateWeights(weight1, bias1, weight2, bias2), y, squeeze, gate, hidden, height * width)
-    sizes = _sizes(x, weight1.shape[0])
-    launch(_fwd_kernel, (batch,), *arguments, ACT=ACTIVATIONS[activation].value, **sizes)
+    functions = dict(ACT=ACTIVATIONS[activation].value, GATE=GATES[gate_activation].value)
+    launch(_fwd_kernel, (batch,), *arguments, **functions, **_sizes(x, weight1.shape[0]))
     return y, squeeze, gate, hidden
 
 
 @_fwd.register_fake
-def _(x, weight1, bias1, weight2, bias2, activation):
+def _(x, weight1, bias1, weight2, bias2, activation, gate_activation):
     squeeze = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     hidden = squeeze.new_empty(x.shape[0], weight1.shape[0])
     return torch.empty_like(x, memory_format=torch.channels_last), squeeze, torch.empty_like(squeeze), hidden
@@ -154,19 +164,20 @@ def _bwd(
     gate: Tensor,
     hidden: Tensor,
     activation: str | None,
+    gate_activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx like x, dW1, db1, dW2, db2 float32)"""
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
     weights, hw = GateWeights(weight1, None, weight2, None), x.shape[2] * x.shape[3]
     arguments = (dy, x, weights, gate, hidden, dx, dgate, dhidden, hw)
-    sizes = _sizes(x, weight1.shape[0])
-    launch(_bwd_kernel, (x.shape[0],), *arguments, DACT=ACTIVATIONS[activation].backward, **sizes)
-    return dx, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation)
+    functions = dict(DACT=ACTIVATIONS[activation].backward, DGATE=GATES[gate_activation].backward)
+    launch(_bwd_kernel, (x.shape[0],), *arguments, **functions, **_sizes(x, weight1.shape[0]))
+    return dx, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation, gate_activation)
 
 
 @_bwd.register_fake
-def _(dy, x, weight1, weight2, squeeze, gate, hidden, activation):
+def _(dy, x, weight1, weight2, squeeze, gate, hidden, activation, gate_activation):
     channels, width = gate.shape[1], hidden.shape[1]
     return (
         torch.empty_like(x, memory_format=torch.channels_last),
@@ -181,10 +192,10 @@ class SqueezeExciteFunction(torch.autograd.Function):
     """Saved for backward: x, both weights, and squeeze, gate, hidden pre-activation (float32, [B, C] and [B, R])."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, activation):
-        y, squeeze, gate, hidden = _fwd(x, weight1, bias1, weight2, bias2, activation)
+    def forward(ctx, x, weight1, bias1, weight2, bias2, *activations):
+        y, squeeze, gate, hidden = _fwd(x, weight1, bias1, weight2, bias2, *activations)
         ctx.save_for_backward(x, weight1, weight2, squeeze, gate, hidden)
-        ctx.activation, ctx.bias_dtypes = activation, (bias1.dtype, bias2.dtype)
+        ctx.activations, ctx.bias_dtypes = activations, (bias1.dtype, bias2.dtype)
         return y
 
     @staticmethod
@@ -192,10 +203,11 @@ class SqueezeExciteFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight1, weight2, *tables = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        grads = _bwd(dy, x, weight1, weight2, *tables, ctx.activation)
+        grads = _bwd(dy, x, weight1, weight2, *tables, *ctx.activations)
         dtypes = (x.dtype, weight1.dtype, ctx.bias_dtypes[0], weight2.dtype, ctx.bias_dtypes[1])
         return (
             *(g.to(d) if needed else None for g, d, needed in zip(grads, dtypes, ctx.needs_input_grad)),
+            None,
             None,
         )
 
@@ -237,13 +249,15 @@ def squeeze_excite(
     bias2: Tensor,
     *,
     activation: str | None = "relu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """x * sigmoid(act(mean(x) W1^T + b1) W2^T + b2), the mean over H and W.
+    """x * sigmoid(act(mean(x) W1^T + b1) W2^T + b2), the mean over H and W, or another gate than the sigmoid.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
     weight1, bias1: [R, C] (or [R, C, 1, 1]) and [R]; weight2, bias2: [C, R] (or [C, R, 1, 1]) and [C]; floating,
         of any strides.
-    activation: a key of `reference.ACTIVATIONS`; relu as in torchvision.ops.SqueezeExcitation.
+    activation: a key of `reference.ACTIVATIONS`; gate_activation: a key of `reference.GATES`; the defaults are those of
+        torchvision.ops.SqueezeExcitation.
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     Backward: dgate = sum over H, W of dy x; through the gate as in `se_gate` to ds; dx = dy gate + ds / (H W).
@@ -254,7 +268,8 @@ def squeeze_excite(
     """
     op = "squeeze_excite"
     _checks.activation(op, activation)
+    _checks.gate_activation(op, gate_activation)
     _checks.images(op, "x", x, _checks.FLOATS)
     weights = check_gate_weights(op, x.shape[1], weight1, bias1, weight2, bias2)
     _checks.device(op, x, *weights)
-    return SqueezeExciteFunction.apply(x, *weights, activation)
+    return SqueezeExciteFunction.apply(x, *weights, activation, gate_activation)

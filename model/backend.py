@@ -56,7 +56,9 @@ def eager() -> Backend:
 
 def fused() -> Backend:
     """The hand-written Triton kernels; needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)."""
-    return _collect("fused", kernels)
+    from blink.kernels import fused as ops
+
+    return _collect("fused", ops)
 
 
 def select(choice: str, device: torch.device) -> Backend:

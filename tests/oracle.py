@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blink import kernels
-from blink.kernels import reference
+from blink.kernels import fused, reference
 from blink.kernels.examine.cases import Case, Tensors, mapped, named
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,11 +96,11 @@ def judge_lists(
     scale, and the root mean square error within times_pytorch of the reference's in `dtype`, or half a unit in the
     result's last place."""
     truth = updated(case, reference, in_float64(tensors), torch.float64)
-    fused = updated(case, kernels, tensors, dtype)
+    results = updated(case, fused, tensors, dtype)
     pytorch = updated(case, reference, tensors, dtype)
-    assert set(fused) == set(truth)
+    assert set(results) == set(truth)
     for name, want in truth.items():
-        got = fused[name]
+        got = results[name]
         assert got.shape == want.shape and got.dtype == pytorch[name].dtype, f"{case.op} {case.label}: {name}"
         scale = max(want.abs().max().item(), 1e-30)
         error = (got.double() - want).abs().max().item() / scale
@@ -130,11 +129,11 @@ def judge_on(case: Case, tensors: dict, dtype: torch.dtype, tolerance: Tolerance
     shape = case.combined(reference, in_float64(tensors), torch.float64).shape
     upstream = torch.randn(shape, device=DEVICE).to(dtype)
     truth = run(case, reference, exact, torch.float64, upstream)
-    fused = run(case, kernels, tensors, dtype, upstream)
+    results = run(case, fused, tensors, dtype, upstream)
     pytorch = run(case, reference, tensors, dtype, upstream) if versus_pytorch else {}
-    assert set(fused) == set(truth)
+    assert set(results) == set(truth)
     for name, want in truth.items():
-        got = fused[name]
+        got = results[name]
         assert got is not None, f"{case.op} {case.label}: {name} is missing"
         assert got.shape == want.shape, f"{case.op} {case.label}: {name} is {got.shape}, expected {want.shape}"
         scale = max(want.abs().max().item(), 1e-30)
@@ -153,14 +152,14 @@ def directional_derivative_matches(case: Case, step: float = 1e-2, tolerance: fl
     """The float32 gradient along a random direction against a central difference of the fused forward itself."""
     tensors = case.make(DEVICE, torch.float32)
     directions = {name: torch.randn_like(tensors[name]) for name in case.differentiable}
-    shape = case.combined(kernels, dict(tensors), torch.float32)
+    shape = case.combined(fused, dict(tensors), torch.float32)
     upstream = torch.randn_like(shape)
-    grads = run(case, kernels, tensors, torch.float32, upstream)
+    grads = run(case, fused, tensors, torch.float32, upstream)
     slope = sum((grads[f"d{name}"] * direction).double().sum() for name, direction in directions.items())
 
     def value(sign: float) -> Tensor:
         moved = {k: v + sign * step * directions[k] if k in directions else v for k, v in tensors.items()}
-        return (case.combined(kernels, moved, torch.float32).double() * upstream.double()).sum()
+        return (case.combined(fused, moved, torch.float32).double() * upstream.double()).sum()
 
     difference = (value(1) - value(-1)) / (2 * step)
     scale = sum((grads[f"d{n}"].double().abs() * d.double().abs()).sum() for n, d in directions.items())

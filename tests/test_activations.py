@@ -11,14 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from blink import kernels
-from blink.kernels import _checks, reference
-from blink.kernels.activations import ACTIVATIONS
+from blink.kernels import _checks, fused, reference
+from blink.kernels.activations import ACTIVATIONS, GATES
 from blink.kernels.examine import cases
 from tests.oracle import DEVICE
 
 INF, NAN = float("inf"), float("nan")
-POINTS = (-INF, -1e38, -100.0, -20.0, -1.0, -0.0, 0.0, 1.0, 20.0, 100.0, 1e38, INF, NAN)
+POINTS = (-INF, -1e38, -100.0, -20.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 20.0, 100.0, 1e38, INF, NAN)
 UPSTREAM = (INF, -INF, NAN, 1e35, -1.0, 0.0)
 # numpy's, in the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -28,9 +27,10 @@ every_activation = pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def table(activation: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Every z with every upstream gradient, side by side.
 
-    PyTorch's vectorized CPU code makes gelu(inf) a NaN, its scalar and its CUDA code inf.
+    PyTorch's vectorized CPU code makes gelu(inf) a NaN, its scalar and its CUDA code inf; hardswish(1e38) overflows.
     """
-    points = [z for z in POINTS if activation != "gelu" or z != INF]
+    left_out = {"gelu": INF, "hardswish": 1e38}.get(activation)
+    points = [z for z in POINTS if z != left_out]
     return torch.tensor(list(product(points, UPSTREAM)), device=DEVICE).unbind(1)
 
 
@@ -56,7 +56,7 @@ def results(ops, op: str, arguments: dict, upstream: torch.Tensor, options: dict
 
 
 def assert_as_pytorch(op: str, arguments: dict, upstream: torch.Tensor, options: dict, names=None) -> None:
-    got, want = (results(ops, op, arguments, upstream, options) for ops in (kernels, reference))
+    got, want = (results(ops, op, arguments, upstream, options) for ops in (fused, reference))
     got, want = ({name: values[name] for name in names or want} for values in (got, want))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
 
@@ -120,6 +120,20 @@ def test_hidden_activations(op, activation):
     assert_as_pytorch(op, {**arguments, **gate_weights(0.01)}, upstream, {"activation": activation}, names)
 
 
+@pytest.mark.parametrize("gate_activation", reference.GATES)
+@pytest.mark.parametrize("op", ["se_gate", "squeeze_excite"])
+def test_gates(op, gate_activation):
+    """Every logit, which is the second bias, with every upstream gradient; no weight carries one to another."""
+    logit, dy = table(None)
+    zeros = torch.zeros(1, len(logit), device=DEVICE)
+    arguments = {"weight1": zeros, "bias1": zeros[0, :1], "weight2": zeros.T.clone(), "bias2": logit}
+    if op == "se_gate":
+        arguments, upstream = {"squeeze": zeros.clone(), **arguments}, dy[None]
+    else:
+        arguments, upstream = {"x": channels(torch.ones_like(logit)), **arguments}, channels(dy)
+    assert_as_pytorch(op, arguments, upstream, {"gate_activation": gate_activation}, ("y", "dbias2"))
+
+
 @pytest.mark.parametrize("op", ["se_gate", "squeeze_excite"])
 def test_an_infinite_gradient_stops_at_a_hidden_relu(op):
     """Below 0 relu's gradient is 0, whatever comes: dW1, db1 and the input's own stay finite."""
@@ -130,11 +144,12 @@ def test_an_infinite_gradient_stops_at_a_hidden_relu(op):
         arguments, upstream = {"x": images(value)}, images(upstream)
     arguments |= gate_weights(0.5)
     assert_as_pytorch(op, arguments, upstream, {"activation": "relu"})
-    assert results(kernels, op, arguments, upstream, {"activation": "relu"})["dweight1"].isfinite().all()
+    assert results(fused, op, arguments, upstream, {"activation": "relu"})["dweight1"].isfinite().all()
 
 
 def test_the_kernels_have_what_the_reference_has():
     assert ACTIVATIONS.keys() == reference.ACTIVATIONS.keys()
+    assert GATES.keys() == reference.GATES.keys()
 
 
 @triton.jit
@@ -158,4 +173,14 @@ def test_no_op_takes_an_unknown_name_for_the_identity(case, monkeypatch):
     monkeypatch.setattr(_checks, "activation", lambda op, name: None)
     unknown = replace(case, options={**case.options, "activation": "tanh"})
     with pytest.raises(KeyError, match="tanh"):
-        unknown.call(kernels, unknown.make(DEVICE, torch.float32), torch.float32)
+        unknown.call(fused, unknown.make(DEVICE, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize(
+    "case", [cases.se_gate(2, 4, 2), cases.squeeze_excite(2, 4, 2, 2, 2)], ids=lambda case: case.op
+)
+def test_an_unknown_gate_is_refused(case, ops):
+    wrong = replace(case, options={**case.options, "gate_activation": "relu"})
+    with pytest.raises(ValueError, match="unknown gate_activation 'relu'; expected one of sigmoid, hardsigmoid"):
+        wrong.call(ops, wrong.make(DEVICE, torch.float32), torch.float32)

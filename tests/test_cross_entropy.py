@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import cross_entropy
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
@@ -45,9 +46,9 @@ def exact(logits, labels, **options):
     return loss.detach(), correct, x.grad
 
 
-def fused(logits, labels, **options):
+def differentiated(logits, labels, **options):
     x = logits.clone().requires_grad_()
-    loss, correct = kernels.cross_entropy(x, labels, **options)
+    loss, correct = fused.cross_entropy(x, labels, **options)
     loss.backward()
     return loss.detach(), correct, x.grad
 
@@ -58,7 +59,7 @@ def fused(logits, labels, **options):
 def test_matches_float64(case, dtype):
     # of one class the loss is 0 and the error would be relative to nothing
     if "x1-" in case.label:
-        loss, correct, grad = fused(**case.make(DEVICE, dtype), **case.options)
+        loss, correct, grad = differentiated(**case.make(DEVICE, dtype), **case.options)
         assert loss == 0 and correct == 3 and not grad.any()
         return
     judge(case, dtype, TOLERANCES[dtype])
@@ -74,7 +75,7 @@ def test_counts_correct_rows(case, dtype):
             tensors["logits"] = torch.randint(-2, 3, tensors["logits"].shape, device=DEVICE).to(dtype)
         best = (tensors["logits"] == tensors["logits"].amax(1, keepdim=True)).int().argmax(1)
         tensors["labels"][::2] = best[::2]
-        _, correct = case.call(kernels, tensors, dtype)
+        _, correct = case.call(fused, tensors, dtype)
         assert correct.dtype == torch.int64 and correct.shape == () and not correct.requires_grad
         assert correct == (best == tensors["labels"]).sum() >= 1
 
@@ -116,7 +117,7 @@ def test_a_large_common_offset_costs_nothing(block):
     shifted = logits + 1e4
     labels = torch.randint(12, (8,), device=DEVICE)
     options = {"label_smoothing": 0.1, "scale": 0.3}
-    ours, truth = fused(shifted, labels, **options), exact(shifted, labels, **options)
+    ours, truth = differentiated(shifted, labels, **options), exact(shifted, labels, **options)
     assert abs(ours[0] - truth[0]) <= 1e-6 * truth[0]
     assert (ours[2] - truth[2]).abs().max() <= 1e-6
 
@@ -150,7 +151,7 @@ def test_infinities_and_nan_as_pytorch(row, label, right, label_smoothing, class
     labels = columns[label : label + 1].to(DEVICE)
     # the first of nothing but -inf is the first column
     right = right and (classes == 3 or max(row) > -INF)
-    loss, correct, grad = fused(logits, labels, label_smoothing=label_smoothing)
+    loss, correct, grad = differentiated(logits, labels, label_smoothing=label_smoothing)
     want_loss, want_correct, want_grad = exact(logits, labels, label_smoothing=label_smoothing)
     torch.testing.assert_close(loss.double(), want_loss, equal_nan=True, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(grad.double(), want_grad, equal_nan=True, rtol=1e-6, atol=1e-6)
@@ -161,11 +162,11 @@ def test_nan_and_wrong_labels_are_noticed():
     """One bad row makes the loss NaN and leaves the other rows' gradients alone."""
     logits = torch.randn(6, 5, device=DEVICE)
     labels = torch.tensor([0, 1, 2, 3, 4, 0], device=DEVICE)
-    good = fused(logits, labels, label_smoothing=0.1)
+    good = differentiated(logits, labels, label_smoothing=0.1)
     for wrong in (-1, 5, -100, 2**40):
         changed = labels.clone()
         changed[3] = wrong
-        loss, correct, grad = fused(logits, changed, label_smoothing=0.1)
+        loss, correct, grad = differentiated(logits, changed, label_smoothing=0.1)
         assert loss.isnan() and grad[3].isnan().all()
         assert torch.equal(grad[[0, 1, 2, 4, 5]], good[2][[0, 1, 2, 4, 5]])
         assert correct == (logits.argmax(1) == changed).sum()
@@ -174,7 +175,7 @@ def test_nan_and_wrong_labels_are_noticed():
                 kernels.reference.cross_entropy(logits, changed)
     spoiled = logits.clone()
     spoiled[3, 2] = NAN
-    loss, _, grad = fused(spoiled, labels, label_smoothing=0.1)
+    loss, _, grad = differentiated(spoiled, labels, label_smoothing=0.1)
     assert loss.isnan() and grad[3].isnan().all() and grad[:3].isfinite().all()
 
 
@@ -184,7 +185,7 @@ def test_upstream_is_applied_before_rounding(upstream):
     logits = torch.tensor([[20.0, 0.0, -1.0], [0.5, 0.0, 19.0]], device=DEVICE, dtype=torch.float16)
     labels = torch.tensor([0, 2], device=DEVICE)
     x = logits.clone().requires_grad_()
-    (kernels.cross_entropy(x, labels)[0] * upstream).backward()
+    (fused.cross_entropy(x, labels)[0] * upstream).backward()
     want = exact(logits, labels)[2] * upstream
     # at the label p - 1 is float32's 0, as in PyTorch
     others = torch.ones(2, 3, dtype=torch.bool, device=DEVICE).scatter(1, labels[:, None], False)
@@ -197,7 +198,7 @@ def test_agrees_with_pytorch_where_pytorch_is_the_definition():
     """Not through the reference: F.cross_entropy as the training loop calls it, and an accuracy."""
     logits, labels = torch.randn(33, 10, device=DEVICE) * 3, torch.randint(10, (33,), device=DEVICE)
     for e, s in ((0.0, 1.0), (0.2, 0.1)):
-        loss, correct = kernels.cross_entropy(logits, labels, label_smoothing=e, scale=s)
+        loss, correct = fused.cross_entropy(logits, labels, label_smoothing=e, scale=s)
         want = F.cross_entropy(s * logits, labels, label_smoothing=e, reduction="sum")
         torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
         assert correct == (logits.argmax(1) == labels).sum()
@@ -212,26 +213,26 @@ def test_many_blocks_per_program(monkeypatch):
     judge(cross_entropy(101, 10), torch.float32, TOLERANCES[torch.float32])
     judge(cross_entropy(7, 150), torch.float32, TOLERANCES[torch.float32])
     logits, labels = torch.randn(101, 10, device=DEVICE), torch.randint(10, (101,), device=DEVICE)
-    assert kernels.cross_entropy(logits, labels)[1] == (logits.argmax(1) == labels).sum()
+    assert fused.cross_entropy(logits, labels)[1] == (logits.argmax(1) == labels).sum()
 
 
 def test_labels_in_any_stride():
     logits, labels = torch.randn(6, 5, device=DEVICE), torch.randint(5, (12,), device=DEVICE)
-    want = kernels.cross_entropy(logits, labels[::2].clone())[0]
-    assert torch.equal(kernels.cross_entropy(logits, labels[::2])[0], want)
+    want = fused.cross_entropy(logits, labels[::2].clone())[0]
+    assert torch.equal(fused.cross_entropy(logits, labels[::2])[0], want)
 
 
 def test_refuses_what_it_cannot_do():
     logits, labels = torch.randn(4, 6, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match=r"labels must be \[4\]"):
-        kernels.cross_entropy(logits, labels[:3])
+        fused.cross_entropy(logits, labels[:3])
     with pytest.raises(TypeError, match="labels must be int64"):
-        kernels.cross_entropy(logits, labels.int())
+        fused.cross_entropy(logits, labels.int())
     with pytest.raises(ValueError, match="logits must be contiguous"):
-        kernels.cross_entropy(torch.randn(6, 4, device=DEVICE).T, labels)
+        fused.cross_entropy(torch.randn(6, 4, device=DEVICE).T, labels)
     for wrong in (-0.1, 1.1, NAN):
         with pytest.raises(ValueError, match="label_smoothing must be from 0 to 1"):
-            kernels.cross_entropy(logits, labels, label_smoothing=wrong)
+            fused.cross_entropy(logits, labels, label_smoothing=wrong)
     for wrong in (0.0, -1.0, math.inf, NAN):
         with pytest.raises(ValueError, match="scale must be positive"):
-            kernels.cross_entropy(logits, labels, scale=wrong)
+            fused.cross_entropy(logits, labels, scale=wrong)

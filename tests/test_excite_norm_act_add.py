@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import excite_norm_act_add
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
@@ -76,7 +76,7 @@ def test_constant_channel():
     case = excite_norm_act_add(2, 4, 3, 3, gate=False)
     tensors = case.make(DEVICE, torch.float32)
     tensors["x"][:, 1] = 3.25
-    y = case.call(kernels, dict(tensors), torch.float32)
+    y = case.call(fused, dict(tensors), torch.float32)
     want = torch.nn.functional.gelu(tensors["bias"][1].double()) + tensors["residual"][:, 1].double()
     assert (y[:, 1].double() - want).abs().max() <= 1e-5
 
@@ -85,7 +85,7 @@ def test_nan_stays_visible():
     case = excite_norm_act_add(2, 4, 3, 3)
     tensors = case.make(DEVICE, torch.float32)
     tensors["x"][0, 2, 1, 1] = float("nan")
-    y = case.call(kernels, tensors, torch.float32)
+    y = case.call(fused, tensors, torch.float32)
     assert y[:, 2].isnan().all()
     assert y[:, [0, 1, 3]].isfinite().all()
 
@@ -106,7 +106,7 @@ def test_upstream_in_any_memory_format():
     grads = []
     for upstream in (torch.ones(1, device=DEVICE).expand(2, 6, 3, 4), torch.ones(2, 6, 3, 4, device=DEVICE)):
         x = tensors["x"].clone().requires_grad_()
-        case.call(kernels, {**tensors, "x": x}, torch.float32).backward(upstream)
+        case.call(fused, {**tensors, "x": x}, torch.float32).backward(upstream)
         grads.append(x.grad)
     assert torch.equal(*grads)
 
@@ -116,7 +116,7 @@ def test_refuses_what_it_cannot_do():
     good = {**case.make(DEVICE, torch.float32), **case.options}
 
     def call(**changed):
-        return kernels.excite_norm_act_add(**{**good, **changed})
+        return fused.excite_norm_act_add(**{**good, **changed})
 
     with pytest.raises(ValueError, match=r"gate must be \[2, 4\]"):
         call(gate=torch.ones(2, 5, device=DEVICE))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
-from blink.kernels import Gather
+from blink.kernels import Gather, fused
 from blink.kernels.examine.cases import GATHER_PARTS, images, whiten, whiten_project_norm_act
 from blink.kernels.gather import gathered
 from tests.oracle import DEVICE, DTYPES, directional_derivative_matches, judge, judge_on, name_of, run
@@ -152,7 +152,7 @@ def test_jittered_statistics_of_nearly_equal_pixels():
     tensors = case.make(DEVICE, torch.float32)
     tensors["images"] = (200 + torch.randint(0, 2, (8, 9, 9, 3), dtype=torch.uint8)).permute(0, 3, 1, 2).to(DEVICE)
     tensors["gather.jitter"] = torch.tensor([[0.8, 0.1]], device=DEVICE).repeat(4, 1)
-    y = case.call(kernels, dict(tensors), torch.float32)
+    y = case.call(fused, dict(tensors), torch.float32)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
     want = case.call(kernels.reference, exact, torch.float64)
     # as without a jitter, z is a float32 difference of numbers 100 times its size
@@ -171,8 +171,8 @@ def test_bitwise_what_the_built_batch_gives(make, parts, dtype):
     built = {name: value for name, value in tensors.items() if not name.startswith("gather.")}
     built["images"] = gathered(tensors["images"], gather_of(tensors, case), tensors["mean"])
     upstream = torch.randn(4, 12, 6, 5, device=DEVICE)
-    got = run(case, kernels, tensors, dtype, upstream)
-    want = run(make(4, 7, 6, 12), kernels, built, dtype, upstream)
+    got = run(case, fused, tensors, dtype, upstream)
+    want = run(make(4, 7, 6, 12), fused, built, dtype, upstream)
     assert set(got) == set(want)
     for name, value in want.items():
         assert torch.equal(got[name], value), name
@@ -184,8 +184,8 @@ def test_a_translation_beyond_the_image_is_clamped(case):
     tensors = case.make(DEVICE, torch.float32)
     far = torch.tensor([[6, 5], [-6, -5], [2**62, -(2**62)], [2**31, -(2**33)]], device=DEVICE)
     limit = torch.tensor([5, 4], device=DEVICE)
-    got = case.call(kernels, {**tensors, "gather.translation": far}, torch.float32)
-    want = case.call(kernels, {**tensors, "gather.translation": far.clamp(-limit, limit)}, torch.float32)
+    got = case.call(fused, {**tensors, "gather.translation": far}, torch.float32)
+    want = case.call(fused, {**tensors, "gather.translation": far.clamp(-limit, limit)}, torch.float32)
     assert torch.equal(got, want)
 
 
@@ -193,11 +193,11 @@ def test_int32_translation_far_cutout_and_strided_fields():
     case = whiten(3, 6, 5, 8, gather=GATHER_PARTS)
     tensors = case.make(DEVICE, torch.float32)
     tensors["gather.cutout"] = torch.tensor([[2**40, 0], [0, -(2**40)], [4, 3]], device=DEVICE)
-    want = case.call(kernels, dict(tensors), torch.float32)
+    want = case.call(fused, dict(tensors), torch.float32)
     tensors["gather.translation"] = tensors["gather.translation"].to(torch.int32)
     for name in ("gather.index", "gather.translation", "gather.cutout", "gather.jitter", "gather.flip"):
         tensors[name] = tensors[name].repeat_interleave(2, 0)[::2]
-    assert torch.equal(case.call(kernels, tensors, torch.float32), want)
+    assert torch.equal(case.call(fused, tensors, torch.float32), want)
     judge_on(case, tensors, torch.float32, WHITEN[torch.float32], versus_pytorch=False)
 
 
@@ -214,12 +214,12 @@ def test_refuses_what_it_cannot_do():
     plain = {name: value for name, value in made.items() if not name.startswith("gather.")}
     good = gather_of(made, case)
 
-    def call(op=kernels.whiten_project_norm_act, arguments=plain, **changed):
+    def call(op=fused.whiten_project_norm_act, arguments=plain, **changed):
         return op(**arguments, gather=replace(good, **changed))
 
     call()
     with pytest.raises(TypeError, match="must be a Gather, found Tensor"):
-        kernels.whiten_project_norm_act(**plain, gather=good.index)
+        fused.whiten_project_norm_act(**plain, gather=good.index)
     with pytest.raises(ValueError, match=r"gather.index must be \[B\] and not empty, found \[0\]"):
         call(index=good.index[:0])
     with pytest.raises(ValueError, match=r"gather.index must be \[B\]"):
@@ -247,7 +247,7 @@ def test_refuses_what_it_cannot_do():
         call(index=good.index.to("meta"))
     with pytest.raises(TypeError, match="gather needs uint8 images, found float32"):
         floating = torch.randn(4, 3, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
-        call(kernels.whiten, {"images": floating, "weight": torch.randn(3, 3, 2, 2, device=DEVICE)})
+        call(fused.whiten, {"images": floating, "weight": torch.randn(3, 3, 2, 2, device=DEVICE)})
     with pytest.raises(TypeError, match="gather needs uint8 images, found float32"):
         call(kernels.reference.whiten, {"images": floating, "weight": torch.randn(3, 3, 2, 2, device=DEVICE)})
 
@@ -256,13 +256,13 @@ def test_one_value_per_channel_is_counted_over_the_batch():
     """A data set of many images, of which the batch takes one of one position."""
     case = whiten_project_norm_act(1, 2, 2, 3, gather=())
     with pytest.raises(ValueError, match="more than 1 value per channel, found 1"):
-        case.call(kernels, case.make(DEVICE, torch.float32), torch.float32)
+        case.call(fused, case.make(DEVICE, torch.float32), torch.float32)
 
 
 def test_the_data_set_is_not_copied():
     case = whiten(2, 5, 4, 6, gather=("translation", "flip"))
     tensors = case.make(DEVICE, torch.float32)
-    y = case.call(kernels, {**tensors, "bias": tensors["bias"].requires_grad_()}, torch.float32)
+    y = case.call(fused, {**tensors, "bias": tensors["bias"].requires_grad_()}, torch.float32)
     saved = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8]
     assert [t.data_ptr() for t in saved] == [tensors["images"].data_ptr()]
 

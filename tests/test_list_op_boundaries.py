@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine import cases
 from blink.kernels.examine.cases import mapped, named
 from tests.oracle import DEVICE, copies, updated
@@ -21,7 +22,7 @@ every_update = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: case
 def compiled(op: str):
     """Something with the op as an attribute that torch.compile traces whole."""
     torch._dynamo.reset()
-    function = getattr(kernels, op)
+    function = getattr(fused, op)
     return SimpleNamespace(
         **{op: torch.compile(lambda **arguments: function(**arguments), backend="aot_eager", fullgraph=True)}
     )
@@ -43,7 +44,7 @@ def test_tensors_that_share_memory_with_an_updated_one_are_refused(case, mode):
 
     Compiled, what is updated is a copy where something else reads it.
     """
-    ops = kernels if mode == "eager" else compiled(case.op)
+    ops = fused if mode == "eager" else compiled(case.op)
     pairs = (
         (("params", 0), ("params", 2), r"params\[0\] and params\[2\]"),
         (("params", 1), ("momentum_buffers", 2), r"momentum_buffers\[2\] and params\[1\]"),
@@ -65,17 +66,17 @@ def test_memory_that_overlaps_in_part_is_refused_and_neighbours_are_not(case):
     tensors["params"] = [memory[:24].view(4, 6), memory[24:48].view(4, 6)]
     tensors["momentum_buffers"][0] = memory[48:72].view(4, 6)
     apart = {k: mapped(lambda t: t.clone(), v) for k, v in tensors.items()}
-    for name, value in updated(case, kernels, apart, torch.float32).items():
+    for name, value in updated(case, fused, apart, torch.float32).items():
         key, index = name[:-1].split("[")
-        case.call(kernels, tensors, torch.float32) if name == "params[0]" else None
+        case.call(fused, tensors, torch.float32) if name == "params[0]" else None
         assert torch.equal(tensors[key][int(index)], value), name
     tensors["params"][1] = memory[23:47].view(4, 6)
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
-        case.call(kernels, tensors, torch.float32)
+        case.call(fused, tensors, torch.float32)
     tensors["params"][1] = torch.randn(4, 6, device=DEVICE)
     tensors["lr"] = memory[71:73]
     with pytest.raises(ValueError, match=r"momentum_buffers\[0\] and lr share memory"):
-        case.call(kernels, tensors, torch.float32)
+        case.call(fused, tensors, torch.float32)
 
 
 def test_what_is_only_read_may_be_listed_twice():
@@ -83,11 +84,11 @@ def test_what_is_only_read_may_be_listed_twice():
     gradient = tensors["grads"][0]
     apart = {**tensors, "grads": [gradient, gradient.clone()]}
     for case in OPTIMIZERS:
-        want = updated(case, kernels, apart, torch.float32)
+        want = updated(case, fused, apart, torch.float32)
         own = {k: mapped(lambda t: t.clone(), v) for k, v in tensors.items()} | {"grads": [gradient, gradient]}
-        case.call(kernels, own, torch.float32)
+        case.call(fused, own, torch.float32)
         assert torch.equal(own["params"][1], want["params[1]"]), case.op
-    once, again = kernels.newton_schulz([gradient, gradient])
+    once, again = fused.newton_schulz([gradient, gradient])
     assert torch.equal(once, again)
 
 
@@ -96,7 +97,7 @@ def test_what_is_only_read_may_be_listed_twice():
 @pytest.mark.parametrize("rates", ["one rate", "a rate for each"])
 def test_parameters_without_a_gradient_are_left_alone(case, mode, rates):
     """As torch.optim does; the others keep their own learning rates."""
-    ops = {"eager": kernels, "reference": kernels.reference}.get(mode) or compiled(case.op)
+    ops = {"eager": fused, "reference": kernels.reference}.get(mode) or compiled(case.op)
     tensors = small_lists(4)
     if rates == "one rate":
         tensors["lr"] = tensors["lr"][:1]
@@ -126,7 +127,7 @@ def test_a_parameter_without_a_gradient_is_what_torch_optim_skips():
         p.grad, sgd.state[p]["momentum_buffer"] = grad.clone(), buffer.clone()
     theirs[1].grad, ours["grads"][1] = None, None
     sgd.step()
-    kernels.sgd_nesterov(**ours, momentum=0.9, weight_decay=0.1)
+    fused.sgd_nesterov(**ours, momentum=0.9, weight_decay=0.1)
     for got, want in zip(ours["params"], theirs):
         torch.testing.assert_close(got, want.detach())
 
@@ -137,10 +138,10 @@ def test_what_is_no_tensor_is_refused(case):
     for name, value in tensors.items():
         if isinstance(value, list) and name != "grads":
             with pytest.raises(TypeError, match=rf"^{case.op}: {name}\[0\] must be a tensor, found NoneType$"):
-                case.call(kernels, {**tensors, name: [None, *value[1:]]}, torch.float32)
+                case.call(fused, {**tensors, name: [None, *value[1:]]}, torch.float32)
         if isinstance(value, list):
             with pytest.raises(TypeError, match=rf"^{case.op}: {name}\[0\] must be a tensor, found float$"):
-                case.call(kernels, {**tensors, name: [1.0, *value[1:]]}, torch.float32)
+                case.call(fused, {**tensors, name: [1.0, *value[1:]]}, torch.float32)
 
 
 NUMBERS = {
@@ -153,10 +154,10 @@ NUMBERS = {
 
 
 @every_op
-@pytest.mark.parametrize("ops", [kernels, kernels.reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("ops", [fused, kernels.reference], ids=["fused", "reference"])
 def test_impossible_options_are_refused(case, ops):
     tensors = case.make(DEVICE, torch.float32)
-    allowed = inspect.signature(getattr(kernels, case.op)).parameters
+    allowed = inspect.signature(getattr(fused, case.op)).parameters
     for name, values in NUMBERS.items():
         for value in values if name in allowed else ():
             wrong = replace(case, options={**case.options, name: value})
@@ -174,10 +175,10 @@ def test_gradients_and_tensors_of_any_memory(case):
         return memory.as_strided(value.shape, value.stride(), 1).copy_(value)
 
     def results(arguments) -> dict:
-        y = case.call(kernels, arguments, torch.float32)
+        y = case.call(fused, arguments, torch.float32)
         return named("y", y) | {k: v for name in case.buffers for k, v in named(name, arguments[name]).items()}
 
-    want = updated(case, kernels, tensors, torch.float32)
+    want = updated(case, fused, tensors, torch.float32)
     for name, value in results({k: mapped(unaligned, v) for k, v in tensors.items()}).items():
         # compiled for odd addresses, a kernel may sum in another order
         torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
@@ -189,11 +190,9 @@ def test_gradients_and_tensors_of_any_memory(case):
     for change, function in changes.items():
         changed = mapped(function, tensors[read])
         dense = {**tensors, read: [value.contiguous().clone() for value in changed]}
-        want = updated(case, kernels, dense, torch.float32)
+        want = updated(case, fused, dense, torch.float32)
         for name, value in results({**copies(tensors), read: changed}).items():
             assert torch.equal(value, want[name]), (change, name)
     for name in case.buffers:
         with pytest.raises(ValueError, match=rf"^{case.op}: {name}\[0\] is negated lazily"):
-            case.call(
-                kernels, {**tensors, name: [torch._neg_view(tensors[name][0]), *tensors[name][1:]]}, torch.float32
-            )
+            case.call(fused, {**tensors, name: [torch._neg_view(tensors[name][0]), *tensors[name][1:]]}, torch.float32)

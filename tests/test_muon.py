@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import mapped, muon, recipe_cases
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of
@@ -64,7 +65,7 @@ def test_is_airbenchs_step():
     buffers = [torch.zeros_like(p) for p in weights]
     for _ in range(2):
         own["grads"] = [torch.randn_like(p) for p in own["params"]]
-        kernels.muon(**own, dtype=torch.float32)
+        fused.muon(**own, dtype=torch.float32)
         for p, grad, buffer in zip(weights, own["grads"], buffers):
             buffer.mul_(0.6).add_(grad.double())
             g = grad.double() + 0.6 * buffer
@@ -88,7 +89,7 @@ def test_memory_order_does_not_matter():
         own = changed(tensors)
         for name in ("params", "momentum_buffers"):
             own[name] = [t.contiguous(memory_format=layout) for t in own[name]]
-        kernels.muon(**own, dtype=torch.float32)
+        fused.muon(**own, dtype=torch.float32)
         assert own["params"][0].is_contiguous(memory_format=layout)
         results.append(own)
     for name in ("params", "momentum_buffers"):
@@ -102,7 +103,7 @@ def test_mixed_dtypes():
     tensors["grads"][0] = tensors["grads"][0].float()
     exact = in_float64({k: v for k, v in tensors.items() if k != "momentum"})
     kernels.reference.muon(**exact, momentum=0.6, dtype=torch.float64)
-    kernels.muon(**tensors)
+    fused.muon(**tensors)
     for name, tolerance in (("params", TOLERANCES[torch.float16]), ("momentum_buffers", 1e-6)):
         for value, want in zip(tensors[name], exact[name]):
             assert (value.double() - want).abs().max() <= tolerance * want.abs().max()
@@ -114,7 +115,7 @@ def test_renormalized_weights_keep_the_norm():
     for name in ("grads", "momentum_buffers"):
         tensors[name] = [torch.zeros_like(t) for t in tensors[name]]
     tensors["params"][2].zero_()
-    kernels.muon(**tensors, weight_decay=0.5)
+    fused.muon(**tensors, weight_decay=0.5)
     norms = [p.norm().item() for p in tensors["params"]]
     assert norms == pytest.approx([8**0.5 * 0.85, 6**0.5 * 0.85, 0.0], rel=1e-5)
 
@@ -124,7 +125,7 @@ def test_without_renormalization_the_norm_is_kept():
     for name in ("grads", "momentum_buffers"):
         tensors[name] = [torch.zeros_like(t) for t in tensors[name]]
     before = tensors["params"][0].clone()
-    kernels.muon(**tensors, renormalize=False)
+    fused.muon(**tensors, renormalize=False)
     assert torch.equal(tensors["params"][0], before)
 
 
@@ -133,8 +134,8 @@ def test_options_of_the_iteration_count():
     for options in ({"steps": 5}, {"coefficients": (3.4576, -4.7391, 2.0843)}, {"eps": 0.5}):
         own, exact = changed(tensors), changed(tensors)
         plain = changed(tensors)
-        kernels.muon(**own, **options, dtype=torch.float32)
-        kernels.muon(**plain, dtype=torch.float32)
+        fused.muon(**own, **options, dtype=torch.float32)
+        fused.muon(**plain, dtype=torch.float32)
         momentum = exact.pop("momentum")
         exact = in_float64(exact)
         kernels.reference.muon(**exact, **options, momentum=momentum, dtype=torch.float64)
@@ -145,16 +146,16 @@ def test_options_of_the_iteration_count():
 def test_launches():
     """As many as newton_schulz alone: momentum rides on its first and the weights on its last."""
     with captured_launches() as launches:
-        kernels.muon(**small((32, 24, 3, 3), (64, 64), (90, 100)))
+        fused.muon(**small((32, 24, 3, 3), (64, 64), (90, 100)))
     assert len(launches) == 12
 
 
 def test_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"params\[0\] must be \[O, ...\] of at least 2 dimensions, found \[5\]"):
-        kernels.muon(**small((5,)))
+        fused.muon(**small((5,)))
     tensors = small((4, 6))
     tensors = {k: [v[0].T] if isinstance(v, list) else v for k, v in tensors.items()}
     with pytest.raises(ValueError, match=r"params\[0\] must have its first dimension slowest in memory"):
-        kernels.muon(**tensors)
+        fused.muon(**tensors)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
-        kernels.muon(**small((4, 6)), steps=0)
+        fused.muon(**small((4, 6)), steps=0)

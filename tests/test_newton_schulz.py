@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import further_cases, newton_schulz
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
@@ -96,41 +97,41 @@ def test_in_float16_beats_bfloat16_eightfold():
     """Why float16 is the default: against Muon's standard bfloat16 iteration, on the network's smallest filter."""
     matrices = [torch.randn(64, 216, device=DEVICE)]
     (truth,) = kernels.reference.newton_schulz([matrices[0].double()], dtype=torch.float64)
-    ours = rms(kernels.newton_schulz(matrices)[0].double() - truth)
+    ours = rms(fused.newton_schulz(matrices)[0].double() - truth)
     theirs = rms(kernels.reference.newton_schulz(matrices, dtype=torch.bfloat16)[0].double() - truth)
     assert ours <= theirs / 8
 
 
 def test_singular_values_move_towards_one():
-    (result,) = kernels.newton_schulz([torch.randn(24, 60, device=DEVICE)], steps=5)
+    (result,) = fused.newton_schulz([torch.randn(24, 60, device=DEVICE)], steps=5)
     values = torch.linalg.svdvals(result.double())
     assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_zeros_stay_zeros():
     zeros, other = torch.zeros(5, 9, device=DEVICE), torch.randn(5, 9, device=DEVICE)
-    result = kernels.newton_schulz([zeros, other], steps=4)
+    result = fused.newton_schulz([zeros, other], steps=4)
     assert torch.equal(result[0], zeros) and result[1].isfinite().all()
 
 
 def test_nan_stays_in_its_matrix():
     bad, good = torch.ones(5, 9, device=DEVICE), torch.randn(5, 9, device=DEVICE)
     bad[2, 3] = float("nan")
-    result = kernels.newton_schulz([bad, good])
+    result = fused.newton_schulz([bad, good])
     assert result[0].isnan().all() and result[1].isfinite().all()
 
 
 def test_result_does_not_depend_on_its_company():
     matrices = [torch.randn(s, device=DEVICE) for s in ((20, 33), (70, 80), (33, 20), (5, 64))]
-    together = kernels.newton_schulz(matrices)
+    together = fused.newton_schulz(matrices)
     for matrix, result in zip(matrices, together):
-        (alone,) = kernels.newton_schulz([matrix])
+        (alone,) = fused.newton_schulz([matrix])
         torch.testing.assert_close(result, alone, rtol=0, atol=0 if kernels.interpreting() else 1e-5)
 
 
 def test_a_transpose_gives_the_transpose():
     matrix = torch.randn(20, 70, device=DEVICE)
-    wide, tall = kernels.newton_schulz([matrix, matrix.T.contiguous()])
+    wide, tall = fused.newton_schulz([matrix, matrix.T.contiguous()])
     torch.testing.assert_close(tall.T, wide, rtol=0, atol=1e-6)
 
 
@@ -141,7 +142,7 @@ def test_more_matrices_than_a_launch_takes():
 
 def test_results_keep_their_matrix_dtype():
     matrices = [torch.randn(4, 6, device=DEVICE), torch.randn(4, 6, device=DEVICE).half()]
-    results = kernels.newton_schulz(matrices)
+    results = fused.newton_schulz(matrices)
     assert [r.dtype for r in results] == [torch.float32, torch.float16]
     truths = kernels.reference.newton_schulz(in_float64({"m": matrices})["m"], dtype=torch.float64)
     for result, truth in zip(results, truths):
@@ -153,21 +154,21 @@ def test_launches(steps, dtype, expected):
     """All of the network's filters together: gather, X X^T and its sum, 1 to 8 with m x m products, Q X."""
     case = newton_schulz([(32, 24, 3, 3), (64, 64), (90, 100)], steps=steps)
     with captured_launches() as launches:
-        case.call(kernels, case.make(DEVICE, torch.float32), getattr(torch, f"float{dtype}"))
+        case.call(fused, case.make(DEVICE, torch.float32), getattr(torch, f"float{dtype}"))
     assert len(launches) == expected
 
 
 def test_refuses_what_it_cannot_do():
     good = [torch.randn(4, 6, device=DEVICE)]
     with pytest.raises(ValueError, match=r"matrices\[1\] must be \[m, k\] and not empty, found \[4, 6, 1\]"):
-        kernels.newton_schulz([*good, good[0][:, :, None]])
+        fused.newton_schulz([*good, good[0][:, :, None]])
     with pytest.raises(ValueError, match=r"matrices\[0\] must be contiguous"):
-        kernels.newton_schulz([good[0].T])
+        fused.newton_schulz([good[0].T])
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, found 0"):
-        kernels.newton_schulz(good, steps=0)
+        fused.newton_schulz(good, steps=0)
     with pytest.raises(ValueError, match="coefficients must be three finite numbers"):
-        kernels.newton_schulz(good, coefficients=(3.0, -4.0))
+        fused.newton_schulz(good, coefficients=(3.0, -4.0))
     with pytest.raises(ValueError, match="eps must be positive"):
-        kernels.newton_schulz(good, eps=0.0)
+        fused.newton_schulz(good, eps=0.0)
     with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16, found int8"):
-        kernels.newton_schulz(good, dtype=torch.int8)
+        fused.newton_schulz(good, dtype=torch.int8)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import norm_act
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
@@ -66,7 +66,7 @@ def test_is_a_batch_norm_module():
     }
     for training in (True, False):
         module.train(training)
-        ours = kernels.norm_act(x, **own, training=training, momentum=0.3, activation=None)
+        ours = fused.norm_act(x, **own, training=training, momentum=0.3, activation=None)
         torch.testing.assert_close(ours, module(x), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(own["running_mean"], module.running_mean)
         torch.testing.assert_close(own["running_var"], module.running_var)
@@ -76,7 +76,7 @@ def test_without_running_statistics():
     x = torch.randn(2, 5, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(5, device=DEVICE)
     want = F.gelu(F.batch_norm(x, None, None, None, bias, True))
-    torch.testing.assert_close(kernels.norm_act(x, bias), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused.norm_act(x, bias), want, rtol=1e-5, atol=1e-5)
 
 
 def test_refuses_what_it_cannot_do():
@@ -84,7 +84,7 @@ def test_refuses_what_it_cannot_do():
     good = {**case.make(DEVICE, torch.float32), **case.options}
 
     def call(**changed):
-        return kernels.norm_act(**{**good, **changed})
+        return fused.norm_act(**{**good, **changed})
 
     with pytest.raises(ValueError, match=r"norm_act: bias must be \[4\]"):
         call(bias=torch.zeros(5, device=DEVICE))

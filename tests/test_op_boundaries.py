@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blink import kernels
-from blink.kernels import reference
+from blink.kernels import fused, reference
 from blink.kernels.examine import cases
 from blink.kernels.examine.cases.base import GATHER
 from tests.oracle import DEVICE
@@ -76,7 +75,7 @@ def results(case, tensors: dict, bases: dict[str, Tensor], make: Callable[[str, 
     given = {name: bases.get(name, value) for name, value in tensors.items() if value is not None}
     leaves = {name: value.clone().requires_grad_(name in case.differentiable) for name, value in given.items()}
     own = {**tensors, **{name: make(name, leaf) if name in bases else leaf for name, leaf in leaves.items()}}
-    outputs = outputs_of(case, kernels, own)
+    outputs = outputs_of(case, fused, own)
     upstream = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape) for y in outputs]
     grads = torch.autograd.grad(outputs, [leaf for leaf in leaves.values() if leaf.requires_grad], upstream)
     return [*(y.detach() for y in outputs), *(own[name] for name in case.buffers), *grads]
@@ -104,7 +103,7 @@ def test_arguments_of_any_memory(case, layout):
 def test_incoming_gradients_of_any_memory(case, layout):
     tensors = case.make(DEVICE, torch.float32)
     leaves = [tensors[name].requires_grad_() for name in case.differentiable]
-    outputs = outputs_of(case, kernels, tensors)
+    outputs = outputs_of(case, fused, tensors)
     make, view = LAYOUTS[layout]
     if outputs[0].dim() == 0:
         # a scalar has no rows to stride over
@@ -125,7 +124,7 @@ def test_what_is_no_tensor_is_refused(case):
     for name in tensors:
         if name not in optional and not (name.startswith(GATHER) and name != "gather.index"):
             with pytest.raises(TypeError, match=f"^{case.op}: {name} must be a tensor, found list$"):
-                case.call(kernels, {**tensors, name: [1.0]}, torch.float32)
+                case.call(fused, {**tensors, name: [1.0]}, torch.float32)
 
 
 @every_op
@@ -135,7 +134,7 @@ def test_constants_that_require_a_gradient_are_refused(case):
     for name, value in tensors.items():
         if value is not None and value.is_floating_point() and name not in case.differentiable:
             with pytest.raises(ValueError, match=f"^{case.op}: {name} gets no gradient; detach it$"):
-                case.call(kernels, {**tensors, name: value.clone().requires_grad_()}, torch.float32)
+                case.call(fused, {**tensors, name: value.clone().requires_grad_()}, torch.float32)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "weight1" in c.differentiable], ids=lambda case: case.op)
@@ -153,7 +152,7 @@ def test_gate_weights_of_other_ranks(case):
         (tensors["weight1"][:0], "weight1 is empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            case.call(kernels, {**tensors, "weight1": wrong}, torch.float32)
+            case.call(fused, {**tensors, "weight1": wrong}, torch.float32)
 
 
 def in_mode(case, training: bool):
@@ -172,7 +171,7 @@ def test_running_statistics_that_cannot_be_updated_are_refused(case, training, n
         (torch._neg_view(value.clone()), f"{name} is negated lazily"),
     ):
         with pytest.raises(ValueError, match=f"^{case.op}: {message}"):
-            in_mode(case, training).call(kernels, {**tensors, name: wrong}, torch.float32)
+            in_mode(case, training).call(fused, {**tensors, name: wrong}, torch.float32)
 
 
 @every_normalizing_op
@@ -181,7 +180,7 @@ def test_running_statistics_that_share_memory_are_refused_in_training(case):
     count = len(tensors["running_mean"])
     halves = torch.rand(2 * count, device=DEVICE)
     # side by side in one piece of memory, they are two tensors
-    case.call(kernels, {**tensors, "running_mean": halves[:count], "running_var": halves[count:]}, torch.float32)
+    case.call(fused, {**tensors, "running_mean": halves[:count], "running_var": halves[count:]}, torch.float32)
     first = torch.rand(2 * count, device=DEVICE)[:count]
     shifted = torch.as_strided(first, (count,), (1,), count - 1)
     for wrong in (
@@ -190,18 +189,18 @@ def test_running_statistics_that_share_memory_are_refused_in_training(case):
         {"running_mean": first, "bias": first},
     ):
         with pytest.raises(ValueError, match="share memory, which the op updates in place"):
-            case.call(kernels, {**tensors, **wrong}, torch.float32)
+            case.call(fused, {**tensors, **wrong}, torch.float32)
         # evaluation only reads them
-        in_mode(case, False).call(kernels, {**tensors, **wrong}, torch.float32)
+        in_mode(case, False).call(fused, {**tensors, **wrong}, torch.float32)
 
 
 @every_normalizing_op
 def test_evaluation_leaves_the_running_statistics_alone(case):
     """To autograd too, which would refuse what was computed from them before."""
     tensors = case.make(DEVICE, torch.float32)
-    in_mode(case, False).call(kernels, tensors, torch.float32)
+    in_mode(case, False).call(fused, tensors, torch.float32)
     assert [tensors[name]._version for name in case.buffers] == [0, 0]
-    in_mode(case, True).call(kernels, tensors, torch.float32)
+    in_mode(case, True).call(fused, tensors, torch.float32)
     assert [tensors[name]._version for name in case.buffers] == [1, 1]
 
 
@@ -238,14 +237,14 @@ def test_calls_before_their_backward_passes(case, modes, order):
     """
     batches = [case.make(DEVICE, torch.float32) for _ in range(2)]
     training = [mode == "train" for mode in modes.split()]
-    got = calls_in_order(case, kernels, batches, training, order)
+    got = calls_in_order(case, fused, batches, training, order)
     want = calls_in_order(case, reference, batches, training, None)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
 @every_normalizing_op
-@pytest.mark.parametrize("ops", [kernels, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("ops", [fused, reference], ids=["fused", "reference"])
 def test_impossible_momentum_and_eps_are_refused(case, ops):
     tensors = case.make(DEVICE, torch.float32)
     for options, error, message in (

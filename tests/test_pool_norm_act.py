@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import pool_norm_act
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
@@ -71,7 +72,7 @@ def test_ties_go_to_the_first_pixel():
     tensors["x"] = tensors["x"].contiguous(memory_format=torch.channels_last)
     judge_on(case, tensors, torch.float32, TOLERANCES[torch.float32])
     x = tensors["x"].clone().requires_grad_()
-    case.combined(kernels, {**tensors, "x": x}, torch.float32).sum().backward()
+    case.combined(fused, {**tensors, "x": x}, torch.float32).sum().backward()
     y = tensors["x"].clone().requires_grad_()
     F.max_pool2d(y, 2).sum().backward()
     assert torch.equal(x.grad != 0, (y.grad != 0) & (x.grad != 0))
@@ -83,14 +84,14 @@ def test_nan_wins():
     for k in range(4):
         x = tensors["x"].clone()
         x[0, 1, k // 2, k % 2] = float("nan")
-        y, squeeze = case.call(kernels, {**tensors, "x": x}, torch.float32)
+        y, squeeze = case.call(fused, {**tensors, "x": x}, torch.float32)
         assert y[:, 1].isnan().all() and squeeze[:, 1].isnan().all()
         assert y[:, [0, 2, 3]].isfinite().all()
 
 
 def test_squeeze_is_the_mean_of_y():
     case = pool_norm_act(3, 20, 7, 5)
-    y, squeeze = case.call(kernels, case.make(DEVICE, torch.float32), torch.float32)
+    y, squeeze = case.call(fused, case.make(DEVICE, torch.float32), torch.float32)
     assert squeeze.dtype == torch.float32
     torch.testing.assert_close(squeeze, y.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
@@ -101,7 +102,7 @@ def test_some_outputs_may_go_unused(used):
     case = pool_norm_act(2, 6, 5, 5, eps=1e-3, fork=True)
     tensors = case.make(DEVICE, torch.float32)
     grads = []
-    for ops, dtype in ((kernels, torch.float32), (kernels.reference, torch.float64)):
+    for ops, dtype in ((fused, torch.float32), (kernels.reference, torch.float64)):
         own = {k: v.detach().clone().to(dtype) for k, v in tensors.items()}
         own["x"].requires_grad_()
         own["bias"].requires_grad_()
@@ -124,9 +125,9 @@ def test_the_squeeze_is_optional(fork):
     for squeeze in (True, False):
         case = pool_norm_act(3, 20, 7, 5, squeeze=squeeze, fork=fork)
         own = {k: v.clone() for k, v in tensors.items()}
-        calls.append(case.call(kernels, own, torch.float32))
+        calls.append(case.call(fused, own, torch.float32))
         with captured_launches() as launches:
-            case.call(kernels, own, torch.float32)
+            case.call(fused, own, torch.float32)
         arguments = [dict(zip(launch.kernel.arg_names, launch.arguments)) for launch in launches]
         assert any(named.get("squeeze_ptr") is not None for named in arguments) == squeeze
     (y, *_, means), (same, *_, nothing) = calls
@@ -138,7 +139,7 @@ def test_forked_outputs_share_memory_and_are_guarded():
     case = pool_norm_act(2, 6, 4, 4, fork=True)
     tensors = case.make(DEVICE, torch.float32)
     tensors["x"].requires_grad_()
-    y, again, _ = case.call(kernels, tensors, torch.float32)
+    y, again, _ = case.call(fused, tensors, torch.float32)
     assert y.data_ptr() == again.data_ptr() and torch.equal(y, again) and y.stride() == again.stride()
     with pytest.raises(RuntimeError, match="modified inplace"):
         again.mul_(2)
@@ -152,7 +153,7 @@ def test_fork_inside_a_compiled_function():
 
     def step(x):
         own = {k: v.clone() for k, v in tensors.items() if k != "x"}
-        y, again, means = kernels.pool_norm_act(x, **own, **case.options)
+        y, again, means = fused.pool_norm_act(x, **own, **case.options)
         return (y * weights).sum() + again.square().sum() + means.sin().sum()
 
     grads = []
@@ -176,7 +177,7 @@ def test_refuses_what_it_cannot_do():
     good = {**case.make(DEVICE, torch.float32), **case.options}
 
     def call(**changed):
-        return kernels.pool_norm_act(**{**good, **changed})
+        return fused.pool_norm_act(**{**good, **changed})
 
     with pytest.raises(ValueError, match="at least 2x2"):
         call(x=good["x"][:, :, :1].contiguous(memory_format=torch.channels_last))

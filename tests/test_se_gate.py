@@ -1,11 +1,14 @@
 """se_gate: fused against the float64 reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import se_gate
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of
 
@@ -16,12 +19,22 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(1e-6, 2**-8 * 1.01),
 }
 
+
+def hard(case):
+    """The same with hardsigmoid for its gate."""
+    options = {**case.options, "gate_activation": "hardsigmoid"}
+    return replace(case, label=f"{case.label}-hardsigmoid", options=options)
+
+
 CASES = [
     se_gate(33, 128, 8),
     se_gate(5, 512, 32),
     se_gate(1, 17, 4, activation="relu"),
     se_gate(2, 5, 3, activation="silu"),
     se_gate(70, 24, 20, activation=None),
+    # MobileNetV3's
+    hard(se_gate(3, 24, 8, activation="relu")),
+    hard(se_gate(2, 960, 240, activation="relu")),
     # hlb with reduction 4, EfficientNet's and RegNet's widest: hidden units in tiles, the last one in part
     se_gate(3, 512, 128),
     se_gate(2, 1152, 48, activation="silu"),
@@ -60,9 +73,9 @@ def test_saturated_gate_keeps_its_gradient():
 def test_weights_as_convolutions():
     case = se_gate(3, 6, 2)
     tensors = case.make(DEVICE, torch.float32)
-    want = case.call(kernels, tensors, torch.float32)
+    want = case.call(fused, tensors, torch.float32)
     tensors |= {name: tensors[name][:, :, None, None].requires_grad_() for name in ("weight1", "weight2")}
-    got = case.call(kernels, tensors, torch.float32)
+    got = case.call(fused, tensors, torch.float32)
     assert torch.equal(got, want)
     got.sum().backward()
     assert tensors["weight1"].grad.shape == (2, 6, 1, 1)
@@ -71,10 +84,10 @@ def test_weights_as_convolutions():
 def test_refuses_wrong_shapes():
     good = se_gate(3, 6, 2).make(DEVICE, torch.float32)
     with pytest.raises(ValueError, match=r"squeeze must be \[B, C\]"):
-        kernels.se_gate(**{**good, "squeeze": torch.randn(3, 6, 1, device=DEVICE)})
+        fused.se_gate(**{**good, "squeeze": torch.randn(3, 6, 1, device=DEVICE)})
     with pytest.raises(ValueError, match=r"weight2 must be \[6, 2\]"):
-        kernels.se_gate(**{**good, "weight2": torch.randn(5, 2, device=DEVICE)})
+        fused.se_gate(**{**good, "weight2": torch.randn(5, 2, device=DEVICE)})
     with pytest.raises(ValueError, match=r"bias1 must be \[2\]"):
-        kernels.se_gate(**{**good, "bias1": torch.randn(3, device=DEVICE)})
+        fused.se_gate(**{**good, "bias1": torch.randn(3, device=DEVICE)})
     with pytest.raises(TypeError, match="squeeze must be"):
-        kernels.se_gate(**{**good, "squeeze": torch.ones(3, 6, dtype=torch.int64, device=DEVICE)})
+        fused.se_gate(**{**good, "squeeze": torch.ones(3, 6, dtype=torch.int64, device=DEVICE)})

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import sgd_nesterov
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, judge_lists, name_of
@@ -57,7 +58,7 @@ def test_is_torch_sgd():
         grads = [torch.randn_like(p) for p in ours]
         for p, g in zip(theirs, grads):
             p.grad = g.clone()
-        kernels.sgd_nesterov(ours, grads, buffers, lr, momentum=0.85, weight_decay=0.02)
+        fused.sgd_nesterov(ours, grads, buffers, lr, momentum=0.85, weight_decay=0.02)
         optimizer.step()
     for p, q, buffer in zip(ours, theirs, buffers):
         torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-6)
@@ -83,7 +84,7 @@ def test_mixed_dtypes_and_layouts(grad_dtype, buffer_dtype):
     own = [list(values) for values in zip(*entries)]
     want = [[t.double() for t in values] for values in own]
     lr = torch.full((), 0.5, device=DEVICE)
-    kernels.sgd_nesterov(*own, lr, momentum=0.9, weight_decay=0.1)
+    fused.sgd_nesterov(*own, lr, momentum=0.9, weight_decay=0.1)
     kernels.reference.sgd_nesterov(*want, lr.double(), momentum=0.9, weight_decay=0.1)
     for i, strides in enumerate(p.stride() for p in params):
         assert own[0][i].stride() == strides
@@ -101,7 +102,7 @@ def test_a_view_that_is_not_aligned():
     own = [[piece[row] for piece in pieces] for row in range(3)]
     want = [[t.double().clone() for t in values] for values in own]
     lr = torch.full((1,), 0.5, device=DEVICE)
-    kernels.sgd_nesterov(*own, lr, momentum=0.9)
+    fused.sgd_nesterov(*own, lr, momentum=0.9)
     kernels.reference.sgd_nesterov(*want, lr.double(), momentum=0.9)
     for values, truths in zip(own, want):
         for value, truth in zip(values, truths):
@@ -114,7 +115,7 @@ def test_launches():
 
     def count(tensors):
         with captured_launches() as launches:
-            case.call(kernels, tensors, torch.float32)
+            case.call(fused, tensors, torch.float32)
         return len(launches)
 
     case = sgd_nesterov([(3, 3)] * 16)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import whiten
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
@@ -34,7 +35,7 @@ CASES = [
 def test_matches_float64(case, dtype):
     if not case.differentiable:
         tensors = case.make(DEVICE, dtype)
-        y = case.call(kernels, tensors, dtype)
+        y = case.call(fused, tensors, dtype)
         want = case.call(kernels.reference, {k: v.double() if v is not None and v.is_floating_point() else v
                                              for k, v in tensors.items()}, torch.float64)  # fmt: skip
         assert (y.double() - want).abs().max() <= TOLERANCES[dtype].forward * want.abs().max()
@@ -66,7 +67,7 @@ def test_normalized_images(dtype):
     images = torch.randn(2, 3, 6, 5, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(12, 3, 2, 2, device=DEVICE)
     bias = torch.randn(12, device=DEVICE, requires_grad=True)
-    y = kernels.whiten(images, weight, bias, activation="gelu")
+    y = fused.whiten(images, weight, bias, activation="gelu")
     want = kernels.reference.whiten(images.double(), weight, bias, activation="gelu")
     assert y.dtype == dtype
     assert (y.double() - want).abs().max() <= TOLERANCES[dtype].forward * want.abs().max()
@@ -81,7 +82,7 @@ def test_extreme_pixels(level):
     case = whiten(1, 4, 4, 12, activation=None)
     tensors = case.make(DEVICE, torch.float32)
     tensors["images"].fill_(level)
-    y = case.call(kernels, tensors, torch.float32)
+    y = case.call(fused, tensors, torch.float32)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
     want = case.call(kernels.reference, exact, torch.float64)
     assert (y.double() - want).abs().max() <= 1e-6 * want.abs().max()
@@ -92,7 +93,7 @@ def test_refuses_what_it_cannot_do():
     good = case.make(DEVICE, torch.float32)
 
     def call(**changed):
-        return kernels.whiten(**{**good, **changed})
+        return fused.whiten(**{**good, **changed})
 
     with pytest.raises(ValueError, match="no gradient"):
         call(weight=good["weight"].clone().requires_grad_())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import whiten_project_norm_act
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, judge_on, name_of, run
 
@@ -60,16 +60,16 @@ def test_directional_derivative():
 def test_without_running_statistics():
     case = whiten_project_norm_act(2, 5, 6, 4)
     tensors = case.make(DEVICE, torch.float32)
-    want = case.call(kernels, dict(tensors), torch.float32)
+    want = case.call(fused, dict(tensors), torch.float32)
     tensors["running_mean"] = tensors["running_var"] = None
-    assert torch.equal(case.call(kernels, tensors, torch.float32), want)
+    assert torch.equal(case.call(fused, tensors, torch.float32), want)
 
 
 def test_gradient_is_orthogonal_to_the_projection():
     """BatchNorm removes the scale of each projected channel, so <W2_j, dW2_j> = 0."""
     case = whiten_project_norm_act(2, 12, 12, 6)
     tensors = case.make(DEVICE, torch.float32)
-    grads = run(case, kernels, tensors, torch.float32, torch.randn(2, 6, 11, 11, device=DEVICE))
+    grads = run(case, fused, tensors, torch.float32, torch.randn(2, 6, 11, 11, device=DEVICE))
     along = (grads["dproject_weight"] * tensors["project_weight"]).sum((1, 2, 3))
     size = grads["dproject_weight"].norm() * tensors["project_weight"].norm()
     assert along.abs().max() <= 1e-6 * size
@@ -89,7 +89,7 @@ def test_constant_images():
     case = whiten_project_norm_act(2, 5, 5, 4, eps=1e-5)
     tensors = case.make(DEVICE, torch.float32)
     tensors["images"].fill_(77)
-    y = case.call(kernels, tensors, torch.float32)
+    y = case.call(fused, tensors, torch.float32)
     want = F.gelu(tensors["bias"].double())[None, :, None, None].expand_as(y)
     assert (y.double() - want).abs().max() <= 5e-3
 
@@ -97,9 +97,9 @@ def test_constant_images():
 def test_project_weight_as_a_matrix():
     case = whiten_project_norm_act(2, 5, 5, 4)
     tensors = case.make(DEVICE, torch.float32)
-    want = case.call(kernels, {**tensors}, torch.float32)
+    want = case.call(fused, {**tensors}, torch.float32)
     tensors["project_weight"] = tensors["project_weight"].flatten(1)
-    assert torch.equal(case.call(kernels, tensors, torch.float32), want)
+    assert torch.equal(case.call(fused, tensors, torch.float32), want)
 
 
 def test_refuses_what_it_cannot_do():
@@ -107,7 +107,7 @@ def test_refuses_what_it_cannot_do():
     good = {**case.make(DEVICE, torch.float32), **case.options}
 
     def call(**changed):
-        return kernels.whiten_project_norm_act(**{**good, **changed})
+        return fused.whiten_project_norm_act(**{**good, **changed})
 
     with pytest.raises(ValueError, match="whiten_weight gets no gradient"):
         call(whiten_weight=good["whiten_weight"].clone().requires_grad_())

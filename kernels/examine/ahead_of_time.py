@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from blink import kernels
+from blink.kernels import fused
 
 from .. import launching
 from ..launching import Launch, captured_launches, leaves, mapped, specialized
@@ -148,7 +148,7 @@ def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
     for name in case.differentiable:
         tensors[name].requires_grad_()
     with captured_launches() as launches:
-        outputs = case.call(kernels, tensors, dtype)
+        outputs = case.call(fused, tensors, dtype)
         if case.differentiable:
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             outputs = [y for y in outputs if y is not None and y.requires_grad]

@@ -42,7 +42,9 @@ def load(name: str, case: Case):
     if name == "fused":
         if not kernels.HAS_TRITON:
             raise RuntimeError("triton is not installed")
-        return kernels
+        from blink.kernels import fused
+
+        return fused
     if not torch.cuda.is_available() and not has_cxx_compiler():
         raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
     torch._dynamo.reset()
