@@ -7,23 +7,8 @@ Each op runs on its kernels on a GPU and in plain PyTorch elsewhere: `backend` s
 if __name__ == "kernels":
     raise ImportError("this package is blink.kernels: from blink.kernels import ...")
 
-from . import reference
-from .dispatch import (
-    HAS_TRITON,
-    backend,
-    cross_entropy,
-    excite_norm_act_add,
-    interpreting,
-    muon,
-    newton_schulz,
-    norm_act,
-    pool_norm_act,
-    se_gate,
-    sgd_nesterov,
-    squeeze_excite,
-    whiten,
-    whiten_project_norm_act,
-)
+from . import dispatch, reference
+from .dispatch import HAS_TRITON, backend, interpreting
 from .gather import Gather
 from .layers import Whiten
 from .squeeze_excitation import SqueezeExcite, replace_squeeze_excitation
@@ -34,18 +19,11 @@ __all__ = [
     "SqueezeExcite",
     "Whiten",
     "backend",
-    "cross_entropy",
-    "excite_norm_act_add",
     "interpreting",
-    "muon",
-    "newton_schulz",
-    "norm_act",
-    "pool_norm_act",
     "reference",
     "replace_squeeze_excitation",
-    "se_gate",
-    "sgd_nesterov",
-    "squeeze_excite",
-    "whiten",
-    "whiten_project_norm_act",
+    *reference.OPS,
 ]
+
+# in place of the modules of their names, which importing has put here
+globals().update({name: getattr(dispatch, name) for name in reference.OPS})

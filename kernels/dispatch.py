@@ -117,7 +117,7 @@ def _as_given(result, first: Tensor):
     return result.contiguous() if as_first else result
 
 
-def dispatched(name: str, unbatched: bool = False, differentiable: bool = True) -> Callable:
+def dispatched(name: str) -> Callable:
     """The op `name`: a call goes to `fused` where `backend` says so for the device of its first argument, and else to
     `reference`.
 
@@ -125,12 +125,14 @@ def dispatched(name: str, unbatched: bool = False, differentiable: bool = True) 
     torch.func transform or with forward-mode AD; what torch.jit.trace or torch.export records, for any machine; and
     `differentiable_twice=True`, where gradients are to be differentiated again. On the kernels' way, images that are
     not channels_last are copied (said once) and the result is contiguous if they were.
-
-    unbatched: whether the op's first argument may also be one image [C, H, W].
+    squeeze_excite also takes a single image [C, H, W].
     """
     plain, kernel = getattr(reference, name), getattr(fused, name) if HAS_TRITON else None
     signature = inspect.signature(plain)
     names = tuple(signature.parameters)
+    # ops on lists of tensors have no gradient
+    differentiable = signature.parameters[names[0]].annotation is Tensor
+    unbatched = name == "squeeze_excite"
 
     def call(arguments: dict, differentiable_twice: bool):
         first = arguments[names[0]]
@@ -164,14 +166,4 @@ def dispatched(name: str, unbatched: bool = False, differentiable: bool = True) 
     return op
 
 
-cross_entropy = dispatched("cross_entropy")
-excite_norm_act_add = dispatched("excite_norm_act_add")
-muon = dispatched("muon", differentiable=False)
-newton_schulz = dispatched("newton_schulz", differentiable=False)
-norm_act = dispatched("norm_act")
-pool_norm_act = dispatched("pool_norm_act")
-se_gate = dispatched("se_gate")
-sgd_nesterov = dispatched("sgd_nesterov", differentiable=False)
-squeeze_excite = dispatched("squeeze_excite", unbatched=True)
-whiten = dispatched("whiten")
-whiten_project_norm_act = dispatched("whiten_project_norm_act")
+globals().update({name: dispatched(name) for name in reference.OPS})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from blink import kernels
 from blink.kernels import fused
-from blink.kernels.examine.cases import AIR_FILTERS, mapped, muon
+from blink.kernels.examine.cases import mapped, muon, recipe_cases
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of
 from tests.test_newton_schulz import TOLERANCES as ITERATION
@@ -33,7 +33,7 @@ def test_matches_float64(case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_matches_float64_at_the_networks_shapes(dtype):
-    case = muon(AIR_FILTERS)
+    (case,) = (case for case in recipe_cases("blink") if case.op == "muon")
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
 
 
@@ -45,7 +45,7 @@ def test_matches_float64_at_the_networks_shapes(dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shapes(shapes, weight_decay, renormalize, dtype):
-    case = muon(shapes, weight_decay, renormalize)
+    case = muon(shapes, weight_decay=weight_decay, renormalize=renormalize)
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype] * 10, times_pytorch=None)
 
 

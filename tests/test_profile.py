@@ -1,21 +1,21 @@
-"""`train.py --profile`: traces become parts, parts add up, what is counted is right, and the command prints it."""
+"""`blink profile`: traces become parts, parts add up, what is counted is right, and the command prints it."""
 
 import json
 
 import pytest
 import torch
 
-import train
+from blink.__main__ import main
 from blink.errors import UserError
 from blink.experiments.profile import measure
 from blink.experiments.profile.costs import step_costs
-from blink.experiments.profile.measure import Profile, Race, Row
-from blink.experiments.profile.report import convolution_table, race_lines, table
+from blink.experiments.profile.measure import Comparison, Profile, Row
+from blink.experiments.profile.report import comparison_lines, convolution_table, table
 from blink.experiments.profile.trace import Work, matched_owners, steps_of
+from blink.kernels.registry import Cost
 from blink.model import backend, convolution
 from blink.model.network import Network
-from blink.training.optimizer import Optimizer
-from blink.training.recipes import AIR, HLB
+from blink.training.recipes import AIR, HLB, RECIPES
 from tests.oracle import DEVICE
 
 
@@ -173,8 +173,7 @@ def test_convolution_flops_are_those_that_pytorch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     network = Network(recipe.network, 10, (3, 32, 32), backend.eager())
-    optimizer = Optimizer(network, recipe, 4, 1, 1, backend.reference())
-    costs = step_costs(network, optimizer, 4, (3, 32, 32))
+    costs = step_costs(recipe, 4, 10, (3, 32, 32), 4)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         network(images).sum().backward()
@@ -183,6 +182,23 @@ def test_convolution_flops_are_those_that_pytorch_counts(recipe):
     gates = sum(cost.flops for (part, _), cost in costs.items() if part.endswith(".se"))
     # the fused stem also counts its moments and folds its two products into one
     assert ours + gates == pytest.approx(counted, rel=0.02)
+
+
+def test_counts_of_hlbs_first_pooling_and_of_a_muon_step_by_hand():
+    costs = step_costs(HLB, 512, 10, (3, 32, 32), 4)
+    x, windows = 512 * 128 * 31 * 31, 512 * 128 * 15 * 15
+    # of y's two users both gradients and pooled twice, the index twice a quarter byte, dx
+    assert costs["groups.0.norm1", "bwd"] == Cost((3 * 2 * windows + x) * 4 + windows // 4) == Cost(609_501_184)
+    costs = step_costs(AIR, 2000, 10, (3, 32, 32), 2)
+    filters = [(64, 216), (64, 576), (256, 576), *[(256, 2304)] * 3]
+    vectors, head = 24 + 2 * 64 + 4 * 256, 10 * 256
+    moved = 9 * 2 * sum(m * k for m, k in filters) + 5 * (4 * vectors + 2 * head)
+    assert costs["optimizer", "fwd"] == Cost(moved, sum(3 * m * m * k + 9 * m**3 for m, k in filters))
+
+
+def test_a_stem_of_several_calls_is_not_counted_in_part():
+    parts = {part for part, _ in step_costs(RECIPES["hlb-3x3"], 8, 10, (3, 32, 32), 2)}
+    assert "stem" not in parts and {"groups.0.conv1", "groups.2.se", "head", "loss", "optimizer"} <= parts
 
 
 def profile_of(rows, idle=1.0):
@@ -211,7 +227,7 @@ def test_convolution_rates_are_against_the_matrix_product():
 
 
 def test_race_states_both_speed_ups():
-    lines = race_lines(Race(500.0, 1000.0, 400.0, 800.0, 5))
+    lines = comparison_lines(Comparison(500.0, 1000.0, 400.0, 800.0, 5))
     assert all(len(line) <= 80 for line in lines)
     assert "500.0 ms to 1000.0 ms a step: 2.00x" in lines[1]
     assert "50.0 %" in lines[2] and "2.00x" in lines[2] and "100 %" in lines[3]
@@ -228,7 +244,7 @@ def small_cifar(tmp_path, monkeypatch):
 def test_profile_command(small_cifar, tmp_path, capsys):
     target = tmp_path / "profile.json"
     arguments = ["--data", small_cifar, "--recipe", "air", "--batch-size", "8", "--steps", "2", "--dtype", "fp32"]
-    code = train.main([*arguments, "--device", "cpu", "--profile", str(tmp_path / "traces"), "--json", str(target)])
+    code = main(["profile", *arguments, "--device", "cpu", "--traces", str(tmp_path / "traces"), "--json", str(target)])
     printed = capsys.readouterr().out
     assert code == 0 and "groups.2.conv2" in printed and "against eager PyTorch" in printed
     content = json.loads(target.read_text())["profile"]
@@ -247,7 +263,7 @@ def test_profile_command(small_cifar, tmp_path, capsys):
 def test_a_profiler_without_records_ends_the_command_in_one_line(small_cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "steps_of", lambda trace, on_gpu, eager: steps_of(trace, True, eager))
     arguments = ["--data", small_cifar, "--recipe", "air", "--batch-size", "8", "--steps", "2", "--dtype", "fp32"]
-    code = train.main([*arguments, "--device", "cpu", "--profile", str(tmp_path / "traces")])
+    code = main(["profile", *arguments, "--device", "cpu", "--traces", str(tmp_path / "traces")])
     err = capsys.readouterr().err
     assert code == 2 and "0 pieces of GPU work" in err and err.count("\n") == 1
 
