@@ -13,16 +13,7 @@ from . import dispatch, reference
 from .dispatch import HAS_TRITON, backend, interpreting
 from .gather import Gather
 from .layers import Whiten
-from .registry import NAMES
 from .squeeze_excitation import SqueezeExcite, replace_squeeze_excitation
-
-
-def __getattr__(name: str) -> Any:
-    """For type checkers, which do not see names that come with the files."""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-globals().update({name: getattr(dispatch, name) for name in NAMES})
 
 __all__ = [
     "HAS_TRITON",
@@ -33,5 +24,14 @@ __all__ = [
     "interpreting",
     "reference",
     "replace_squeeze_excitation",
-    *NAMES,
+    *reference.OPS,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """For type checkers, which do not see names that come with the files."""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# in place of the modules of their names, which importing has put here
+globals().update({name: getattr(dispatch, name) for name in reference.OPS})

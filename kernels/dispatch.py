@@ -18,7 +18,6 @@ from blink.errors import UserError
 from . import reference
 from .differentiation import transformed
 from .environment import has_c_compiler
-from .registry import NAMES
 
 HAS_TRITON = find_spec("triton") is not None
 VARIABLE = "BLINK_KERNELS"
@@ -44,9 +43,6 @@ _LAYOUTS = {
     "images": torch.channels_last,
     "logits": torch.contiguous_format,
 }
-
-# whose first argument may also be one image [C, H, W], as torchvision's may
-_UNBATCHED = {"squeeze_excite"}
 
 
 def backend(device: torch.device | str | None = None) -> str:
@@ -129,13 +125,14 @@ def dispatched(name: str) -> Callable:
     torch.func transform or with forward-mode AD; what torch.jit.trace or torch.export records, for any machine; and
     `differentiable_twice=True`, where gradients are to be differentiated again. On the kernels' way, images that are
     not channels_last are copied (said once) and the result is contiguous if they were.
+    squeeze_excite also takes a single image [C, H, W].
     """
     plain, kernel = getattr(reference, name), getattr(fused, name) if HAS_TRITON else None
     signature = inspect.signature(plain)
     names = tuple(signature.parameters)
-    # an optimizer's ops take lists
+    # ops on lists of tensors have no gradient
     differentiable = signature.parameters[names[0]].annotation is Tensor
-    unbatched = name in _UNBATCHED
+    unbatched = name == "squeeze_excite"
 
     def call(arguments: dict, differentiable_twice: bool):
         first = arguments[names[0]]
@@ -169,4 +166,4 @@ def dispatched(name: str) -> Callable:
     return op
 
 
-globals().update({name: dispatched(name) for name in NAMES})
+globals().update({name: dispatched(name) for name in reference.OPS})

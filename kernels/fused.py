@@ -1,4 +1,4 @@
-"""The fused ops by themselves: what `blink.kernels` calls on tensors that the kernels take, and refuses nothing for.
+"""The fused ops by themselves, which `blink.kernels` calls with what their kernels take; all else they refuse.
 
 Same names and signatures as `reference`. Importing it needs triton, calling an op a GPU or Triton's interpreter.
 """
@@ -6,11 +6,11 @@ Same names and signatures as `reference`. Importing it needs triton, calling an 
 from importlib import import_module
 from importlib.util import find_spec
 
-from .registry import NAMES
+from .reference import OPS
 
 if find_spec("triton") is None:
     raise ImportError(f"{__name__} needs triton, which is not installed; blink.kernels and its reference do not")
 
-globals().update({name: getattr(import_module(f".{name}", __package__), name) for name in NAMES})
+__all__ = [*OPS]
 
-__all__ = [*NAMES]
+globals().update({name: getattr(import_module(f".{name}", __package__), name) for name in OPS})

@@ -8,6 +8,8 @@ et al. 2016.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 import torch.nn.functional as F
@@ -307,3 +309,7 @@ def muon(
                 p = p * (p.shape[0] ** 0.5 / torch.where(norm == 0, 1, norm))
             param.copy_(p * (1 - rate * weight_decay) - rate * update.view(p.shape))
             buffer.copy_(velocity)
+
+
+# an op is a public function in a file of its name, with its reference here
+OPS = tuple(file.name for file in iter_modules([str(Path(__file__).parent)]) if callable(globals().get(file.name)))

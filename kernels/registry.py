@@ -8,16 +8,9 @@ of a value per channel are left out.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
-from pkgutil import iter_modules
 from typing import NamedTuple
 
 import torch
-
-from . import reference
-
-# an op is a public function in a file of its name, with a reference of the same name
-NAMES = tuple(m.name for m in iter_modules([str(Path(__file__).parent)]) if callable(getattr(reference, m.name, None)))
 
 
 class Argument(NamedTuple):

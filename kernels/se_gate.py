@@ -323,8 +323,12 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
     differentiable=("squeeze", *GATE_WEIGHTS),
     options={"activation": "gelu"},
     small=[dict(batch=3, channels=20, hidden=5)],
-    # as wide as hlb's with reduction 4, and the widest of RegNet's
-    further=[dict(channels=512, hidden=128), dict(channels=2000, hidden=500)],
+    # as wide as hlb's with reduction 4, and the widest of RegNet's and MobileNetV3's
+    further=[
+        dict(channels=512, hidden=128),
+        dict(channels=2000, hidden=500),
+        dict(channels=960, hidden=240, activation="relu", gate_activation="hardsigmoid"),
+    ],
 )
 def se_gate(
     squeeze: Tensor,

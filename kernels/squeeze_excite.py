@@ -233,12 +233,13 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
     differentiable=("x", *GATE_WEIGHTS),
     options={"activation": "relu"},
     small=[dict(batch=2, channels=12, height=3, width=5, hidden=4)],
-    # after hlb's two gated groups, in EfficientNet, and the widest of RegNet's
+    # after hlb's two gated groups, in EfficientNet, and the widest of RegNet's and MobileNetV3's
     further=[
         dict(channels=128, height=15, width=15, hidden=8, activation="gelu"),
         dict(channels=512, height=3, width=3, hidden=32, activation="gelu"),
         dict(channels=1152, height=7, width=7, hidden=48, activation="silu"),
         dict(channels=2000, height=7, width=7, hidden=500),
+        dict(channels=960, height=7, width=7, hidden=240, gate_activation="hardsigmoid"),
     ],
 )
 def squeeze_excite(

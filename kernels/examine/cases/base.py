@@ -136,7 +136,7 @@ class Case:
             parts[0] = _shapes(present["images"]._replace(shape=(batch, *present["images"].shape[1:])))
             parts.append("gather" + "".join(sorted(name.removeprefix(GATHER)[0] for name in gathered[1:])))
         for name, value in self.options.items():
-            if name == "activation":
+            if name == "activation" or (isinstance(value, str) and value != self._defaults.get(name)):
                 parts.append(str(value))
             elif name not in _UNTOLD and not name.startswith(GATHER) and value != self._defaults.get(name):
                 parts.append(f"{'' if value else 'no'}{name}" if isinstance(value, bool) else f"{name}{value:g}")
