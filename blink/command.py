@@ -9,6 +9,7 @@ import os
 import sys
 import textwrap
 import time
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -24,13 +25,6 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """80 columns, whatever the terminal."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=26, width=80)
-
-
 class Parser(argparse.ArgumentParser):
     """A mistake on the command line is one line, and exit code 2."""
 
@@ -40,7 +34,8 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=textwrap.fill(description, 80),
             epilog=epilog,
-            formatter_class=_Formatter,
+            # 80 columns, whatever the terminal
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=80),
             allow_abbrev=False,
         )
 

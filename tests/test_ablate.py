@@ -216,7 +216,7 @@ def test_a_plan_is_interleaved_written_run_by_run_and_gone_on_with(call, tmp_pat
     for run in runs:
         assert 0 <= run["accuracy"] <= 1 and run["seconds"] > 0 and run["flops"]["total"] > 0
         assert run["stem"]["output"] == [11, 11] and run["stem"]["milliseconds"] > 0
-        assert run["recipe"]["network"]["groups"][0]["channels"] in (8, 16)
+        assert run["recipe"]["network"]["conv_groups"][0]["channels"] in (8, 16)
     assert runs[0]["stem"]["macs"] == 11 * 11 * 12 * 24 and runs[1]["stem"]["macs"] == 11 * 11 * (12 * 12 + 12 * 8)
     out = capsys.readouterr().out
     assert "n = 2;" in out and "what a test asks" in out

@@ -20,7 +20,7 @@ from blink.errors import UserError
 from blink.training import data
 from blink.training.data import cifar
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
-from blink.training.data.layouts import LAYOUTS
+from blink.training.data.layouts import LAYOUTS, Layout
 
 ROWS = 4
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -31,6 +31,11 @@ LABEL_KEYS = {"cifar10": "labels", "cifar100": "fine_labels"}
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BLINK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "DEFAULT_ROOT", tmp_path / "data")
+
+
+def layout_of(name: str, binary: bool) -> Layout:
+    (layout,) = [each for each in LAYOUTS if (each.name, each.label_bytes > 0) == (name, binary)]
+    return layout
 
 
 def load(source, notes=None):
@@ -77,7 +82,7 @@ def make_python(monkeypatch, folder: Path, name="cifar10", module="numpy.core.mu
     file, md5 = put(folder, source.meta["filename"], dump({source.meta["key"]: names}))
     meta = {"filename": file, "key": source.meta["key"], "md5": md5}
     publish(monkeypatch, name, train_list=written[0], test_list=written[1], meta=meta)
-    return LAYOUTS[name], halves
+    return layout_of(name, binary=False), halves
 
 
 def with_file(monkeypatch, folder: Path, raw: bytes) -> None:
@@ -100,8 +105,8 @@ def pixels_of(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_python_batches_give_every_pixel_and_label(tmp_path, monkeypatch, name, module):
     layout, halves = make_python(monkeypatch, tmp_path, name, module)
-    assert f"c{module}\n_reconstruct".encode() in (tmp_path / layout.first_file).read_bytes()
-    classes, *arrays = cifar.read_python_batches(tmp_path, layout)
+    assert f"c{module}\n_reconstruct".encode() in (tmp_path / layout.train[0]).read_bytes()
+    classes, *arrays = cifar.read_batches(tmp_path, layout)
     assert classes == tuple(f"class {i}" for i in range(CLASSES[name]))
     for images, labels, (rows, numbers) in zip(arrays[::2], arrays[1::2], halves, strict=True):
         assert images.dtype == np.uint8 and labels.dtype == np.int64
@@ -116,14 +121,14 @@ def test_wrong_md5_names_the_file(tmp_path, monkeypatch):
     raw[-100] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match=r"data_batch_3 does not match its published md5"):
-        cifar.read_python_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 def test_missing_file_is_named(tmp_path, monkeypatch):
     layout, _ = make_python(monkeypatch, tmp_path)
     (tmp_path / "test_batch").unlink()
     with pytest.raises(UserError, match="lacks test_batch"):
-        cifar.read_python_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 class Malicious:
@@ -139,7 +144,7 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, monkeypatch):
     layout, _ = make_python(monkeypatch, folder)
     with_file(monkeypatch, folder, dump({"data": Malicious(f"touch {mark}")}))
     with pytest.raises(UserError, match=r"data_batch_1.*system"):
-        cifar.read_python_batches(folder, layout)
+        cifar.read_batches(folder, layout)
     assert not mark.exists()
 
 
@@ -164,7 +169,7 @@ def test_malformed_python_batch_is_named(tmp_path, monkeypatch, raw):
     layout, _ = make_python(monkeypatch, tmp_path)
     with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="data_batch_1"):
-        cifar.read_python_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 @pytest.mark.parametrize("label", [10, -1])
@@ -173,15 +178,15 @@ def test_python_label_out_of_range(tmp_path, monkeypatch, label):
     raw = dump({"data": np.zeros((1, 3072), np.uint8), "labels": [label]})
     with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="label"):
-        cifar.read_python_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 def make_binary(folder: Path, name: str):
     """Write the binary version; the label is the record's last label byte (CIFAR-100: coarse, then fine)."""
-    layout = LAYOUTS[name]
+    layout = layout_of(name, binary=True)
     random = np.random.RandomState(2)
     halves = []
-    for files in (layout.binary_train, layout.binary_test):
+    for files in (layout.train, layout.test):
         records = []
         for file in files:
             record = random.randint(0, 256, (ROWS, layout.label_bytes + 3072), dtype=np.uint8)
@@ -191,14 +196,14 @@ def make_binary(folder: Path, name: str):
         records = np.concatenate(records)
         halves.append((records[:, layout.label_bytes :], records[:, layout.label_bytes - 1].tolist()))
     names = "".join(f"class {i}\n" for i in range(CLASSES[name]))
-    (folder / layout.binary_classes).write_text(names + "\n")
+    (folder / layout.classes).write_text(names + "\n")
     return layout, halves
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_binary_batches_give_every_pixel_and_label(tmp_path, name):
     layout, halves = make_binary(tmp_path, name)
-    classes, *arrays = cifar.read_binary_batches(tmp_path, layout)
+    classes, *arrays = cifar.read_batches(tmp_path, layout)
     assert classes == tuple(f"class {i}" for i in range(CLASSES[name]))
     for images, labels, (rows, numbers) in zip(arrays[::2], arrays[1::2], halves, strict=True):
         np.testing.assert_array_equal(images, pixels_of(rows))
@@ -209,21 +214,21 @@ def test_binary_batches_give_every_pixel_and_label(tmp_path, name):
 @pytest.mark.parametrize("keep", [0, 3072, -1], ids=["empty", "half a record", "a byte short"])
 def test_truncated_binary_batch_is_named(tmp_path, name, keep):
     layout, _ = make_binary(tmp_path, name)
-    path = tmp_path / layout.binary_train[-1]
+    path = tmp_path / layout.train[-1]
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"{path.name} is truncated"):
-        cifar.read_binary_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_binary_label_out_of_range(tmp_path, name):
     layout, _ = make_binary(tmp_path, name)
-    path = tmp_path / layout.binary_test[0]
+    path = tmp_path / layout.test[0]
     raw = bytearray(path.read_bytes())
     raw[layout.label_bytes - 1] = CLASSES[name]
     path.write_bytes(raw)
     with pytest.raises(UserError, match=f"label {CLASSES[name]}, but names only {CLASSES[name]} classes"):
-        cifar.read_binary_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 @pytest.mark.parametrize("missing", ["data_batch_2.bin", "batches.meta.txt"])
@@ -231,14 +236,13 @@ def test_missing_binary_file_is_named(tmp_path, missing):
     layout, _ = make_binary(tmp_path, "cifar10")
     (tmp_path / missing).unlink()
     with pytest.raises(UserError, match=f"lacks {missing}"):
-        cifar.read_binary_batches(tmp_path, layout)
+        cifar.read_batches(tmp_path, layout)
 
 
 @pytest.mark.parametrize("parent", [False, True], ids=["folder itself", "its parent"])
 @pytest.mark.parametrize("kind", ["python", "binary"])
 def test_a_cifar_folder_is_recognized(tmp_path, monkeypatch, kind, parent):
-    layout = LAYOUTS["cifar10"]
-    name = layout.folder if kind == "python" else layout.binary_folder
+    name = layout_of("cifar10", kind == "binary").folder
     make = partial(make_python, monkeypatch) if kind == "python" else make_binary
     _, halves = make(tmp_path / name, "cifar10")
     dataset = load(str(tmp_path if parent else tmp_path / name))
@@ -266,12 +270,12 @@ def test_a_second_start_does_without_torchvision(tmp_path, monkeypatch, kind):
     assert load(str(tmp_path)).fingerprint == first.fingerprint
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", cifar.PUBLISHED)
 def test_the_names_of_a_folder_are_torchvisions(name):
-    layout = LAYOUTS[name]
-    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    assert (layout.folder, layout.first_file) == (source.base_folder, source.train_list[0][0])
-    assert layout.meta_file == source.meta["filename"]
+    layout, source = layout_of(name, binary=False), {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    assert (layout.folder, layout.classes) == (source.base_folder, source.meta["filename"])
+    for own, theirs in ((layout.train, source.train_list), (layout.test, source.test_list)):
+        assert own == tuple(file for file, _ in theirs)
 
 
 def test_cifar100_takes_its_own_statistics(tmp_path):

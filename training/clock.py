@@ -11,7 +11,6 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._segments: list[tuple] = []
-        self._begin = None
 
     def _now(self):
         if not self._cuda:
@@ -25,7 +24,6 @@ class Stopwatch:
 
     def stop(self) -> None:
         self._segments.append((self._begin, self._now()))
-        self._begin = None
 
     @property
     def seconds(self) -> float:

@@ -25,8 +25,7 @@ def restored(state: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for t, value in zip(state, saved):
-                t.copy_(value)
+            torch._foreach_copy_(state, saved)
 
 
 def captured(function: Callable[[], None], state: list[Tensor], pool: tuple | None = None) -> Callable[[], None]:

@@ -87,22 +87,18 @@ class Optimizer:
             peak = group.lr / (self._batch_size if group.mean_lr else 1)
             rates[:own, i] = torch.tensor([peak * recipe.schedule.factor(step, own) for step in range(own)])
         self.rates = rates.to(device)
-        self._calls, columns = self._plan_calls()
-        # [steps, parameters], those of a call side by side
-        self._rates = self.rates[:, columns].contiguous()
-
-    def _plan_calls(self) -> tuple[list[_Call], list[int]]:
-        """The calls of a step, and of which group each parameter is, in the calls' order."""
+        # groups that one call updates, and of which group each parameter is in the calls' order
         alike: dict[tuple, list[int]] = {}
         for i, group in enumerate(self.param_groups):
             alike.setdefault((group.rule, group.momentum, group.decay), []).append(i)
-        calls: list[_Call] = []
+        self._calls: list[_Call] = []
         columns: list[int] = []
         for key, members in alike.items():
             members.sort(key=lambda i: -self.steps[i])
-            calls.append(_Call(*key, tuple(members), len(columns)))
+            self._calls.append(_Call(*key, tuple(members), len(columns)))
             columns += [i for i in members for _ in self.params[i]]
-        return calls, columns
+        # [steps, parameters], those of a call side by side
+        self._rates = self.rates[:, columns].contiguous()
 
     def active(self, step: int) -> tuple[int, ...]:
         """The groups that are trained at `step`: the phase it belongs to."""

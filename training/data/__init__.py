@@ -26,23 +26,24 @@ def load(source: str | None, progress: Progress, note: Note) -> Dataset:
     """
     if source == "synthetic":
         return generated()
-    if source is not None and source not in LAYOUTS:
-        return read(Path(source), progress, note)
-    layout = LAYOUTS[source or "cifar10"]
-    for name in (layout.folder, layout.binary_folder):
-        if (DEFAULT_ROOT / name).is_dir():
-            return read(DEFAULT_ROOT / name, progress, note)
+    name = source or "cifar10"
+    folders = [DEFAULT_ROOT / layout.folder for layout in LAYOUTS if layout.name == name]
+    if not folders:
+        return read(Path(name), progress, note)
+    for folder in folders:
+        if folder.is_dir():
+            return read(folder, progress, note)
     from blink.training.data import cifar
 
-    note(f"downloading {layout.name} ...")
+    note(f"downloading {name} ...")
     try:
-        cifar.download(DEFAULT_ROOT, layout)
+        folder = cifar.download(DEFAULT_ROOT, name)
     except UserError as error:
         if source is not None:
             raise
         note(str(error))
         return generated()
-    return read(DEFAULT_ROOT / layout.folder, progress, note)
+    return read(folder, progress, note)
 
 
 def generated() -> Dataset:
@@ -77,17 +78,11 @@ def read(path: Path, progress: Progress, note: Note) -> Dataset:
 def _recognize(path: Path, progress: Progress):
     """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds."""
     tree = (path / "train").is_dir() or (path / "test").is_dir()
-    published = LAYOUTS.values() if not tree or any(path.glob("cifar-*")) else ()
-    for layout in published:
+    for layout in LAYOUTS if not tree or any(path.glob("cifar-*")) else ():
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
-        kinds = (
-            (layout.folder, layout.first_file, layout.meta_file, False),
-            (layout.binary_folder, layout.binary_train[0], layout.binary_classes, True),
-        )
-        for folder, first, meta, binary in kinds:
-            for root in (path, path / folder):
-                if (root / first).is_file() or (root / meta).is_file():
-                    return root, layout.name, partial(_read_published, root, layout, binary), statistics
+        for root in (path, path / layout.folder):
+            if (root / layout.train[0]).is_file() or (root / layout.classes).is_file():
+                return root, layout.name, partial(_read_published, root, layout), statistics
     if tree:
         # a name that is no text is shown as far as it is
         name = os.fsencode(path.resolve().name).decode(errors="replace")
@@ -99,7 +94,7 @@ def _recognize(path: Path, progress: Progress):
     )
 
 
-def _read_published(root: Path, layout: Layout, binary: bool):
+def _read_published(root: Path, layout: Layout):
     from blink.training.data import cifar
 
-    return (cifar.read_binary_batches if binary else cifar.read_python_batches)(root, layout)
+    return cifar.read_batches(root, layout)

@@ -7,7 +7,7 @@ import io
 import pickle
 import socket
 import tarfile
-from contextlib import contextmanager
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
@@ -57,104 +57,89 @@ def restricted_load(path: Path) -> dict:
     return content
 
 
-def read_python_batches(folder: Path, layout: Layout) -> Arrays:
-    """Read `folder` (layout.folder itself). Raises UserError for a missing file, a wrong md5 or malformed content."""
+def read_batches(folder: Path, layout: Layout) -> Arrays:
+    """Read `folder` (layout.folder itself). Raises UserError for a file that is missing, damaged or malformed."""
+    classes, read = (_binary if layout.label_bytes else _python)(folder, layout)
+    halves = []
+    for names in (layout.train, layout.test):
+        rows, labels = map(np.concatenate, zip(*(read(folder / name) for name in names)))
+        labels = labels.astype(np.int64)
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(
+                f"{folder} holds the label {int(labels.max())}, but names only {len(classes)} classes; download it again"
+            )
+        halves += [np.ascontiguousarray(rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)), labels]
+    return classes, *halves
+
+
+def _python(folder: Path, layout: Layout) -> tuple[tuple[str, ...], Callable]:
+    """Class names, and what reads the image rows and labels of one file; all files are checked before any is read."""
     source = PUBLISHED[layout.name]
-    class_file = source.meta["filename"]
-    files = [*source.train_list, *source.test_list, (class_file, source.meta["md5"])]
+    files = [*source.train_list, *source.test_list, (layout.classes, source.meta["md5"])]
     for name, md5 in files:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder} lacks {name}; a {layout.name} folder holds {', '.join(n for n, _ in files)}")
         if not check_integrity(str(path), md5):
             raise UserError(f"{path} does not match its published md5 {md5}: truncated or damaged; download it again")
-    classes = restricted_load(folder / class_file).get(source.meta["key"])
+    classes = restricted_load(folder / layout.classes).get(source.meta["key"])
     if not isinstance(classes, list):
-        raise UserError(f"{folder / class_file} lacks the key {source.meta['key']!r}; download it again")
-    halves = []
-    for listed in (source.train_list, source.test_list):
-        images, labels = [], []
-        for name, _ in listed:
-            batch = restricted_load(folder / name)
-            data, numbers = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
-            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
-                raise UserError(f"{folder / name} lacks its uint8 image rows under 'data'; download it again")
-            if not isinstance(numbers, list) or len(numbers) != len(data) or data.shape[1] != _PIXELS:
-                raise UserError(
-                    f"{folder / name} holds image rows of {data.shape} and labels that do not match; download it again"
-                )
-            images.append(data)
-            labels += numbers
-        halves += [_to_nhwc(np.concatenate(images)), _checked_labels(labels, len(classes), folder)]
-    return tuple(map(str, classes)), *halves
+        raise UserError(f"{folder / layout.classes} lacks the key {source.meta['key']!r}; download it again")
+
+    def read(path: Path) -> tuple[np.ndarray, list[int]]:
+        batch = restricted_load(path)
+        data, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
+            raise UserError(f"{path} lacks its uint8 image rows under 'data'; download it again")
+        if not isinstance(labels, list) or len(labels) != len(data) or data.shape[1] != _PIXELS:
+            raise UserError(
+                f"{path} holds image rows of {data.shape} and labels that do not match; download it again"
+            )
+        return data, labels
+
+    return tuple(map(str, classes)), read
 
 
-def read_binary_batches(folder: Path, layout: Layout) -> Arrays:
-    """Read the binary version: records of label byte(s) and 3,072 pixels. Raises UserError for a truncated file."""
-    record = layout.label_bytes + _PIXELS
-    halves = []
-    class_file = folder / layout.binary_classes
+def _binary(folder: Path, layout: Layout) -> tuple[tuple[str, ...], Callable]:
+    """The same of the binary version: records of label byte(s) and 3,072 pixels."""
+    class_file, record = folder / layout.classes, layout.label_bytes + _PIXELS
     if not class_file.is_file():
-        raise UserError(f"{folder} lacks {layout.binary_classes}, which names the classes; download it again")
+        raise UserError(f"{folder} lacks {layout.classes}, which names the classes; download it again")
     try:
         classes = tuple(line.strip() for line in class_file.read_text().splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise UserError(f"{class_file} is no text ({error}); download it again") from error
-    for files in (layout.binary_train, layout.binary_test):
-        rows = []
-        for name in files:
-            path = folder / name
-            if not path.is_file():
-                raise UserError(f"{folder} lacks {name}; a binary {layout.name} folder holds it; download it again")
-            raw = np.fromfile(path, dtype=np.uint8)
-            if raw.size == 0 or raw.size % record:
-                raise UserError(
-                    f"{path} is truncated: {raw.size} bytes is no multiple of its {record}-byte records; "
-                    "download it again"
-                )
-            rows.append(raw.reshape(-1, record))
-        table = np.concatenate(rows)
-        labels = _checked_labels(table[:, layout.label_bytes - 1], len(classes), folder)
-        halves += [_to_nhwc(table[:, layout.label_bytes :]), labels]
-    return classes, *halves
+
+    def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        if not path.is_file():
+            raise UserError(f"{folder} lacks {path.name}; a binary {layout.name} folder holds it; download it again")
+        raw = np.fromfile(path, dtype=np.uint8)
+        if raw.size == 0 or raw.size % record:
+            raise UserError(
+                f"{path} is truncated: {raw.size} bytes is no multiple of its {record}-byte records; download it again"
+            )
+        rows = raw.reshape(-1, record)
+        return rows[:, layout.label_bytes :], rows[:, layout.label_bytes - 1]
+
+    return classes, read
 
 
-def _checked_labels(labels, classes: int, folder: Path) -> np.ndarray:
-    labels = np.asarray(labels, dtype=np.int64)
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(
-            f"{folder} holds the label {int(labels.max())}, but names only {classes} classes; download it again"
-        )
-    return labels
-
-
-def _to_nhwc(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1))
-
-
-@contextmanager
-def _socket_timeout(seconds: float):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def download(root: Path, layout: Layout) -> None:
-    """Download and unpack into root / layout.folder. Raises UserError within seconds when there is no network."""
-    source = PUBLISHED[layout.name]
+def download(root: Path, name: str) -> Path:
+    """Download and unpack; the folder. Raises UserError within seconds when there is no network."""
+    source, before = PUBLISHED[name], socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
         # torchvision sets no timeout of its own, and a silent network would hang for minutes
-        with _socket_timeout(SOCKET_TIMEOUT_SECONDS):
-            download_url(source.url, str(root), source.filename, source.tgz_md5)
+        socket.setdefaulttimeout(SOCKET_TIMEOUT_SECONDS)
+        download_url(source.url, str(root), source.filename, source.tgz_md5)
         with tarfile.open(root / source.filename) as archive:
             archive.extractall(root, filter="data")
     except (URLError, HTTPException, OSError, EOFError, RuntimeError, tarfile.TarError) as error:
         lines = str(getattr(error, "reason", error)).splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise UserError(
-            f"could not download {layout.name} ({reason}); put it under {root}, or name other data with --data"
+            f"could not download {name} ({reason}); put it under {root}, or name other data with --data"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return root / source.base_folder

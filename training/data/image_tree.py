@@ -28,25 +28,22 @@ def list_images(root: Path) -> tuple[tuple[str, ...], list[list[Path]], list[np.
 
     Raises UserError for a folder without classes or images, and for a class that one half lacks.
     """
-    classes = _classes(root / "train")
-    test_classes = _classes(root / "test")
-    missing = [name for name in classes if name not in test_classes]
-    extra = [name for name in test_classes if name not in classes]
-    if missing:
-        raise UserError(f"{root / 'test'} lacks the class {_quoted(missing)} that train has; every class needs both")
-    if extra:
-        raise UserError(f"{root / 'train'} lacks the class {_quoted(extra)} that test has; every class needs both")
+    classes = {half: _classes(root / half) for half in ("train", "test")}
+    for half, other in (("test", "train"), ("train", "test")):
+        missing = [name for name in classes[other] if name not in classes[half]]
+        if missing:
+            raise UserError(f"{root / half} lacks the class {_quoted(missing)} that {other} has; every class needs both")
     files, labels = [], []
-    for half in ("train", "test"):
-        found = [sorted(p for p in (root / half / name).iterdir() if _is_image(p)) for name in classes]
-        for name, own in zip(classes, found):
+    for half, names in classes.items():
+        found = [sorted(p for p in (root / half / name).iterdir() if _is_image(p)) for name in names]
+        for name, own in zip(names, found):
             if not own:
                 raise UserError(
                     f"{root / half / name} holds no image; expected files ending in {', '.join(extensions())}"
                 )
         files.append([path for own in found for path in own])
-        labels.append(np.repeat(np.arange(len(classes)), list(map(len, found))))
-    return classes, files, labels
+        labels.append(np.repeat(np.arange(len(names)), list(map(len, found))))
+    return classes["train"], files, labels
 
 
 def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:

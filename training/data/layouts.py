@@ -5,46 +5,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """The names in a data set's folder: first_file and meta_file of its python batches, and all of its binary twin's.
+    """One of the forms in which a data set is published, by the names in its folder.
 
-    label_bytes: how many bytes of a binary record are labels, of which the last counts.
+    train, test: the files of images; classes: the file that names the classes. label_bytes: how many bytes of a binary
+    record are labels, of which the last counts; 0: python batches.
     """
 
     name: str
     folder: str
-    first_file: str
-    meta_file: str
-    binary_folder: str
-    binary_train: tuple[str, ...]
-    binary_test: tuple[str, ...]
-    binary_classes: str
-    label_bytes: int
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    classes: str
+    label_bytes: int = 0
 
 
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            "cifar10",
-            "cifar-10-batches-py",
-            "data_batch_1",
-            "batches.meta",
-            binary_folder="cifar-10-batches-bin",
-            binary_train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-            binary_test=("test_batch.bin",),
-            binary_classes="batches.meta.txt",
-            label_bytes=1,
-        ),
-        Layout(
-            "cifar100",
-            "cifar-100-python",
-            "train",
-            "meta",
-            binary_folder="cifar-100-binary",
-            binary_train=("train.bin",),
-            binary_test=("test.bin",),
-            binary_classes="fine_label_names.txt",
-            label_bytes=2,
-        ),
-    )
-}
+_FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+LAYOUTS = (
+    Layout("cifar10", "cifar-10-batches-py", _FIVE, ("test_batch",), "batches.meta"),
+    Layout(
+        "cifar10", "cifar-10-batches-bin", tuple(f"{n}.bin" for n in _FIVE), ("test_batch.bin",), "batches.meta.txt", 1
+    ),
+    Layout("cifar100", "cifar-100-python", ("train",), ("test",), "meta"),
+    Layout("cifar100", "cifar-100-binary", ("train.bin",), ("test.bin",), "fine_label_names.txt", 2),
+)
