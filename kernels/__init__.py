@@ -11,12 +11,15 @@ if __name__ == "kernels":
 
 from . import reference
 from .gather import Gather
+from .optimizers import SGD, Muon, split_parameters
 
 HAS_TRITON = find_spec("triton") is not None
 
 __all__ = [
     "HAS_TRITON",
+    "SGD",
     "Gather",
+    "Muon",
     "SqueezeExcite",
     "Whiten",
     "cross_entropy",
@@ -29,6 +32,7 @@ __all__ = [
     "reference",
     "se_gate",
     "sgd_nesterov",
+    "split_parameters",
     "squeeze_excite",
     "whiten",
     "whiten_project_norm_act",
