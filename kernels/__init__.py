@@ -11,6 +11,7 @@ if __name__ == "kernels":
 
 from . import reference
 from .gather import Gather
+from .modules import NormAct, PoolNormAct, WhiteningConv2d, convert
 from .optimizers import SGD, Muon, split_parameters
 
 HAS_TRITON = find_spec("triton") is not None
@@ -20,8 +21,12 @@ __all__ = [
     "SGD",
     "Gather",
     "Muon",
+    "NormAct",
+    "PoolNormAct",
     "SqueezeExcite",
     "Whiten",
+    "WhiteningConv2d",
+    "convert",
     "cross_entropy",
     "excite_norm_act_add",
     "interpreting",

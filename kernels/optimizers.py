@@ -7,33 +7,20 @@ next `step`. All else of a group (momentum, weight decay, options) is fixed in a
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _options, reference
+from . import _options
+from ._ops_for import ops_for
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
-_HAS_TRITON = find_spec("triton") is not None
 _BUFFER = "momentum_buffer"
 # the last name of modules that look rows up, in the usual models; one of a patch embedding's is a convolution's
 _LOOKUP = re.compile(r"(^|[._])(emb|embed|embeds|embedding|embeddings|embed_tokens|wte|wpe)\.weight$")
-
-
-def _ops_for(params: Sequence[Tensor]):
-    """The kernels where they run and take these dtypes, else the reference."""
-    if not _HAS_TRITON or any(p.dtype == torch.float64 for p in params):
-        return reference
-    from blink import kernels
-
-    if params[0].device.type == "cuda":
-        return kernels
-    whole = kernels.interpreting() and all(p.dtype != torch.bfloat16 for p in params)
-    return kernels if whole else reference
 
 
 def _shape(p: Tensor) -> str:
@@ -111,7 +98,7 @@ class _ListOptimizer(Optimizer):
                 # of parameters on several devices, those away from the rate get a copy
                 lr = self._rate(index).to(device, non_blocking=True)
                 buffers = [self._buffer(p) for p in params]
-                self._update(_ops_for(params), params, [p.grad for p in params], buffers, lr, group)
+                self._update(ops_for(params), params, [p.grad for p in params], buffers, lr, group)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,8 +281,9 @@ class Muon(_ListOptimizer):
             name: group[name]
             for name in ("momentum", "weight_decay", "nesterov", "averaged", "renormalize", "shape_factor", "eps")
         }
-        elsewhere = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        dtype = group["ns_dtype"] or (torch.float16 if ops is not reference and lr.device.type == "cuda" else elsewhere)
+        exact = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        on_gpu = lr.device.type == "cuda" and exact == torch.float32
+        dtype = group["ns_dtype"] or (torch.float16 if on_gpu else exact)
         iteration = dict(steps=group["ns_steps"], coefficients=group["ns_coefficients"], dtype=dtype)
         ops.muon(params, grads, buffers, lr, **options, **iteration)
 

@@ -51,7 +51,7 @@ GROUPS = st.lists(
 
 
 # by the reference, which is faster than interpreted kernels: what is kept is the same
-@patch.object(optimizers, "_ops_for", lambda params: reference)
+@patch.object(optimizers, "ops_for", lambda params: reference)
 @settings(max_examples=30, deadline=None)
 @given(
     groups=GROUPS,
