@@ -10,6 +10,7 @@ MOVED = {
     "kernels._ahead_of_time": "blink.kernels.examine.ahead_of_time",
     "kernels._machine_code": "blink.kernels.examine.machine_code",
     "kernels.bench": "blink.kernels.examine.bench",
+    "kernels.bench.__main__": "blink.kernels.examine.bench.command",
     "training.plans": "blink.experiments.plans",
     "training.errors": "blink.errors",
 }
@@ -34,6 +35,51 @@ class _FormerNames:
         longest = max((old for old in MOVED if f"{former}.".startswith(f"{old}.")), key=len, default=None)
         name = MOVED[longest] + former[len(longest) :] if longest else f"blink.{former}"
         sys.modules[own] = importlib.import_module(name)
+        if name == "blink.training.loop":
+            # not before: what runs kernels in its own way must be there before they are imported
+            _give_back_former_trainer()
+
+
+def _give_back_former_trainer():
+    """`training.loop.Trainer`, which once ran by itself and had a step that was an object of its own."""
+    from blink.training import budget, loop, trainer
+
+    class _FormerTrainer(trainer.Trainer):
+        step = property(lambda self: self)
+        _batches = property(lambda self: self.batches)
+        losses = property(lambda self: self.progress.losses)
+
+        def run(self, seed, listener=None, validate=None):
+            return loop.train(self, seed, listener or loop.Listener(), validate)
+
+        def replay(self, phase):
+            super().do_step(phase)
+
+        def do_step(self, phase):
+            self.replay(phase)
+
+        def _whiten(self):
+            super().whiten()
+
+        def whiten(self):
+            self._whiten()
+
+        def _final_logits(self):
+            return super().final_logits()
+
+        def final_logits(self):
+            return self._final_logits()
+
+        def train_epoch(self, *arguments):
+            return _train_epoch(self, *arguments)
+
+        def _validate(self, limit):
+            return _validated(self, limit)
+
+    _train_epoch, _validated = loop.train_epoch, loop.validated
+    loop.train_epoch = lambda trainer, *arguments: trainer.train_epoch(*arguments)
+    loop.validated = lambda trainer, limit: trainer._validate(limit)
+    loop.Trainer, loop.plan_budget, loop.build_network = _FormerTrainer, budget.plan_budget, trainer.build_network
 
 
 sys.meta_path.insert(0, _FormerNames())

@@ -4,10 +4,14 @@ blink.kernels       the ops, each with a plain PyTorch reference
 blink.model         the network
 blink.training      one training, from a data set to an accuracy
 blink.experiments   what measures and compares trainings
-blink.train(...)    the same as the command `blink train`, as a function
+blink.train(...)    the command `blink train` as a function
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blink.training.results import RunResult
 
 __version__ = "0.1.0"
 
@@ -15,3 +19,15 @@ _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
     # a checkout keeps the packages beside this folder, which works uninstalled too
     __path__.append(str(_ROOT))
+
+
+def train(**options) -> "list[RunResult]":
+    """Train as `blink train` does, without its output: one result a run, with accuracy, seconds, losses and weights.
+
+    Options are the command's, with _ for -: `blink.train(recipe="hlb", data="photographs/", deterministic=True)`.
+    Raises blink.errors.UserError for what the command would refuse.
+    """
+    # PyTorch is imported only where something is trained
+    from blink.training.command import train_quietly
+
+    return train_quietly(**options)

@@ -1,29 +1,59 @@
-"""`blink COMMAND ...`: the commands of the packages, each imported only when it is called."""
+"""`blink COMMAND ...`: each command lives in the package that does its work and is imported only when it is called."""
 
 import sys
-from importlib import import_module
 
-COMMANDS = {
-    "bench": ("blink.kernels.examine.bench.__main__", "the ops against eager PyTorch, torch.compile and the hardware"),
-    "inspect": ("blink.kernels.examine.compile_report", "what the compiler made of every kernel"),
-    "ablate": ("blink.experiments.ablate", "the variants of a plan against each other"),
-    "race": ("blink.experiments.race.__main__", "this project against others' training scripts"),
-    "tabulate": ("blink.experiments.tabulate", "the tables of results, made from the files in results/"),
+from blink import command
+from blink.errors import UserError
+
+GROUPS = {
+    "train": {
+        "train": ("blink.training.command", "train a network from random weights"),
+        "recipes": ("blink.training.show_recipes", "what can be trained, and with which settings"),
+        "until": ("blink.experiments.until", "find the smallest budget that reaches an accuracy"),
+    },
+    "compare": {
+        "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
+        "race": ("blink.experiments.race.command", "this project and others' training scripts"),
+        "tabulate": ("blink.experiments.tabulate", "the tables of results, from the files in results/"),
+    },
+    "measure": {
+        "profile": ("blink.experiments.profile.command", "where a training step spends its time"),
+        "bench": ("blink.kernels.examine.bench.command", "the ops and eager PyTorch, torch.compile, the hardware"),
+        "inspect": ("blink.kernels.examine.compile_report", "what the compiler made of every kernel"),
+    },
 }
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
+
+
+def _help() -> str:
+    lines = ["usage: blink COMMAND ...", ""]
+    for title, commands in GROUPS.items():
+        lines += [f"{title}:", *(f"  {name:<10}{summary}" for name, (_, summary) in commands.items()), ""]
+    return "\n".join([*lines, "blink COMMAND --help says more; blink --version names this version."])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 2 for an unknown command, after one line on stderr."""
+    """The exit code: 2 for a mistake, after one line on stderr."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: blink COMMAND ...\n")
-        print("\n".join(f"  {command:<10}{summary}" for command, (_, summary) in COMMANDS.items()))
-        print("\nblink COMMAND --help says more; python train.py, in a checkout, trains.")
+        print(_help())
+        return 0
+    if name == "--version":
+        from blink import __version__
+
+        print(f"blink {__version__}")
         return 0
     if name not in COMMANDS:
         print(f"blink: unknown command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return import_module(COMMANDS[name][0]).main(rest)
+    return command.call(name, COMMANDS[name][0], rest)
+
+
+def parse(name: str, arguments: list[str]):
+    """The options of a command. Raises UserError for a mistake."""
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
+    return command.parse(name, COMMANDS[name][0], arguments)[0]
 
 
 if __name__ == "__main__":

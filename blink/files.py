@@ -1,9 +1,13 @@
-"""Files written whole or not at all."""
+"""Output files: found unwritable before the work, written whole or not at all."""
 
+import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from blink.errors import UserError
 
 
 @contextmanager
@@ -25,3 +29,45 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make it and see that files can be made in it, before hours are spent on what goes there. Raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"could not make the folder {path} ({error.strerror}); name another") from error
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written to {path} ({error.strerror}); name another folder") from error
+
+
+def check_output(path: Path | None, append: bool = False) -> None:
+    """See that a file can be written, or added to, before hours are spent on what goes there; None: no file is asked
+    for. Raises UserError.
+    """
+    if path is None:
+        return
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            # a pipe or a device takes what it gets when it gets it
+            return
+        if append and path.exists():
+            with open(path, "ab"):
+                return
+    except OSError as error:
+        raise UserError(f"could not write {path} ({error.strerror}); name another file") from error
+    make_folder(path.resolve().parent)

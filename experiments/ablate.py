@@ -1,41 +1,55 @@
-"""`blink ablate PLAN`: train every variant of a plan, interleaved, with the same seeds, and compare them.
-
-Each run is written when it ends; a later call with the same file goes on where one stopped.
+"""Train every variant of a plan with the same seeds, interleaved, and compare them with the first. Each run is written
+when it ends; a later call with the same file goes on where one stopped. Without a plan, the plans are listed.
 """
 
 import json
-import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich.console import Console
 
+from blink.command import natural, positive
 from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
-from blink.training.command import (
-    Parser,
-    Setting,
-    add_setting_arguments,
-    check_output,
-    choose_setting,
-    count_flops,
-    describe,
-    load_data,
-    natural,
-    positive,
-)
+from blink.files import check_output
+from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.loop import Trainer, plan_budget
+from blink.training.job import add_data_arguments, count_flops, describe, load_data
+from blink.training.loop import train
 from blink.training.recipes import Recipe
+from blink.training.setting import Setting, add_setting_arguments, choose_setting
+from blink.training.trainer import Trainer
 
+EXAMPLES = (
+    "blink ablate recipes --runs 10",
+    "blink ablate se --width 0.25 --epochs-factor 0.5 --runs 3 --json se.jsonl",
+)
 # what a run on file has at least
 _KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("what is trained").add_argument
+    add("plan", nargs="?", choices=PLANS, help="which plan; without one, the plans are listed")
+    add("--only", action="append", metavar="VARIANT", help="this variant; may be given more than once")
+    add_data_arguments(add)
+    add("--tuning-split", action="store_true", help="test on 500 training images a class, held out from training")
+    add("--batch-size", type=positive(int), metavar="B", help="default: each recipe's")
+    add("--seed", type=natural, default=0, metavar="S", help="the first seed")
+    add = parser.add_argument_group("budget").add_argument
+    add("--runs", type=positive(int), default=1, metavar="N", help="seeds a variant (default: %(default)s)")
+    add("--width", type=positive(float), default=1.0, metavar="W", help="times the channels (default: %(default)g)")
+    add("--epochs-factor", type=positive(float), default=1.0, metavar="F",
+        help="times the recipe's epochs (default: %(default)g)")  # fmt: skip
+    add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
+    add_setting_arguments(parser)
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: runs/PLAN.jsonl)")
+
+
+def run(options: Namespace) -> int:
     console = Console()
     if options.plan is None:
         for name, plan in PLANS.items():
@@ -43,17 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", highlight=False, markup=False
             )
         return 0
-    try:
-        return run(options, console)
-    except UserError as error:
-        print(f"blink ablate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("blink ablate: interrupted; the runs that ended are kept", file=sys.stderr)
-        return 130
-
-
-def run(options: Namespace, console: Console) -> int:
     began = time.perf_counter()
     plan = PLANS[options.plan]
     chosen = choose_variants(plan, options.plan, options.only)
@@ -61,7 +64,7 @@ def run(options: Namespace, console: Console) -> int:
     check_output(path, append=True)
     setting = choose_setting(options)
     notes: list[str] = []
-    dataset = load_data(options.data, console, notes).limited(options.limit)
+    dataset = load_data(options, console, notes)
     if options.tuning_split:
         dataset = dataset.tuning_split()
     dataset = dataset.to(setting.device)
@@ -107,7 +110,7 @@ class Runner:
         self._flops: dict[str, dict] = {}
 
     def _scaled(self, recipe: Recipe) -> Recipe:
-        return stretched(narrowed(recipe, self._options.width), self._options.epochs)
+        return stretched(narrowed(recipe, self._options.width), self._options.epochs_factor)
 
     def describe(self, name: str, recipe: Recipe, seed: int) -> dict:
         """All of the record that is known before the run."""
@@ -118,14 +121,14 @@ class Runner:
             "variant": name,
             "seed": seed,
             "width": self._options.width,
-            "epochs_factor": self._options.epochs,
+            "epochs_factor": self._options.epochs_factor,
             **describe(self._setting, recipe, self._dataset, budget),
         }
         # as it will be read back: tuples become lists
         return json.loads(json.dumps(record))
 
     def run(self, name: str, recipe: Recipe, seed: int) -> dict:
-        """The rest of it."""
+        """Train it: what is known of the record only afterwards."""
         recipe, setting, dataset = self._scaled(recipe), self._setting, self._dataset
         budget = plan_budget(recipe, len(dataset.train_images), self._options.batch_size)
         trainer = self._trainers.get(name)
@@ -142,7 +145,7 @@ class Runner:
             self._stems[name] = shape | {"milliseconds": stem.milliseconds(trainer)}
         if name not in self._flops:
             self._flops[name] = count_flops(recipe, budget, dataset)
-        result = trainer.run(seed, validate=0)
+        result = train(trainer, seed, validate=0)
         record = {
             "accuracy": result.accuracy,
             "seconds": result.seconds,
@@ -173,26 +176,3 @@ def choose_variants(plan: Plan, name: str, only: list[str] | None) -> dict[str, 
     if unknown:
         raise UserError(f"plan {name} has no variant {unknown[0]!r}; it has {', '.join(map(repr, plan.variants))}")
     return {variant: recipe for variant, recipe in plan.variants.items() if only is None or variant in only}
-
-
-def parse(arguments: list[str] | None) -> Namespace:
-    parser = Parser(prog="blink ablate", description="Compare the variants of a plan.", allow_abbrev=False)
-    add = parser.add_argument
-    add("plan", nargs="?", choices=PLANS, help="which plan; without one, the plans are listed")
-    add("--data", metavar="PATH", help="as for train.py")
-    add("--runs", type=positive(int), default=1, metavar="N", help="seeds a variant (default: %(default)s)")
-    add("--seed", type=natural, default=0, metavar="S", help="the first seed")
-    add("--only", action="append", metavar="VARIANT", help="this variant; may be given more than once")
-    add("--width", type=positive(float), default=1.0, metavar="W", help="times the channels (default: %(default)g)")
-    add("--epochs", type=positive(float), default=1.0, metavar="F", help="times the recipe's (default: %(default)g)")
-    add("--batch-size", type=positive(int), metavar="B", help="default: each recipe's")
-    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
-    add("--tuning-split", action="store_true", help="test on 500 training images a class, held out from training")
-    add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
-    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: runs/PLAN.jsonl)")
-    add_setting_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,8 @@ from math import prod
 
 from blink.errors import UserError
 from blink.experiments.plans import Plan
-from blink.training.report import spread
+from blink.tables import markdown as table
+from blink.training.results import spread
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[st
     row = next((row for row in rows if row.variant == name), None)
     if row is None:
         return []
+    by_name = {row.variant: row for row in rows}
+    if not all(rung in by_name for rung in rungs) or not any(decided(by_name[rung]) for rung in rungs[1:]):
+        return [f"{name}: too few runs to tell {', '.join(map(repr, rungs))} apart, so no equal budget can be named"]
     needed = equal_epochs(rows, name, list(rungs))
     if needed is None:
         return [f"{name}: its accuracy lies outside that of {', '.join(rungs)}, so no equal budget can be named"]
@@ -185,7 +189,7 @@ def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
     old, new = by_name[before], by_name[after]
     pixels = [prod(row.stem["output"]) for row in (old, new)]
     seconds, saved = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
-    lost = "" if new.difference is None else f", here {percent(new.difference, signed=True)} points"
+    lost = f", here {percent(new.difference, signed=True)} points" if decided(new) else ": too few runs here to tell"
     return [
         f"claimed of {before} -> {after}, beside what is measured here:",
         f"- 27 -> 12 features: {old.stem['features']} -> {new.stem['features']}",
@@ -218,28 +222,26 @@ def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
     return out + footers(rows, plan)
 
 
+def decided(row: Row) -> bool:
+    """Whether the runs tell this variant from the first one: the interval of the difference does not hold 0."""
+    return (
+        row.difference is not None
+        and row.difference["ci95"] is not None
+        and (abs(row.difference["mean"]) > row.difference["ci95"])
+    )
+
+
 def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
-    """The same as Markdown tables under their heading."""
+    """The same as Markdown under its heading, of the variants only that the runs tell from the first."""
     rows = compare(records, plan)
-    out = f"{heading(shared, rows)}\n\n{table(COLUMNS, [cells(row) for row in rows])}"
+    first, told = rows[0], [row for row in rows if decided(row)]
+    open_ones = [row.variant for row in rows[1:] if row not in told]
+    parts = [heading(shared, rows) + "\n"]
+    if told:
+        parts.append(table(COLUMNS, map(cells, [first, *told])))
+    if open_ones:
+        parts.append(f"Too few runs to tell from {first.variant!r}: {', '.join(open_ones)}.\n")
     if plan.stems:
-        out += f"\n{table(STEM_COLUMNS, [stem_cells(row, rows[0]) for row in rows])}"
-    return out + "".join(f"\n{line}" for line in footers(rows, plan)) + ("\n" if footers(rows, plan) else "")
-
-
-RECORD_COLUMNS = ("recipe", "data", "machine", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
-
-
-def record_rows(shared: dict, records: list[dict], plan: Plan) -> list[tuple[str, ...]]:
-    """Rows under RECORD_COLUMNS, each of which names its data set, machine and n."""
-    out = []
-    for row in compare(records, plan):
-        name, *rest = cells(row)
-        out.append((name, shared["data"], machine(shared), *rest))
-    return out
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    head = list(columns)
-    return "".join("| " + " | ".join(values) + " |\n" for values in (head, ["---"] * len(head), *rows))
+        parts.append(table(STEM_COLUMNS, [stem_cells(row, first) for row in rows]))
+    below = "".join(f"{line}\n" for line in footers(rows, plan))
+    return "\n".join([*parts, below] if below else parts)

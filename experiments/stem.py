@@ -8,7 +8,7 @@ import torch
 from blink.kernels.examine.bench.measure import time_calls
 from blink.model.layers import FrozenStem
 from blink.model.network import Network
-from blink.training.loop import Trainer
+from blink.training.trainer import Trainer
 
 _SECONDS = 0.5
 
@@ -36,8 +36,7 @@ def shape_of(network: Network, size: tuple[int, int]) -> dict:
 def milliseconds(trainer: Trainer) -> float:
     """Of forward and backward on a batch of random order, with the trained parameters' gradients only."""
     trainer.prepare(0)
-    step, device = trainer.step, trainer.device
-    network, batches = trainer.network, step.batches
+    network, batches, device = trainer.network, trainer.batches, trainer.device
     batches.draw(torch.Generator(device).manual_seed(0), 0)
     size = batches.size
     gather, _ = batches.take(torch.zeros(1, dtype=torch.int64, device=device), size)

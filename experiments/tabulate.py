@@ -1,8 +1,5 @@
-"""`blink tabulate`: the tables of results/README.md and README.md, made from the JSON files in results/.
-
-Files of `train.py --json` become rows of the results, those of `train.py --profile --json` rows of the performance
-table, JSON lines of `blink ablate` and `blink race` tables of theirs; other JSON files, such as a benchmark's,
-are left out. `--check` writes nothing and fails where a table is stale.
+"""Make the tables of results/README.md and README.md from the JSON files in results/. Files of `blink train` and `blink
+profile` become rows, JSON lines of `blink ablate` and `blink race` tables; others, such as a benchmark's, are left out.
 """
 
 import argparse
@@ -15,10 +12,10 @@ from pathlib import Path
 
 from blink.errors import UserError
 from blink.experiments import compare, records
-from blink.experiments.compare import table
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
-from blink.training.report import with_spread
+from blink.tables import markdown as table
+from blink.training.results import with_spread
 
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = """# Results
@@ -35,7 +32,7 @@ same fingerprint only.
 _PERFORMANCE = """
 ## Training steps
 
-One step, by `train.py --profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
+One step, by `blink profile`: its floor is the sum over its parts of the larger of counted bytes over the measured
 copy rate and counted FLOPs over the measured matrix product rate; idle is the gaps between pieces of work. Against
 eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but eager's convolutions took no time.
 
@@ -43,10 +40,9 @@ eager PyTorch, steps alternate in one run; "allowed" is the speed-up if all but 
 _PLANS = """
 # Plans
 
-Variants of a plan against its first one, by `blink ablate`, with the same seeds; interleaved, unless
-variants were called for one at a time, as those of `search` on a CPU were. "difference" is of accuracy,
-in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is half of a 95 % t
-interval of the mean, which one run does not have.
+Variants of a plan against its first one, by `blink ablate`, with the same seeds, interleaved. "difference" is of
+accuracy, in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is half of a
+95 % t interval of the mean. Only variants that the runs tell from the first are in a table.
 """
 _RACES = """
 # Races
@@ -74,11 +70,11 @@ def machine_of(content: dict) -> str:
     return f"{machine}, {content['dtype']}, torch {environment['torch']}, triton {environment['triton']}"
 
 
-def run_row(path: Path, content: dict, prefix: str) -> list[str]:
+def run_row(path: Path, content: dict) -> list[str]:
     """A training's row."""
     data, summary = content["data"], content["summary"]
     return [
-        f"[{path.stem}]({prefix}{path.name})",
+        f"[{path.stem}]({path.name})",
         f"{data['name']} {data['fingerprint']}, {data['train']:,} + {data['test']:,} images",
         f"{content['recipe']['name']}; {content['kernels']['name']}; {content['kernels']['stem']}",
         f"{content['budget']['total_steps']} x {content['budget']['batch_size']}",
@@ -90,13 +86,13 @@ def run_row(path: Path, content: dict, prefix: str) -> list[str]:
     ]
 
 
-def profile_row(path: Path, content: dict, prefix: str) -> list[str]:
+def profile_row(path: Path, content: dict) -> list[str]:
     """A profile's row."""
     found, race = content["profile"], content["profile"]["race"]
     convolutions = sum(row["ms"] for row in found["rows"] if "conv" in row["part"])
     rest = found["parts_ms"] - found["idle_ms"] - convolutions
     return [
-        f"[{path.stem}]({prefix}{path.name})",
+        f"[{path.stem}]({path.name})",
         f"{content['recipe']['name']}; {content['kernels']['name']}",
         "on" if content["graph"] else "off",
         str(content["budget"]["batch_size"]),
@@ -110,25 +106,24 @@ def profile_row(path: Path, content: dict, prefix: str) -> list[str]:
     ]
 
 
-def tables(folder: Path, prefix: str) -> tuple[str, str]:
-    """(trainings, profiles) of every JSON file in `folder`, linked with `prefix`. Raises UserError."""
+def tables(folder: Path) -> tuple[str, str]:
+    """(trainings, profiles) of every JSON file in `folder`. Raises UserError."""
     runs, profiles = [], []
     for path in sorted(folder.glob("*.json")):
-        with whole(path):
+        with refused_unless_whole(path):
             content = json.loads(path.read_text())
             if "profile" in content:
-                profiles.append(profile_row(path, content, prefix))
+                profiles.append(profile_row(path, content))
             elif content.get("summary"):
-                runs.append(run_row(path, content, prefix))
+                runs.append(run_row(path, content))
     return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
 
 
-def plan_tables(folder: Path) -> tuple[str, str]:
-    """(every plan's tables, the rows of the recipes against each other) of every file of JSON lines in `folder`."""
+def plan_tables(folder: Path) -> str:
+    """Every plan's tables, of every file of JSON lines in `folder`."""
     plans: dict[str, str] = {}
-    rows = []
     for path in sorted(folder.glob("*.jsonl")):
-        with whole(path):
+        with refused_unless_whole(path):
             found = records.read(path)
             if found and "contestant" in found[0]:
                 continue
@@ -136,12 +131,8 @@ def plan_tables(folder: Path) -> tuple[str, str]:
                 name = shared["plan"]
                 text = f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
                 plans[name] = plans.get(name, "") + text
-                # a recipe made smaller is none to claim anything of
-                if name == "recipes" and shared["width"] == shared["epochs"] == 1:
-                    rows += compare.record_rows(shared, group, PLANS[name])
     # in the order of the plans, whatever their files are called
-    text = "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
-    return text, table(compare.RECORD_COLUMNS, rows)
+    return "".join(f"\n## {name}\n\n{plan.summary}\n{plans[name]}" for name, plan in PLANS.items() if name in plans)
 
 
 def race_tables(folder: Path) -> tuple[str, str]:
@@ -150,7 +141,7 @@ def race_tables(folder: Path) -> tuple[str, str]:
     """
     out, near = "", {"cuda": "", "cpu": ""}
     for path in sorted(folder.glob("*.jsonl")):
-        with whole(path):
+        with refused_unless_whole(path):
             found = records.read(path)
             if found and "contestant" in found[0]:
                 out += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
@@ -160,7 +151,7 @@ def race_tables(folder: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[None]:
+def refused_unless_whole(path: Path) -> Iterator[None]:
     """Inside, a file that is not as a command of this project wrote it raises UserError."""
     try:
         yield
@@ -176,36 +167,29 @@ def fill(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: match.group(1) + content + match.group(2), text)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="blink tabulate", description=__doc__.splitlines()[0])
+EXAMPLES = ("blink tabulate", "blink tabulate --check")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=_ROOT, help="the checkout (default: this one)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
     folder, readme = options.root / "results", options.root / "README.md"
+    runs, profiles = tables(folder)
+    wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plan_tables(folder)}
+    races, near_races = race_tables(folder)
+    if races:
+        wanted[folder / "README.md"] += _RACES + races
     try:
-        runs, profiles = tables(folder, "")
-        plans, record = plan_tables(folder)
-        wanted = {folder / "README.md": _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans}
-        races, near_races = race_tables(folder)
-        if races:
-            wanted[folder / "README.md"] += _RACES + races
-        near_runs, near_profiles = tables(folder, "results/")
-        text = readme.read_text()
-        for name, content in (("record", near_races + record), ("results", near_runs), ("performance", near_profiles)):
-            text = fill(text, name, content)
-        wanted[readme] = text
+        wanted[readme] = fill(readme.read_text(), "record", near_races)
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
-        if options.check:
-            for path in stale:
-                print(f"{path} is stale: run blink tabulate", file=sys.stderr)
-            return 1 if stale else 0
-        for path in stale:
+        for path in [] if options.check else stale:
             path.write_text(wanted[path])
-    except (UserError, OSError) as error:
-        print(f"blink tabulate: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except OSError as error:
+        raise UserError(f"{error.filename} could not be read or written ({error.strerror})") from error
+    if options.check:
+        for path in stale:
+            print(f"{path} is stale: run blink tabulate", file=sys.stderr)
+    return 1 if options.check and stale else 0

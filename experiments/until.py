@@ -1,10 +1,26 @@
-"""The smallest budget at which the mean accuracy reaches a target: the whole schedule is re-run for each budget."""
+"""Find the smallest budget whose mean accuracy over --runs reaches a target. Each budget, in quarters of an epoch, is
+trained anew, its whole schedule compressed to it.
+"""
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from blink.training.report import with_spread
+from rich.console import Console
 
+from blink.command import fraction, positive
+from blink.errors import UserError
+from blink.files import check_output, write_json
+from blink.training.budget import plan_budget
+from blink.training.job import add_job_arguments, count_flops, prepare
+from blink.training.loop import train
+from blink.training.results import spread, with_spread
+
+EXAMPLES = (
+    "blink until 0.94 --runs 5",
+    "blink until 0.6 --recipe hlb --epochs 4 --data photographs/",
+)
 QUARTERS = 4
 _MOST = 4
 
@@ -62,3 +78,55 @@ def line(trial: Trial, verdict: str) -> str:
         f"{trial.epochs:6.2f} epochs {trial.seconds['mean']:9.2f} s {trial.pflop:.4f} PFLOP  {verdict:<7}  "
         f"{with_spread(trial.accuracy, 4)}"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("budget").add_argument
+    add("accuracy", type=fraction, metavar="ACCURACY", help="the target, as 0.94")
+    add("--epochs", type=positive(float), metavar="E", help="where the search begins (default: the recipe's)")
+    add("--runs", type=positive(int), default=1, metavar="N", help="train each budget N times (default: %(default)s)")
+    add_job_arguments(parser)
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", type=Path, metavar="FILE", help="write every budget that was tried as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_output(options.json)
+    console = Console()
+    job = prepare("until", options, console, options.epochs)
+    tried: list[Trial] = []
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def train_all(epochs: float) -> Trial:
+        budget = plan_budget(job.recipe, len(job.dataset.train_images), options.batch_size, epochs)
+        trainer = job.trainer(budget)
+        if trainer.compiles:
+            trainer.warm_up(options.seed)
+        results = [train(trainer, options.seed + number, validate=0) for number in range(options.runs)]
+        accuracy, seconds = (spread([getattr(r, k) for r in results]) for k in ("accuracy", "seconds"))
+        pflop = count_flops(job.recipe, budget, job.dataset)["total"] / 1e15
+        tried.append(Trial(epochs, budget.total_steps, accuracy, seconds, pflop))
+        # after each, so that nothing that ends this process takes a finished one with it
+        write(None)
+        return tried[-1]
+
+    def write(smallest: Trial | None) -> None:
+        if options.json is not None:
+            found = {"target": options.accuracy, "trials": [asdict(trial) for trial in tried]}
+            found["smallest"] = None if smallest is None else asdict(smallest)
+            write_json(options.json, {**job.facts, "until": found})
+
+    for note in job.notes:
+        say(f"note     {note}")
+    say(f"the smallest budget whose mean of {options.runs} run(s) reaches {options.accuracy:.4f}")
+    smallest = search(options.accuracy, options.epochs or job.recipe.epochs, train_all, say)
+    write(smallest)
+    if smallest is None:
+        most = max(trial.epochs for trial in tried)
+        raise UserError(
+            f"no budget up to {most:g} epochs reached {options.accuracy:g}; lower it, or begin at more --epochs"
+        )
+    say(f"smallest: {smallest.epochs:g} epochs, {smallest.seconds['mean']:.2f} s, {smallest.pflop:.4f} PFLOP")
+    return 0

@@ -21,9 +21,10 @@ from blink.kernels.examine import ahead_of_time, cases
 from blink.kernels.examine.ahead_of_time import kernel_name, source_of
 from blink.kernels.launching import Launch
 from blink.model import backend
-from blink.training.loop import Trainer, plan_budget
+from blink.training.budget import plan_budget
 from blink.training.precision import Precision
 from blink.training.recipes import RECIPES, with_network
+from blink.training.trainer import Trainer
 from tests.small import small_dataset
 
 _BACKEND = make_backend(GPUTarget("cuda", 90, 32))

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from blink.__main__ import main
 from blink.kernels import environment, reference
 from blink.kernels.examine import cases
-from blink.kernels.examine.bench import __main__ as bench
+from blink.kernels.examine.bench import command as bench
 from blink.kernels.examine.bench import measure, providers, report
 from blink.model import backend
-from blink.training.loop import Trainer, plan_budget
+from blink.training.budget import plan_budget
 from blink.training.precision import Precision
 from blink.training.recipes import BLINK
+from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 
@@ -102,9 +104,9 @@ def test_blinks_cases_are_the_calls_of_its_steps():
     dataset = small_dataset(16, 8, 32)
     trainer = Trainer(BLINK, dataset, plan_budget(BLINK, 16, 16, steps=9), watched, fp32, False)
     trainer.prepare(0)
-    trainer.step.batches.draw(torch.Generator().manual_seed(0), 0)
-    for phase in trainer.step.phases():
-        trainer.step.rehearse(phase)
+    trainer.batches.draw(torch.Generator().manual_seed(0), 0)
+    for phase in trainer.phases():
+        trainer.rehearse(phase)
     made = {
         (c.op, shapes_of(next(iter(c.make(torch.device("cpu"), torch.float32).values()))))
         for c in cases.blink_cases(16)
@@ -133,7 +135,7 @@ def test_a_wrong_provider_gets_no_time(how, monkeypatch, capsys, tmp_path):
     load = providers.load
     monkeypatch.setattr(providers, "load", lambda name, case: broken(how) if name == "eager" else load(name, case))
     out = tmp_path / "out.json"
-    assert bench.main([*SMALL, "--json", str(out)]) == 1
+    assert main(["bench", *SMALL, "--json", str(out)]) == 1
     assert "WRONG" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     for row in rows:
@@ -144,7 +146,7 @@ def test_a_wrong_provider_gets_no_time(how, monkeypatch, capsys, tmp_path):
 
 def test_json_of_a_run(capsys, tmp_path):
     out = tmp_path / "out.json"
-    assert bench.main([*SMALL, "--json", str(out)]) == 0
+    assert main(["bench", *SMALL, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert all(len(line) <= 80 for line in printed.splitlines()[1:]), printed
     content = json.loads(out.read_text())
@@ -165,7 +167,7 @@ def test_json_of_a_run(capsys, tmp_path):
 
 
 def test_what_was_measured_before_an_interrupt_is_written(monkeypatch, capsys, tmp_path):
-    measured, calls = bench.race, []
+    measured, calls = bench.rows_of, []
 
     def race(*arguments):
         calls.append(arguments)
@@ -173,9 +175,9 @@ def test_what_was_measured_before_an_interrupt_is_written(monkeypatch, capsys, t
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(bench, "race", race)
+    monkeypatch.setattr(bench, "rows_of", race)
     target = tmp_path / "bench.json"
-    assert bench.main([*SMALL[:2], "2x3x5x4,2x3x5x8", *SMALL[3:-1], "--json", str(target)]) == 130
+    assert main(["bench", *SMALL[:2], "2x3x5x4,2x3x5x8", *SMALL[3:-1], "--json", str(target)]) == 130
     rows = json.loads(target.read_text())["rows"]
     assert [row["pass"] for row in rows] == ["fwd", "bwd"] and len({row["case"] for row in rows}) == 1
 
@@ -185,7 +187,7 @@ def test_a_provider_that_cannot_run_is_skipped_with_its_reason(monkeypatch, caps
         raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
 
     monkeypatch.setattr(providers, "load", load)
-    assert bench.main([*SMALL[:3], "--providers", "compile", "--dtype", "float32", "--quick"]) == 0
+    assert main(["bench", *SMALL[:3], "--providers", "compile", "--dtype", "float32", "--quick"]) == 0
     assert "skipped: torch.compile needs a C++ compiler" in capsys.readouterr().out
 
 
@@ -197,7 +199,7 @@ def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
     failing = SimpleNamespace(squeeze_excite=explode)
     for name, code in (("fused", 1), ("eager", 0)):
         monkeypatch.setattr(providers, "load", lambda n, case, name=name: failing if n == name else load(n, case))
-        assert bench.main(SMALL) == code
+        assert main(["bench", *SMALL]) == code
         assert "FAILED: ValueError: no such kernel" in capsys.readouterr().out
 
 
@@ -242,10 +244,10 @@ def test_compare_command(tmp_path, capsys):
     paths = [tmp_path / name for name in ("a.json", "b.json")]
     for path, time in zip(paths, (100, 130)):
         path.write_text(json.dumps({"schema": 1, **result(fused=(time,))}))
-    assert bench.main(["--compare", str(paths[0]), str(paths[0])]) == 0
-    assert bench.main(["--compare", *map(str, paths)]) == 1
+    assert main(["bench", "--compare", str(paths[0]), str(paths[0])]) == 0
+    assert main(["bench", "--compare", *map(str, paths)]) == 1
     assert "+30.0% REGRESSION" in capsys.readouterr().out.replace("(+30.0%)", "+30.0%")
-    assert bench.main(["--compare", *map(str, paths), "--band", "40"]) == 0
+    assert main(["bench", "--compare", *map(str, paths), "--band", "40"]) == 0
 
 
 def test_ratio_and_closing_line():
@@ -266,16 +268,16 @@ def test_quantiles():
 
 def test_plots_are_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert bench.main([*SMALL, "--plot", str(tmp_path / "plots")]) == 0
+    assert main(["bench", *SMALL, "--plot", str(tmp_path / "plots")]) == 0
     for name in ("roofline.png", "squeeze_excite.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_list_names_every_op(capsys):
-    assert bench.main(["--list"]) == 0
+    assert main(["bench", "--list"]) == 0
     printed = capsys.readouterr().out
     assert all(op in printed for op in bench.OPS)
-    assert bench.main(["--list", "--shapes", "blink", "whiten"]) == 0
+    assert main(["bench", "--list", "--shapes", "blink", "whiten"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1].split("x")[0] for line in lines] == ["2000", "2000"]
 
@@ -291,13 +293,13 @@ def test_list_names_every_op(capsys):
         (["--list", "--shapes", "blink", "se_gate"], "--shapes blink has no case of se_gate"),
         (["--dtype", "float8"], "unknown 'float8'"),
         (["--providers", "jax"], "unknown 'jax'"),
-        (["--json", "/nowhere/at/all.json"], "make it first"),
+        (["--json", "/proc/at/all.json"], "could not make the folder"),
         (["--compare", "missing.json", "missing.json"], "not a file that bench --json wrote"),
         (["--pass", "sideways"], "invalid choice"),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, capsys):
-    assert bench.main(arguments) == 2
+    assert main(["bench", *arguments]) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert len(printed.splitlines()) == 1

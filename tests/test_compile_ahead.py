@@ -12,8 +12,10 @@ from blink.kernels import compile_ahead, launching
 from blink.kernels.launching import Launch
 from blink.model import backend
 from blink.training import precision
-from blink.training.loop import Trainer, plan_budget
+from blink.training.budget import plan_budget
+from blink.training.loop import train
 from blink.training.recipes import AIR, HLB, Recipe
+from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 from tests.test_training_step import PHASED
@@ -45,20 +47,20 @@ def test_a_run_launches_nothing_that_was_not_compiled_ahead(recipe, launched, mo
     ahead = []
     monkeypatch.setattr(compile_ahead, "compile_launches", ahead.extend)
     trainer = make(recipe)
-    assert len(trainer.step.phases()) == (1 if recipe.name == "hlb" else 2)
+    assert len(trainer.phases()) == (1 if recipe.name == "hlb" else 2)
     trainer.compile_ahead(seed=3)
     # the whitening statistics, which the rest depends on, were launched for good
     ready = {compile_ahead.specialization(launch) for launch in launched}
     assert ready >= {compile_ahead.specialization(launch) for launch in ahead} and len(ahead) > 20
     launched.clear()
     if recipe.name == "hlb":
-        losses = trainer.run(3, validate=0).losses
-        assert losses == make(recipe).run(3, validate=0).losses and torch.tensor(losses).isfinite().all()
+        losses = train(trainer, 3, validate=0).losses
+        assert losses == train(make(recipe), 3, validate=0).losses and torch.tensor(losses).isfinite().all()
     else:
         # what a launch is compiled for does not depend on what the others computed
         monkeypatch.setattr("blink.training.loop.check_finite", lambda *arguments: None)
         with launching.recorded(lambda launch: None):
-            trainer.run(3, validate=0)
+            train(trainer, 3, validate=0)
     assert len(launched) > 20 and {compile_ahead.specialization(launch) for launch in launched} <= ready
 
 

@@ -10,10 +10,12 @@ from torch import nn
 from blink.model import backend
 from blink.model.whitening import initialize_stem
 from blink.training import precision
+from blink.training.budget import plan_budget
 from blink.training.data import synthetic
 from blink.training.data.dataset import Dataset, assemble
-from blink.training.loop import Trainer, plan_budget
+from blink.training.loop import train, train_epoch
 from blink.training.recipes import AIR, BLINK, HLB, Recipe, with_group, with_network
+from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
 
 TWO = ("disc", "stripes")
@@ -67,7 +69,7 @@ def trainer(recipe: Recipe, dataset: Dataset, steps: int, batch: int, which: bac
 def test_learns_what_two_channels_teach(kind):
     """The first is the yardstick: discs and stripes are told apart, with or without a channel that says nothing."""
     dataset = degenerate(kind, 1000, 24, 400, TWO)
-    result = trainer(narrowed(BLINK, 24), dataset, steps=60, batch=16).run(0, validate=0)
+    result = train(trainer(narrowed(BLINK, 24), dataset, steps=60, batch=16), 0, validate=0)
     assert result.accuracy > 0.8
     assert np.mean(result.losses[-10:]) < 0.6
 
@@ -80,7 +82,7 @@ def test_learns_what_two_channels_teach(kind):
 )
 def test_nothing_to_see_stays_finite(recipe, kind):
     """The loss is that of a guess, ln 10 for 10 classes, and nothing grows."""
-    result = trainer(narrowed(recipe, 16), degenerate(kind, 100, 16), steps=6, batch=16).run(0, validate=0)
+    result = train(trainer(narrowed(recipe, 16), degenerate(kind, 100, 16), steps=6, batch=16), 0, validate=0)
     assert result.losses == pytest.approx([np.log(10)] * 6, abs=0.05)
     assert all(value.isfinite().all() and value.abs().max() < 10 for value in result.state.values())
 
@@ -99,8 +101,8 @@ def test_fused_and_reference_train_alike(recipe, kind):
     for which in (backend.fused(), backend.reference()):
         training = trainer(narrowed(recipe, 8), degenerate(kind, 16, 8), steps=2, batch=4, which=which)
         training.prepare(3)
-        training.train_epoch(0, torch.Generator(DEVICE).manual_seed(3))
-        losses.append(training.step.losses.tolist())
+        train_epoch(training, 0, torch.Generator(DEVICE).manual_seed(3))
+        losses.append(training.progress.losses.tolist())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

@@ -11,9 +11,11 @@ from blink.kernels.gather import gathered, reflect
 from blink.model import backend
 from blink.model.network import Network
 from blink.training import precision
+from blink.training.budget import plan_budget
 from blink.training.evaluation import accuracy, images_at_once, in_parts, logits_of, unsure
-from blink.training.loop import Trainer, plan_budget
+from blink.training.loop import train
 from blink.training.recipes import AIR, RECIPES
+from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
 from tests.small import random_images, small_dataset
 
@@ -136,14 +138,14 @@ def test_a_gpu_evaluates_as_many_images_as_its_memory_has_room_for(memory, side,
 
 
 def test_a_trainer_evaluates_no_more_images_at_once(monkeypatch):
-    monkeypatch.setattr("blink.training.loop.images_at_once", lambda *arguments: 16)
+    monkeypatch.setattr("blink.training.trainer.images_at_once", lambda *arguments: 16)
     dataset = small_dataset(16, 40, side=16).to(DEVICE)
     budget = plan_budget(AIR, 16, 8, steps=1)
     recipe = replace(AIR, tta_fraction=0.5)
     trainer = Trainer(recipe, dataset, budget, backend.reference(), precision.choose("fp32", DEVICE, True), False)
     sizes = []
     trainer.network.head.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    trainer.run(0, validate=20)
+    train(trainer, 0, validate=20)
     # a step of 8; each epoch's validation; all images, then five views of half of them
     assert sizes == [8, 16, 4, 16, 16, 8, *[15] * 6, 10]
 

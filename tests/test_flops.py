@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from blink.training.budget import plan_budget
 from blink.training.flops import run_flops
-from blink.training.loop import plan_budget
 from blink.training.recipes import AIR, HLB, Resolution, freezing
 
 

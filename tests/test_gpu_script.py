@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import train
-from blink.experiments import ablate
-from blink.experiments.race import __main__ as race
-from blink.kernels.examine.bench import __main__ as bench
+from blink.__main__ import parse as parse_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [line.split("()")[0].removeprefix("part_") for line in (ROOT / ".ci" / "gpu").read_text().splitlines()
@@ -61,17 +58,12 @@ def call(tmp_path):
 
 
 def parse(command: list[str]) -> None:
-    """By the command's own parser; raises SystemExit for what it does not know."""
-    script, *arguments = command
-    if script == "train.py":
-        train.parse(arguments)
-    elif script == "-m" and arguments[0] != "pytest":
-        parsers = {
-            "blink.kernels.examine.bench": bench.parse,
-            "blink.experiments.ablate": ablate.parse,
-            "blink.experiments.race": race.parse,
-        }
-        parsers[arguments[0]](arguments[1:])
+    """By the command's own parser; raises UserError for what it does not know."""
+    flag, module, *rest = command
+    assert flag == "-m" and module in ("blink", "pytest")
+    if module == "blink":
+        name, *arguments = rest
+        parse_command(name, arguments)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -86,11 +78,11 @@ def test_a_parts_commands_exist_and_end_within_ten_minutes(part, call, tmp_path)
     assert head.split()[0] == part and len(rows) == sum("--collect-only" not in command for command in noted)
 
 
-def test_every_part_is_explained_and_in_the_readme(call):
+def test_every_part_is_explained_and_in_the_docs(call):
     code, said, _ = call("nothing", "out")
     assert code == 2 and all(f"\n  {part} " in said for part in PARTS)
-    readme = (ROOT / "README.md").read_text()
-    assert all(f" {part}" in readme[readme.index("for part in ops") :][:400] for part in PARTS)
+    docs = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert all(f" {part}" in docs[docs.index("for part in ops") :][:400] for part in PARTS)
 
 
 def test_tests_run_side_by_side_and_are_counted(call, tmp_path):

@@ -1,16 +1,16 @@
-"""`train.py --profile`: traces become parts, parts add up, what is counted is right, and the command prints it."""
+"""`blink profile`: traces become parts, parts add up, what is counted is right, and the command prints it."""
 
 import json
 
 import pytest
 import torch
 
-import train
+from blink.__main__ import main
 from blink.errors import UserError
 from blink.experiments.profile import measure
 from blink.experiments.profile.costs import step_costs
-from blink.experiments.profile.measure import Profile, Race, Row
-from blink.experiments.profile.report import convolution_table, race_lines, table
+from blink.experiments.profile.measure import Comparison, Profile, Row
+from blink.experiments.profile.report import comparison_lines, convolution_table, table
 from blink.experiments.profile.trace import Work, matched_owners, steps_of
 from blink.model import backend, convolution
 from blink.model.network import Network
@@ -211,7 +211,7 @@ def test_convolution_rates_are_against_the_matrix_product():
 
 
 def test_race_states_both_speed_ups():
-    lines = race_lines(Race(500.0, 1000.0, 400.0, 800.0, 5))
+    lines = comparison_lines(Comparison(500.0, 1000.0, 400.0, 800.0, 5))
     assert all(len(line) <= 80 for line in lines)
     assert "500.0 ms to 1000.0 ms a step: 2.00x" in lines[1]
     assert "50.0 %" in lines[2] and "2.00x" in lines[2] and "100 %" in lines[3]
@@ -228,7 +228,7 @@ def small_cifar(tmp_path, monkeypatch):
 def test_profile_command(small_cifar, tmp_path, capsys):
     target = tmp_path / "profile.json"
     arguments = ["--data", small_cifar, "--recipe", "air", "--batch-size", "8", "--steps", "2", "--dtype", "fp32"]
-    code = train.main([*arguments, "--device", "cpu", "--profile", str(tmp_path / "traces"), "--json", str(target)])
+    code = main(["profile", *arguments, "--device", "cpu", "--traces", str(tmp_path / "traces"), "--json", str(target)])
     printed = capsys.readouterr().out
     assert code == 0 and "groups.2.conv2" in printed and "against eager PyTorch" in printed
     content = json.loads(target.read_text())["profile"]
@@ -247,7 +247,7 @@ def test_profile_command(small_cifar, tmp_path, capsys):
 def test_a_profiler_without_records_ends_the_command_in_one_line(small_cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "steps_of", lambda trace, on_gpu, eager: steps_of(trace, True, eager))
     arguments = ["--data", small_cifar, "--recipe", "air", "--batch-size", "8", "--steps", "2", "--dtype", "fp32"]
-    code = train.main([*arguments, "--device", "cpu", "--profile", str(tmp_path / "traces")])
+    code = main(["profile", *arguments, "--device", "cpu", "--traces", str(tmp_path / "traces")])
     err = capsys.readouterr().err
     assert code == 2 and "0 pieces of GPU work" in err and err.count("\n") == 1
 

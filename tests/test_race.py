@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from blink.__main__ import main as blink
 from blink.errors import UserError
 from blink.experiments import records
-from blink.experiments.race import __main__ as race
+from blink.experiments.race import command as race
 from blink.experiments.race import data, table
-from blink.experiments.race.contest import only
+from blink.experiments.race.contest import visible
 from blink.experiments.race.launch import Clock, lent_to
 from blink.experiments.race.peers import PEERS, Rows, find_script, with_runs
 from blink.training.data.dataset import assemble
@@ -249,7 +250,7 @@ def arena(tmp_path, image_folder, monkeypatch):
     def call(*peers, runs=2, blocks=2, options=()):
         own = ["--data", str(image_folder), "--recipe", "air", "--kernels", "reference", "--device", "cpu"]
         own += ["--runs", str(runs), "--blocks", str(blocks), "--no-cold", *options]
-        return race.main([*peers, *own]), records.read(tmp_path / "runs" / "race" / "race.jsonl")
+        return blink(["race", *peers, *own]), records.read(tmp_path / "runs" / "race" / "race.jsonl")
 
     return call
 
@@ -296,10 +297,10 @@ def test_unknown_reports_and_missing_gpus_are_one_line_each(arena, tmp_path, cap
 def test_a_script_finds_the_chosen_gpu_alone(monkeypatch):
     """As the first of those that it sees, whatever the caller itself sees."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert only(torch.device("cpu")) == only(torch.device("cuda")) == {}
-    assert only(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert visible(torch.device("cpu")) == visible(torch.device("cuda")) == {}
+    assert visible(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5e2d,6")
-    assert only(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "GPU-5e2d"}
+    assert visible(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "GPU-5e2d"}
 
 
 @pytest.mark.parametrize(

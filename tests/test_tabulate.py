@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blink.__main__ import main
 from blink.experiments import tabulate
 from tests.test_ablate import record
 from tests.test_race import block
@@ -22,7 +23,7 @@ def copy(tmp_path):
 
 
 def test_committed_tables_are_up_to_date(capsys):
-    assert tabulate.main(["--check"]) == 0, capsys.readouterr().err
+    assert main(["tabulate", "--check"]) == 0, capsys.readouterr().err
 
 
 def test_a_new_result_makes_the_tables_stale_until_they_are_made_again(copy, capsys):
@@ -30,37 +31,38 @@ def test_a_new_result_makes_the_tables_stale_until_they_are_made_again(copy, cap
     content = json.loads(first.read_text())
     content["summary"]["accuracy"]["mean"] = 0.1234
     (copy / "results" / "another.json").write_text(json.dumps(content))
-    assert tabulate.main(["--root", str(copy), "--check"]) == 1
+    assert main(["tabulate", "--root", str(copy), "--check"]) == 1
     assert "README.md is stale" in capsys.readouterr().err
-    assert tabulate.main(["--root", str(copy)]) == 0
-    assert tabulate.main(["--root", str(copy), "--check"]) == 0
-    for readme in (copy / "README.md", copy / "results" / "README.md"):
-        assert "0.1234" in readme.read_text()
+    assert main(["tabulate", "--root", str(copy)]) == 0
+    assert main(["tabulate", "--root", str(copy), "--check"]) == 0
+    assert "0.1234" in (copy / "results" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"summary": {"accuracy": 1}}', '{"profile": {}}'])
 def test_a_damaged_file_is_named_in_one_line(copy, capsys, text):
     (copy / "results" / "bad.json").write_text(text)
-    assert tabulate.main(["--root", str(copy)]) == 2
+    assert main(["tabulate", "--root", str(copy)]) == 2
     err = capsys.readouterr().err
     assert "bad.json" in err and err.count("\n") == 1
 
 
 def test_other_json_files_are_left_out(copy):
     (copy / "results" / "bench.json").write_text('{"rows": []}')
-    assert tabulate.main(["--root", str(copy), "--check"]) == 0
+    assert main(["tabulate", "--root", str(copy), "--check"]) == 0
 
 
-def test_runs_of_a_plan_become_its_table(copy):
-    """And those of whole recipes a record, which those of narrowed ones are not."""
-    for width, shown in ((0.5, False), (1.0, True)):
-        runs = [record(name, seed, 0.9123, 10.0) for name in ("air", "blink") for seed in (0, 1)]
-        lines = [json.dumps({**run, "plan": "recipes", "width": width}) for run in runs]
+def test_runs_of_a_plan_become_its_table_where_they_decide_something(copy):
+    for accuracies, shown in (((0.91, 0.92), False), ((0.9301, 0.9302), True)):
+        runs = [record("air", seed, 0.9123 + seed / 1e4, 10.0) for seed in (0, 1)]
+        runs += [record("blink", seed, accuracies[seed], 10.0) for seed in (0, 1)]
+        lines = [json.dumps({**run, "plan": "recipes"}) for run in runs]
         (copy / "results" / "recipes-there.jsonl").write_text("\n".join(lines))
-        assert tabulate.main(["--root", str(copy)]) == 0
-        for readme, expected in ((copy / "README.md", shown), (copy / "results" / "README.md", True)):
-            text = readme.read_text()
-            assert ("91.23 +-0.00" in text and "10 training and 5 test images" in text) == expected
+        assert main(["tabulate", "--root", str(copy)]) == 0
+        text = (copy / "results" / "README.md").read_text().split("[recipes-there.jsonl]")[1]
+        text = text.split("\n## ")[0].split("\n[")[0]
+        assert "10 training and 5 test images" in text
+        assert ("| blink | 2 | 93.02 " in text) == ("| air | 2 |" in text) == shown
+        assert ("Too few runs to tell from 'air': blink." in text) != shown
 
 
 def write_race(copy: Path, name: str, device: str) -> None:
@@ -77,7 +79,7 @@ def test_a_race_becomes_its_table_and_one_on_a_gpu_takes_the_first_screen(copy):
     shown = []
     for name, device in (("race-some.jsonl", "cpu"), ("race-there.jsonl", "cuda")):
         write_race(copy, name, device)
-        assert tabulate.main(["--root", str(copy)]) == 0
+        assert main(["tabulate", "--root", str(copy)]) == 0
         text = (copy / "results" / "README.md").read_text()
         assert "# Races" in text and f"[{name}]({name})" in text
         record = (copy / "README.md").read_text().split("<!-- record -->")[1].split("<!-- end -->")[0]
@@ -91,12 +93,12 @@ def test_a_race_becomes_its_table_and_one_on_a_gpu_takes_the_first_screen(copy):
 @pytest.mark.parametrize("text", ["{", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])
 def test_a_damaged_file_of_runs_is_named_in_one_line(copy, capsys, text):
     (copy / "results" / "bad.jsonl").write_text(text)
-    assert tabulate.main(["--root", str(copy)]) == 2
+    assert main(["tabulate", "--root", str(copy)]) == 2
     err = capsys.readouterr().err
     assert "bad.jsonl" in err and err.count("\n") == 1
 
 
 def test_a_readme_without_marks_is_refused(copy, capsys):
     (copy / "README.md").write_text("# nothing\n")
-    assert tabulate.main(["--root", str(copy)]) == 2
+    assert main(["tabulate", "--root", str(copy)]) == 2
     assert "<!-- record -->" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""train.py from the command line: what it prints, writes and refuses."""
+"""`blink train`, and train.py, from the command line: what it prints, writes and refuses."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train
+from blink.__main__ import main
 from blink.training.recipes import RECIPES
 
-ROOT = Path(train.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--recipe", "hlb", "--steps", "2", "--batch-size", "8", "--device", "cpu", "--dtype", "fp32"]
 
 
@@ -65,11 +65,8 @@ def process(shared, *arguments):
 
 
 def inside(capsys, *arguments):
-    """Run train.main here; returns (exit code, standard output, standard error)."""
-    try:
-        code = train.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
+    """Run `blink train` here; returns (exit code, standard output, standard error)."""
+    code = main(["train", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -103,7 +100,7 @@ def test_json_of_a_run(two_runs):
     data = content["data"]
     assert (data["train"], data["test"], data["classes"], data["image_shape"]) == (32, 32, 4, [3, 12, 12])
     assert data["generated"] is False and len(data["fingerprint"]) == 12
-    assert content["command"][0] == "train.py" and "--deterministic" in content["command"]
+    assert content["command"][:2] == ["blink", "train"] and "--deterministic" in content["command"]
     assert content["deterministic"] is True and content["dtype"] == "fp32"
     assert content["kernels"]["name"] == "reference"
     assert content["budget"] == {"batch_size": 8, "steps_per_epoch": 4, "total_steps": 2}
@@ -158,11 +155,6 @@ def test_deterministic_twice_gives_identical_losses_and_weights(shared, tree, tw
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
     assert second["summary"]["accuracy"]["std"] is None and "95 %" not in done.stdout
-
-
-def test_list_recipes_as_a_process(shared):
-    done = process(shared, "--list-recipes")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("blink: ")
 
 
 @pytest.mark.parametrize("recipe", ["hlb", "air"])
@@ -282,7 +274,7 @@ def refused(capsys, *arguments):
     """The one line on standard error of arguments that must be refused."""
     code, out, err = inside(capsys, *arguments)
     assert code == 2
-    assert err.startswith("train.py: ") and err.endswith("\n") and err.count("\n") == 1
+    assert err.startswith("blink: ") and err.endswith("\n") and err.count("\n") == 1
     assert "Traceback" not in out + err
     return err
 
@@ -291,8 +283,6 @@ def refused(capsys, *arguments):
     ("arguments", "message"),
     [
         (["--steps", "1.5"], "expected a whole number above 0"),
-        (["--profile", "x", "--runs", "2"], "cannot go with --out or --runs"),
-        (["--until", "0.5", "--validate", "0"], "cannot go with --validate"),
         (["--epochs", "0"], "above 0"),
         (["--epochs", "nan"], "above 0"),
         (["--epochs", "inf"], "above 0"),

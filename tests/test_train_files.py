@@ -1,4 +1,4 @@
-"""What train.py writes and when: nothing that ends a run takes the finished ones with it."""
+"""What `blink train` writes and when: nothing that ends a run takes the finished ones with it."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import train
+from blink.errors import UserError
+from blink.training import command
+from blink.training.recipes import RECIPES
 from tests.test_train_cli import QUICK, inside, refused
 
 
@@ -19,20 +21,20 @@ def _settings_are_put_back(monkeypatch):
 def test_a_run_is_on_file_when_it_ends(image_folder, tmp_path, capsys, monkeypatch):
     """Whatever ends the process later, a signal or a second interrupt, finished runs are whole."""
     path, out, seen = tmp_path / "runs.json", tmp_path / "out", []
-    start_run = train.Report.start_run
+    start_run = command.Report.start_run
 
     def look(self, *arguments):
         files = (path, out / "summary.json")
         seen.append([len(json.loads(file.read_text())["runs"]) if file.exists() else 0 for file in files])
         start_run(self, *arguments)
 
-    monkeypatch.setattr(train.Report, "start_run", look)
+    monkeypatch.setattr(command.Report, "start_run", look)
     code, *_ = inside(capsys, "--data", image_folder, *QUICK, "--runs", "3", "--json", path, "--out", out)
     assert code == 0 and seen == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_what_cannot_be_written_is_told_before_training(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(command, "prepare", None)
     assert "nothing can be written to /proc" in refused(
         capsys, "--data", image_folder, *QUICK, "--json", "/proc/runs.json"
     )
@@ -49,8 +51,8 @@ def test_output_below_a_file_is_refused_before_training(capsys, tmp_path, image_
 
 
 def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path, image_folder):
-    hlb = train.RECIPES["hlb"]
-    monkeypatch.setitem(train.RECIPES, "hlb", replace(hlb, groups=tuple(replace(g, lr=1e30) for g in hlb.groups)))
+    hlb = RECIPES["hlb"]
+    monkeypatch.setitem(RECIPES, "hlb", replace(hlb, groups=tuple(replace(g, lr=1e30) for g in hlb.groups)))
     target = tmp_path / "x.json"
     err = refused(capsys, "--data", image_folder, *QUICK, "--steps", "4", "--json", target)
     assert "the loss became" in err and "of 4 (batch size 8)" in err
@@ -58,7 +60,7 @@ def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path,
 
 
 def on_second_run(monkeypatch, error):
-    real, calls = train.Trainer.run, []
+    real, calls = command.train, []
 
     def run(*args, **kwargs):
         calls.append(args)
@@ -66,7 +68,7 @@ def on_second_run(monkeypatch, error):
             raise error
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train.Trainer, "run", run)
+    monkeypatch.setattr(command, "train", run)
     return calls
 
 
@@ -87,14 +89,14 @@ def test_interrupt_of_the_first_run_says_that_none_finished(capsys, monkeypatch,
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Trainer, "run", interrupt)
+    monkeypatch.setattr(command, "train", interrupt)
     code, out, err = inside(capsys, "--data", image_folder, *QUICK, "--json", tmp_path / "x.json")
     assert (code, err) == (130, "") and "no run finished" in out
     assert not (tmp_path / "x.json").exists()
 
 
 def test_failed_later_run_keeps_the_finished_ones(capsys, monkeypatch, tmp_path, image_folder):
-    on_second_run(monkeypatch, train.UserError("the loss became nan"))
+    on_second_run(monkeypatch, UserError("the loss became nan"))
     err = refused(capsys, "--data", image_folder, *QUICK, "--runs", "3", "--json", tmp_path / "x.json")
     assert "the loss became nan" in err
     assert len(json.loads((tmp_path / "x.json").read_text())["runs"]) == 1

@@ -7,14 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
+from blink.__main__ import main
 from blink.model import backend
 from blink.model.network import Group
 from blink.training import data, precision
+from blink.training.budget import plan_budget
 from blink.training.data import synthetic
 from blink.training.data.dataset import assemble
-from blink.training.loop import Trainer, build_network, plan_budget
+from blink.training.loop import train
 from blink.training.recipes import AIR, HLB, RECIPES, ParamGroup
+from blink.training.trainer import Trainer, build_network
 from tests.oracle import DEVICE
 from tests.test_training_step import PHASED
 
@@ -33,8 +35,9 @@ def test_losses_agree_and_weights_move(image_folder, tmp_path, monkeypatch, reci
     losses, weights = {}, {}
     for kernels in ("fused", "reference"):
         out = tmp_path / kernels
-        code = train.main(
+        code = main(
             [
+                "train",
                 *(
                     "--recipe",
                     recipe,
@@ -91,7 +94,7 @@ def test_fused_kernels_learn_what_the_reference_learns():
     )
     budget, compute = plan_budget(recipe, len(images), 6, steps=9), precision.choose("fp32", DEVICE, True)
     fused, plain = (
-        Trainer(recipe, dataset, budget, which, compute, graph=False).run(0, validate=0)
+        train(Trainer(recipe, dataset, budget, which, compute, graph=False), 0, validate=0)
         for which in (backend.fused(), backend.reference())
     )
     for result in (fused, plain):

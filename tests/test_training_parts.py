@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink.errors import UserError
+from blink.files import write_json
 from blink.model import convolution
 from blink.training import precision
-from blink.training.loop import Budget, check_finite, plan_budget
+from blink.training.budget import Budget, plan_budget
+from blink.training.loop import check_finite
 from blink.training.recipes import AIR, HLB, Schedule
-from blink.training.report import spread, write_json
+from blink.training.results import spread
 
 ROOT = Path(convolution.__file__).resolve().parent.parent
 

@@ -15,8 +15,10 @@ from blink.experiments.plans import narrowed
 from blink.kernels.environment import has_cxx_compiler
 from blink.model import backend
 from blink.training import graph, precision
-from blink.training.loop import Listener, Trainer, plan_budget
+from blink.training.budget import plan_budget
+from blink.training.loop import Listener, train, train_epoch
 from blink.training.recipes import AIR, HLB, Resolution, freezing
+from blink.training.trainer import Trainer
 from tests.oracle import DEVICE
 from tests.small import small_dataset
 
@@ -45,9 +47,9 @@ def make(recipe, dataset, which, captured=False, dtype="fp32", **options):
 def test_runs_of_one_trainer_are_those_of_fresh_ones(recipe, dataset):
     """Nothing of a run is left in the tensors that the next one uses: same seed, same bits."""
     trainer = make(recipe, dataset, backend.reference(), steps=6)
-    first, other, again = (trainer.run(seed, validate=0) for seed in (3, 4, 3))
+    first, other, again = (train(trainer, seed, validate=0) for seed in (3, 4, 3))
     assert again.losses == first.losses != other.losses
-    fresh = make(recipe, dataset, backend.reference(), steps=6).run(3, validate=0)
+    fresh = train(make(recipe, dataset, backend.reference(), steps=6), 3, validate=0)
     assert fresh.losses == first.losses and fresh.accuracy == first.accuracy
     assert all(torch.equal(fresh.state[name], value) for name, value in first.state.items())
 
@@ -55,15 +57,15 @@ def test_runs_of_one_trainer_are_those_of_fresh_ones(recipe, dataset):
 @RECIPES
 def test_a_warm_up_meets_every_phase_and_leaves_nothing(recipe, dataset, monkeypatch):
     """A step of each phase and the evaluation, on labels that are not the data set's; no bit of a run changes."""
-    plain = make(recipe, dataset, backend.reference(), steps=9).run(3, validate=0)
+    plain = train(make(recipe, dataset, backend.reference(), steps=9), 3, validate=0)
     trainer = make(recipe, dataset, backend.reference(), steps=9)
-    replay, final_logits, seen = trainer.step.replay, trainer._final_logits, []
-    monkeypatch.setattr(trainer.step, "replay", lambda phase: (seen.append(phase), replay(phase)))
-    monkeypatch.setattr(trainer, "_final_logits", lambda: (seen.append("evaluated"), final_logits())[1])
+    do_step, final_logits, seen = trainer.do_step, trainer.final_logits, []
+    monkeypatch.setattr(trainer, "do_step", lambda phase: (seen.append(phase), do_step(phase)))
+    monkeypatch.setattr(trainer, "final_logits", lambda: (seen.append("evaluated"), final_logits())[1])
     trainer.warm_up(3)
-    assert seen == [*trainer.step.phases(), "evaluated"]
-    assert not torch.equal(trainer.step.batches.labels, dataset.train_labels)
-    warm = trainer.run(3, validate=0)
+    assert seen == [*trainer.phases(), "evaluated"]
+    assert not torch.equal(trainer.batches.labels, dataset.train_labels)
+    warm = train(trainer, 3, validate=0)
     assert warm.losses == plain.losses and warm.accuracy == plain.accuracy
     assert all(torch.equal(warm.state[name], value) for name, value in plain.state.items())
 
@@ -73,18 +75,18 @@ def test_nothing_is_compiled_after_a_warm_up(dataset):
     trainer = make(narrowed(PHASED, 0.1), dataset, backend.compiled(), steps=9)
     trainer.warm_up(0)
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert torch.tensor(trainer.run(0, validate=0).losses).isfinite().all()
+        assert torch.tensor(train(trainer, 0, validate=0).losses).isfinite().all()
 
 
 def test_a_dropped_trainer_is_freed_at_once(dataset):
     """Its graphs' memory would otherwise stay until the garbage collector happens to run."""
     trainer = make(AIR, dataset, backend.reference(), steps=1)
-    trainer.run(0, validate=0)
-    step = weakref.ref(trainer.step)
+    train(trainer, 0, validate=0)
+    kept = weakref.ref(trainer)
     gc.disable()
     try:
         del trainer
-        assert step() is None
+        assert kept() is None
     finally:
         gc.enable()
 
@@ -102,7 +104,7 @@ def test_training_accuracy_counts_the_epochs_right_answers(dataset):
     recipe = replace(AIR, groups=tuple(replace(g, lr=0.0, rule="sgd") for g in AIR.groups), flip="none", shift=0)
     recipe = replace(recipe, network=replace(recipe.network, norm_momentum=0.0))
     trainer = make(recipe, dataset, backend.reference(), epochs=2)
-    rows = trainer.run(0, validate=0).epochs
+    rows = train(trainer, 0, validate=0).epochs
     generator = torch.Generator(DEVICE).manual_seed(0)
     for row in rows:
         order = torch.randperm(64, generator=generator, device=DEVICE)
@@ -120,7 +122,7 @@ def test_a_frozen_groups_parameters_stay_and_its_gradient_is_not_computed(datase
     recipe = replace(AIR, groups=(replace(AIR.groups[0], epochs=4), *AIR.groups[1:]))
     trainer = make(recipe, dataset, backend.reference(), steps=4)
     seen = []
-    trainer.run(1, Listener(on_step=lambda done, losses: seen.append(trainer.network.stem.bias.detach().clone())), 0)
+    train(trainer, 1, Listener(on_step=lambda done, losses: seen.append(trainer.network.stem.bias.detach().clone())), 0)
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
     assert not trainer.network.stem.bias.requires_grad
 
@@ -136,7 +138,7 @@ def test_a_frozen_layer_stays_and_nothing_is_propagated_to_it(dataset):
         seen.append({name: p.detach().clone() for name, p in trainer.network.named_parameters()})
         wanted.append({name for name, p in trainer.network.named_parameters() if p.requires_grad})
 
-    trainer.run(1, Listener(on_step=look), 0)
+    train(trainer, 1, Listener(on_step=look), 0)
     for name in names:
         assert torch.equal(seen[1][name], seen[3][name]), name
         assert name not in wanted[2]
@@ -150,7 +152,7 @@ def test_the_first_steps_are_on_smaller_images(dataset):
     trainer = make(recipe, dataset, backend.reference(), steps=8)
     seen = []
     trainer.network.stem.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
-    trainer.run(0, validate=0)
+    train(trainer, 0, validate=0)
     assert seen[:8] == [(10, 10)] * 2 + [(12, 12)] * 2 + [(16, 16)] * 4
     # too small for three poolings: the least that the network takes
     assert replace(AIR, resolutions=(Resolution(1.0, 0.1),)).image_sizes((16, 16)) == {(9, 9), (16, 16)}
@@ -160,14 +162,14 @@ def test_losses_of_single_images_choose_who_sits_out(dataset):
     trainer = make(replace(AIR, keep=0.5), dataset, backend.reference(), epochs=2)
     assert trainer.budget.steps_per_epoch == 2
     trainer.prepare(0)
-    generator, batches = torch.Generator(DEVICE).manual_seed(0), trainer.step.batches
-    trainer.train_epoch(0, generator)
+    generator, batches = torch.Generator(DEVICE).manual_seed(0), trainer.batches
+    train_epoch(trainer, 0, generator)
     hardness = batches.hardness.clone()
     taken = batches.index.flatten()
     sat_out = torch.ones(64, dtype=torch.bool, device=DEVICE)
     sat_out[taken] = False
     assert hardness[taken].max() < 100 and (hardness[sat_out] == hardness.max()).all()
-    means = trainer.step.losses[:2]
+    means = trainer.progress.losses[:2]
     # without smoothing the loss differs from the one trained on, but not by much before anything is learnt
     assert hardness[taken].mean().item() == pytest.approx(means.mean().item(), rel=0.2)
     batches.draw(generator, 1)
@@ -179,14 +181,14 @@ def test_cutout_and_jitter_reach_the_network(dataset):
     base = replace(AIR, flip="none", shift=0)
     variants = (base, replace(base, cutout=6), replace(base, jitter=(0.3, 0.2)), replace(base, jitter=(0.0, 0.0)))
     plain, cut, jittered, unjittered = (
-        make(recipe, dataset, backend.reference(), steps=2).run(0, validate=0).losses for recipe in variants
+        train(make(recipe, dataset, backend.reference(), steps=2), 0, validate=0).losses for recipe in variants
     )
     assert cut[0] != plain[0] and jittered[0] != plain[0]
     assert unjittered == pytest.approx(plain, rel=1e-4)
 
 
 class FakeCuda:
-    """What Replay uses of torch.cuda, on the CPU: a capture runs the call too, but takes its effects back."""
+    """What a capture uses of torch.cuda, on the CPU: a capture runs the call too, but takes its effects back."""
 
     def __init__(self, state):
         self.state, self.replays = state, 0
@@ -238,7 +240,8 @@ def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(fake
         seen.append(count.item())
         count.add_(1)
 
-    replay = graph.Replay(call, [count], enabled=True)
+    replay = graph.captured(call, [count])
+    assert count.item() == 7
     replay()
     assert seen == [7] * (graph._WARM_UP_CALLS + 1) and count.item() == 8 and fake.replays == 1
     replay()
@@ -248,7 +251,7 @@ def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(fake
 def test_all_captures_share_one_stream(fake):
     """A stream of its own would keep each capture's workspaces and what its warm-up freed."""
     for _ in range(2):
-        graph.Replay(lambda: None, [], enabled=True)()
+        graph.captured(lambda: None, [])
     (stream,) = fake.made
     assert fake.warmed_up_on == fake.captured_on == [stream] * 2
 
@@ -262,7 +265,7 @@ gpu = pytest.mark.gpu
 def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset):
     plain, graphed = (make(recipe, dataset, which(), captured, "fp16", steps=9) for captured in (False, True))
     for seed in (3, 4):
-        want, got = plain.run(seed, validate=0), graphed.run(seed, validate=0)
+        want, got = train(plain, seed, validate=0), train(graphed, seed, validate=0)
         assert got.losses == want.losses
         assert all(torch.equal(got.state[name], value) for name, value in want.state.items())
 
@@ -272,14 +275,14 @@ def test_graph_gives_the_bits_of_the_step_without_one(recipe, which, dataset):
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 def test_nothing_waits_for_the_device_inside_an_epoch(recipe, captured, dataset):
     trainer = make(recipe, dataset, backend.fused(), captured, "fp16", epochs=2)
-    trainer.run(0, validate=0)
+    train(trainer, 0, validate=0)
     trainer.prepare(1)
     generator = torch.Generator(DEVICE).manual_seed(1)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for epoch in range(2):
-            trainer.train_epoch(epoch, generator)
+            train_epoch(trainer, epoch, generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer.step.losses.isfinite().all()
+    assert trainer.progress.losses.isfinite().all()

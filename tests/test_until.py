@@ -1,4 +1,4 @@
-"""The smallest budget that reaches a target: the search by itself, and through train.py."""
+"""The smallest budget that reaches a target: the search by itself, and through the command."""
 
 import json
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import train
+from blink.__main__ import main
 from blink.experiments.plans import narrowed
 from blink.experiments.until import Trial, search, smallest_budget
 from blink.training.recipes import AIR, RECIPES
@@ -55,13 +55,13 @@ def narrow(monkeypatch):
 def run(images, tmp_path, *arguments):
     path = tmp_path / "until.json"
     options = ["--recipe", "air", "--data", str(images), "--batch-size", "10", "--kernels", "reference"]
-    code = train.main([*options, "--runs", "2", "--epochs", "0.5", "--json", str(path), *arguments])
+    code = main(["until", *options, "--runs", "2", "--epochs", "0.5", "--json", str(path), *arguments])
     return code, json.loads(path.read_text())
 
 
 def test_until_through_the_command_line(narrow, image_folder, tmp_path, capsys):
     # everything reaches it, so the search ends at its smallest budget: one step
-    code, content = run(image_folder, tmp_path, "--until", "0.0001")
+    code, content = run(image_folder, tmp_path, "0.0001")
     assert code == 0
     found = content["until"]
     assert found["smallest"] == found["trials"][-1] and found["smallest"]["epochs"] == 0.25
@@ -71,7 +71,7 @@ def test_until_through_the_command_line(narrow, image_folder, tmp_path, capsys):
 
 
 def test_an_unreached_target_is_one_line_and_keeps_what_was_tried(narrow, image_folder, tmp_path, capsys):
-    code, content = run(image_folder, tmp_path, "--until", "1")
+    code, content = run(image_folder, tmp_path, "1")
     assert code == 2
     assert content["until"]["smallest"] is None and len(content["until"]["trials"]) >= 3
     err = capsys.readouterr().err
@@ -81,13 +81,12 @@ def test_an_unreached_target_is_one_line_and_keeps_what_was_tried(narrow, image_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--until", "94"], "expected a fraction as 0.94, not '94'"),
-        (["--until", "0.9", "--steps", "3"], "cannot go with --steps"),
-        (["--until", "0.9", "--out", "x"], "cannot go with --out"),
+        (["94"], "expected a fraction as 0.94, not '94'"),
+        ([], "required: ACCURACY"),
+        (["0.9", "--out", "x"], "unrecognized arguments: --out"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        train.main(arguments)
+    assert main(["until", *arguments]) == 2
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1

@@ -1,218 +1,121 @@
-"""What the commands that train share: arguments, device, kernels, data, facts, and a mistake's one line."""
+"""Train a network from random weights, one or several times, and report its accuracy."""
 
 import argparse
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
+import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from blink.command import natural, parse, positive
 from blink.errors import UserError
-from blink.kernels import environment
-from blink.model import backend as backends
-from blink.training import data, precision
-from blink.training.allocator import keep_freed_memory
-from blink.training.data.dataset import Dataset
-from blink.training.loop import Budget
-from blink.training.recipes import Recipe
+from blink.files import check_output, make_folder, write_json
+from blink.training.job import Job, add_job_arguments, count_flops, prepare
+from blink.training.loop import Listener, train
+from blink.training.report import Report, save_weights
+from blink.training.results import RunResult
+from blink.training.trainer import Trainer
+
+EXAMPLES = (
+    "blink train --data photographs/ --epochs 20 --out runs/photographs",
+    "blink train --recipe hlb --kernels reference --runs 5 --json hlb.json",
+)
+# a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
+CPU_VALIDATION_IMAGES = 2000
 
 
-class Parser(argparse.ArgumentParser):
-    """A mistake on the command line gets one line and exit code 2."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("budget").add_argument
+    add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")
+    add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
+    add("--runs", type=positive(int), default=1, metavar="N", help="train N times (default: %(default)s)")
+    add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
+    add_job_arguments(parser)
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
+    add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
 
-    def error(self, message: str):
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
-        raise SystemExit(2)
+
+def run(options: argparse.Namespace) -> int:
+    return execute(options, Console())[0]
 
 
-def positive(kind: type):
-    def parse_positive(text: str):
+def train_quietly(**options) -> list[RunResult]:
+    """What `blink.train` is: `blink train` without its output. Raises UserError where that says what is wrong."""
+    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
+    code, report = execute(parse("train", __name__, words)[0], Console(quiet=True))
+    if code:
+        raise KeyboardInterrupt
+    return report.runs
+
+
+def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]:
+    """(the exit code, 130 after an interruption, and the report with the runs that ended)."""
+    if options.steps is not None and options.epochs is not None:
+        raise UserError("--steps and --epochs both set the budget; give one of them")
+    if options.out is not None:
+        make_folder(options.out)
+    check_output(options.json)
+    job = prepare("train", options, console, options.epochs, options.steps)
+    validate = options.validate
+    if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
+        validate = CPU_VALIDATION_IMAGES
+        job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
+    report = Report(console, job.facts)
+    report.header(job.recipe, job.dataset, job.budget, job.notes)
+    exit_code = 0
+    try:
+        trainer = make_trainer(job, options.seed)
+        for number in range(options.runs):
+            train_one(job, trainer, number, options, validate, report)
+            save(options, report, last=False)
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        exit_code = 130
+    finally:
         try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"expected a {what} above 0, not {text!r}")
-        return value
-
-    return parse_positive
+            if report.runs:
+                save(options, report, last=True)
+        finally:
+            if report.runs or exit_code:
+                report.summary()
+    return exit_code, report
 
 
-def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected 0, 1, 2, ... below 2**63, not {text!r}")
-    return int(text)
+def make_trainer(job: Job, seed: int) -> Trainer:
+    """Warmed up where something compiles; the seconds of both go to the job's facts."""
+    began = time.perf_counter()
+    trainer = job.trainer()
+    job.facts["start_up"]["network"] = time.perf_counter() - began
+    if trainer.compiles:
+        job.facts["start_up"] |= trainer.warm_up(seed)
+    return trainer
 
 
-@dataclass(frozen=True)
-class Setting:
-    """On what and how a command trains, whatever the recipe."""
-
-    device: torch.device
-    backend: backends.Backend
-    compute: precision.Precision
-    graph: bool
-    deterministic: bool
-    environment: dict
-
-    @property
-    def interpreted(self) -> bool:
-        return self.backend.name == "fused" and self.device.type != "cuda"
-
-
-def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
-    add(
-        "--graph",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="replay each step as a CUDA graph (auto: on a GPU)",
-    )
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
-    add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
-
-
-def choose_setting(options: argparse.Namespace) -> Setting:
-    """What `add_setting_arguments` was given, made effective in this process. Raises UserError for what cannot be."""
-    device = choose_device(options.device)
-    backend = choose_backend(options.kernels, device)
-    interpreted = backend.name == "fused" and device.type != "cuda"
-    compute = precision.choose(options.dtype, device, interpreted)
-    if interpreted and compute.name == "bf16":
-        raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
-    graph = choose_graph(options.graph, device)
-    set_determinism(options.deterministic)
-    if device.type == "cpu":
-        keep_freed_memory()
-    return Setting(device, backend, compute, graph, options.deterministic, environment.describe(device))
-
-
-def describe_stem(recipe: Recipe, backend: str) -> str:
-    network = recipe.network
-    size = f"{network.whiten_kernel}x{network.whiten_kernel}"
-    if network.whiten_kernel is None:
-        stem = "stem without whitening"
-    elif not network.fused_stem:
-        stem = f"{size} 'same' stem as plain convolution"
-    else:
-        stem = f"{size} unpadded stem {'fused' if backend == 'fused' else 'in PyTorch'}"
-    return f"{stem}, SE {'off' if network.se_reduction is None else f'/{network.se_reduction}'}"
-
-
-def count_flops(recipe: Recipe, budget: Budget, dataset: Dataset) -> dict:
-    """FLOPs of a run by what they are spent on, and their total, ready for JSON."""
-    from blink.training.flops import run_flops
-
-    sizes = (len(dataset.train_images), len(dataset.test_images))
-    flops = run_flops(recipe, budget, dataset.image_shape, len(dataset.classes), *sizes)
-    return asdict(flops) | {"total": flops.total}
-
-
-def describe(setting: Setting, recipe: Recipe, dataset: Dataset, budget: Budget) -> dict:
-    """What a result must name besides its command and its seed, ready for JSON."""
-    return {
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "generated": dataset.generated,
-            "train": len(dataset.train_images),
-            "test": len(dataset.test_images),
-            "image_shape": dataset.image_shape,
-            "classes": len(dataset.classes),
-        },
-        "recipe": asdict(recipe),
-        "kernels": {
-            "name": setting.backend.name,
-            "interpreted": setting.interpreted,
-            "stem": describe_stem(recipe, setting.backend.name),
-        },
-        "dtype": setting.compute.name,
-        "graph": setting.graph,
-        "deterministic": setting.deterministic,
-        "budget": asdict(budget),
-        "environment": setting.environment,
-    }
-
-
-def choose_device(name: str | None) -> torch.device:
+def train_one(
+    job: Job, trainer: Trainer, number: int, options: argparse.Namespace, validate: int | None, report: Report
+) -> None:
+    """Run 0, 1, ... of the job, watched by the report; its weights go to --out."""
+    seed, result = options.seed + number, None
+    report.start_run(number + 1, options.runs, seed, job.budget)
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here; expected cpu, cuda or cuda:N of a GPU here") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; expected cpu or cuda")
-    if device.type == "cuda" and device.index is not None:
-        # streams, events and graphs are the current device's
-        torch.cuda.set_device(device)
-    return device
+        result = train(trainer, seed, Listener(report.on_step, report.on_epoch), validate)
+    finally:
+        report.end_run(result)
+    if job.facts["flops"] is None:
+        # after a run, which need not wait for what only describes it
+        job.facts["flops"] = count_flops(job.recipe, job.budget, job.dataset)
+    if trainer.device.type == "cuda":
+        job.facts["peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+    if options.out is not None:
+        name = f"{job.recipe.name}-seed{seed}.safetensors"
+        save_weights(options.out / name, result.state, {"recipe": job.recipe.name, "data": job.dataset.name})
 
 
-def choose_backend(kernels: str, device: torch.device) -> backends.Backend:
-    try:
-        return backends.select(kernels, device)
-    except ValueError as error:
-        raise UserError(f"--kernels {kernels}: {error}") from error
-
-
-def choose_graph(choice: str, device: torch.device) -> bool:
-    """Whether the training step is captured as a CUDA graph; auto: on a GPU."""
-    if choice == "on" and device.type != "cuda":
-        raise UserError(f"--graph on needs a GPU, and the device is {device.type}; leave it out, or use --graph off")
-    return choice != "off" and device.type == "cuda"
-
-
-def set_determinism(deterministic: bool) -> None:
-    """cudnn picks its fastest algorithm by trying, unless runs must be bitwise repeatable."""
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def load_data(source: str | None, console: Console, notes: list[str]):
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("decoding", total=None, visible=False)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, description="decoding images", completed=done, total=total, visible=True)
-
-        def note(line: str) -> None:
-            notes.append(line)
-            bar.update(task, description=line, visible=True)
-
-        return data.load(source, progress, note)
-
-
-def make_folder(path: Path) -> None:
-    """Make it and see that files can be made in it, before hours are spent on what goes there. Raises UserError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"could not make the folder {path} ({error.strerror}); name another") from error
-    try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"nothing can be written to {path} ({error.strerror}); name another folder") from error
-
-
-def check_output(path: Path, append: bool = False) -> None:
-    """See that a file can be written, or added to, before hours are spent on what goes there. Raises UserError."""
-    try:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder; name a file")
-        if path.exists() and not path.is_file():
-            # a pipe or a device takes what it gets when it gets it
-            return
-        if append and path.exists():
-            with open(path, "ab"):
-                return
-    except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}); name another file") from error
-    make_folder(path.resolve().parent)
+def save(options: argparse.Namespace, report: Report, last: bool) -> None:
+    """After each run, so that nothing that ends this process takes a finished one with it."""
+    if options.out is not None:
+        write_json(options.out / "summary.json", report.as_dict())
+    # what is no file cannot be replaced: it gets all once
+    if options.json is not None and (last or options.json.is_file() or not options.json.exists()):
+        write_json(options.json, report.as_dict())

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blink.model import backend
 from blink.model.network import Network
+from blink.training.budget import Budget
 from blink.training.evaluation import VIEWS, unsure
-from blink.training.loop import Budget
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import Recipe
 from blink.training.step import phase_of

@@ -1,4 +1,4 @@
-"""A call on memory that never moves, captured once as a CUDA graph and replayed: no launch from Python after that."""
+"""A function on memory that never moves, captured as a CUDA graph: after that, nothing is launched from Python."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,37 +29,23 @@ def restored(state: list[Tensor]) -> Iterator[None]:
                 t.copy_(value)
 
 
-class Replay:
-    """`call()` by itself or, where `enabled`, as a graph that its first use captures.
+def captured(function: Callable[[], None], state: list[Tensor], pool: tuple | None = None) -> Callable[[], None]:
+    """`function` captured as a CUDA graph: calling what is returned replays it. Capturing changes nothing.
 
-    state: every tensor that the call changes and that outlives it; they are restored after each warm-up call that a
-    capture needs, so that the first use changes them once, as every other. pool: memory that graphs may share which are
-    not replayed at once and leave nothing but their state (`torch.cuda.graph_pool_handle()`).
+    state: every tensor that a call changes and that outlives it; they are restored after each warm-up call that a
+    capture needs. pool: memory that graphs may share which are not replayed at once and leave nothing but their state
+    (`torch.cuda.graph_pool_handle()`).
     """
-
-    def __init__(self, call: Callable[[], None], state: list[Tensor], enabled: bool, pool: tuple | None = None):
-        self._call, self._state, self._enabled, self._pool = call, state, enabled, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        if not self._enabled:
-            self._call()
-            return
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
-
-    def _capture(self) -> "torch.cuda.CUDAGraph":
-        stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_CALLS):
-                # each by itself: a second call further on could run past the end of what the state counts
-                with restored(self._state):
-                    self._call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # this records and runs nothing
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            self._call()
-        return graph
+    stream = _side_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_CALLS):
+            # each by itself: a second call further on could run past the end of what the state counts
+            with restored(state):
+                function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # this records and runs nothing
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        function()
+    return graph.replay

@@ -1,8 +1,5 @@
 """What a person sees of a run: header, progress bar, epoch rows, summary; and the same as JSON."""
 
-import json
-import math
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,30 +11,20 @@ from torch import Tensor
 
 from blink.errors import UserError
 from blink.files import replacing
+from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
-from blink.training.loop import Budget, EpochRow, RunResult
 from blink.training.recipes import Recipe
+from blink.training.results import EpochRow, RunResult, spread, with_spread
 
 GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100
-
-
-def spread(values: list[float]) -> dict:
-    """mean, and from two values on: std (n - 1) and the half-width of the 95 % t interval of the mean."""
-    out = {"n": len(values), "mean": statistics.fmean(values), "std": None, "ci95": None}
-    if len(values) > 1:
-        from scipy.stats import t  # slow to import, and most calls train once
-
-        out["std"] = statistics.stdev(values)
-        out["ci95"] = float(t.ppf(0.975, len(values) - 1)) * out["std"] / math.sqrt(len(values))
-    return out
 
 
 class Report:
     """Prints as the runs go, then `summary()`; `as_dict()` is the same as data."""
 
     def __init__(self, console: Console, facts: dict):
-        """facts: everything known before the first run, ready for JSON (see train.py)."""
+        """facts: everything known before the first run, ready for JSON (see job.py)."""
         self.console = console
         self.facts = facts
         self.runs: list[RunResult] = []
@@ -161,23 +148,6 @@ class Report:
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=False)
-
-
-def with_spread(s: dict, digits: int) -> str:
-    """A spread as text: the mean, and from two values on its std and 95 % interval."""
-    text = f"{s['mean']:.{digits}f}"
-    if s["std"] is not None:
-        text += f" std {s['std']:.{digits}f}, 95 % +-{s['ci95']:.{digits}f}, n = {s['n']}"
-    return text
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 
 
 def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:

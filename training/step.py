@@ -1,7 +1,6 @@
 """One training step: batch -> forward -> loss -> gradients -> update, everything it reads and writes on the device."""
 
 import dataclasses
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from blink.kernels.gather import Gather
 from blink.model.backend import Backend
 from blink.model.network import Network
 from blink.training.batches import Batches
-from blink.training.graph import Replay, restored
 from blink.training.optimizer import Optimizer
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
@@ -32,101 +30,69 @@ def phase_of(recipe: Recipe, optimizer: Optimizer, step: int, total_steps: int, 
     return Phase(optimizer.active(step), recipe.image_size(step, total_steps, size))
 
 
-class TrainingStep:
-    """Called, does the next step of the epoch that `batches` holds.
+class Progress:
+    """Where a run is, in memory that stays.
 
-    losses [total steps] float32: mean loss of each step's batch; correct [] int64: right answers since it was last
-    zeroed. Each phase has a graph of its own.
+    losses [total steps] float32: mean loss of each step's batch, NaN before it; correct [] int64: right answers in this
+    epoch; step, batch [1] int64: the next step of the run, the next batch of the epoch.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        optimizer: Optimizer,
-        batches: Batches,
-        backend: Backend,
-        precision: Precision,
-        recipe: Recipe,
-        total_steps: int,
-        graph: bool,
-    ):
-        self.network, self.optimizer, self.batches = network, optimizer, batches
-        device = batches.labels.device
+    def __init__(self, total_steps: int, device: torch.device):
         self.losses = torch.full((total_steps,), float("nan"), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)
-        self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._precision, self._graph, self._recipe = precision, graph, recipe
-        self._forward = self._make_forward(backend, recipe.label_smoothing)
-        self._replays: dict[Phase, Replay] = {}
-        # one phase's activations lie where another's lay
-        self._pool = torch.cuda.graph_pool_handle() if graph else None
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.batch = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def _make_forward(self, backend: Backend, label_smoothing: float) -> Callable:
-        network, cross_entropy, scale = self.network, backend.cross_entropy, self.network.config.logit_scale
-
-        def forward(images: Tensor, labels: Tensor, *fields: Tensor | int | None):
-            logits = network.raw_logits(images, Gather(*fields))
-            return logits, *cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
-
-        return torch.compile(forward, dynamic=False) if backend.compile else forward
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.losses, self.correct, self.step, self.batch]
 
     def start_run(self) -> None:
-        """Back to step 0, with the optimizer's state cleared and nothing frozen."""
-        self.optimizer.reset()
-        self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.groups))))
-        self._step.zero_()
+        """Back to the first step."""
+        self.step.zero_()
         self.losses.fill_(float("nan"))
 
     def start_epoch(self) -> None:
-        """Back to the first batch of `batches`, which holds a new epoch."""
-        self._at.zero_()
+        """Back to the first batch."""
+        self.batch.zero_()
         self.correct.zero_()
 
-    def __call__(self, step: int) -> None:
-        """Step 0, 1, ... of the run: the host's count only chooses the phase."""
-        self.replay(phase_of(self._recipe, self.optimizer, step, len(self.losses), self.batches.size))
 
-    def phases(self) -> list[Phase]:
-        """All phases of a run, in order."""
-        total, size = len(self.losses), self.batches.size
-        return list(dict.fromkeys(phase_of(self._recipe, self.optimizer, s, total, size) for s in range(total)))
+def loss_function(network: Network, backend: Backend, label_smoothing: float) -> Callable[..., tuple[Tensor, ...]]:
+    """(images, labels, *fields of a Gather) -> logits, summed loss, right answers; compiled if the backend is."""
 
-    def rehearse(self, phase: Phase) -> None:
-        """A step in this phase, not captured, of which nothing stays."""
-        with restored(self._state()):
-            self._run(phase)
+    def loss_of(images: Tensor, labels: Tensor, *fields: Tensor | int | None):
+        logits = network.raw_logits(images, Gather(*fields))
+        scale = network.config.logit_scale
+        return logits, *backend.cross_entropy(logits, labels, label_smoothing=label_smoothing, scale=scale)
 
-    def replay(self, phase: Phase) -> None:
-        """The next step of the epoch, in this phase."""
-        if phase not in self._replays:
-            # a graph's memory is freed with its step, which it therefore must not keep
-            this = weakref.proxy(self)
-            self._replays[phase] = Replay(lambda: this._run(phase), self._state(), self._graph, self._pool)
-        self._replays[phase]()
+    return torch.compile(loss_of, dynamic=False) if backend.compile else loss_of
 
-    def _state(self) -> list[Tensor]:
-        own = [self.losses, self.correct, self._step, self._at]
-        if self.batches.hardness is not None:
-            own.append(self.batches.hardness)
-        momenta = [b for buffers in self.optimizer.buffers for b in buffers]
-        return [*self.network.state_dict().values(), *momenta, *own]
 
-    def _run(self, phase: Phase) -> None:
-        active = phase.active
-        self.optimizer.freeze_all_but(active)
-        gather, labels = self.batches.take(self._at, phase.size)
-        with self._precision.autocast(labels.device):
-            fields = (getattr(gather, field.name) for field in dataclasses.fields(gather))
-            logits, loss, correct = self._forward(self.batches.images(phase.size), labels, *fields)
-        grads = torch.autograd.grad(loss, self.optimizer.parameters(active))
-        self.optimizer.update(list(grads), active, self._step)
-        with torch.no_grad():
-            self.losses.index_copy_(0, self._step, loss.detach()[None] / len(labels))
-            self.correct += correct
-            if self.batches.hardness is not None:
-                scaled = logits.detach().float() * self.network.config.logit_scale
-                losses = F.cross_entropy(scaled, labels, reduction="none")
-                self.batches.hardness.index_copy_(0, gather.index, losses)
-            self._step += 1
-            self._at += 1
+def training_step(
+    network: Network,
+    optimizer: Optimizer,
+    batches: Batches,
+    progress: Progress,
+    loss_of: Callable[..., tuple[Tensor, ...]],
+    precision: Precision,
+    phase: Phase,
+) -> None:
+    """The next step, on the next batch of the epoch that `batches` holds. Nothing in it waits for the device."""
+    optimizer.freeze_all_but(phase.active)
+    gather, labels = batches.take(progress.batch, phase.size)
+    with precision.autocast(labels.device):
+        # a compiled function takes tensors, not what holds them
+        fields = (getattr(gather, field.name) for field in dataclasses.fields(gather))
+        logits, loss, correct = loss_of(batches.images(phase.size), labels, *fields)
+    grads = torch.autograd.grad(loss, optimizer.parameters(phase.active))
+    optimizer.update(list(grads), phase.active, progress.step)
+    with torch.no_grad():
+        progress.losses.index_copy_(0, progress.step, loss.detach()[None] / len(labels))
+        progress.correct += correct
+        if batches.hardness is not None:
+            scaled = logits.detach().float() * network.config.logit_scale
+            losses = F.cross_entropy(scaled, labels, reduction="none")
+            batches.hardness.index_copy_(0, gather.index, losses)
+        progress.step += 1
+        progress.batch += 1

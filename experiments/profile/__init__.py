@@ -1,1 +1,1 @@
-"""`python train.py --profile`: where a training step's time goes, by part, and how far each part is from its floor."""
+"""Where a training step's time goes, by part, and how far each part is from its floor."""

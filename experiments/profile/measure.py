@@ -20,8 +20,8 @@ from blink.kernels.examine.cases import Cost
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
 from blink.model.layers import NormAct, SEGate, Stem
-from blink.training.loop import Trainer
 from blink.training.step import Phase
+from blink.training.trainer import Trainer
 
 PROFILED_STEPS = 3
 _GPU_STEPS, _CPU_ROUNDS = 30, 5
@@ -68,7 +68,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Race:
+class Comparison:
     """Median milliseconds of a step against plain eager PyTorch, alternating; what the convolutions' share allows."""
 
     ms: float
@@ -105,7 +105,7 @@ def instrumented(backend: Backend) -> Backend:
 
 def add_regions(trainer: Trainer, layers: bool) -> None:
     """Give each layer of the network, and the batch, a region of its own; a compiled network keeps its layers fused."""
-    trainer.step.batches.take = in_region("batch", trainer.step.batches.take)
+    trainer.batches.take = in_region("batch", trainer.batches.take)
     if not layers:
         return
     kinds = (Stem, Conv3x3, NormAct, SEGate, nn.Linear)
@@ -142,15 +142,13 @@ class Stepper:
         trainer.prepare(seed)
 
     def __call__(self) -> None:
-        step, budget = self.trainer.step, self.trainer.budget
-        at = self._count % budget.steps_per_epoch
-        if at == 0:
-            step.batches.draw(self._generator, self._count // budget.steps_per_epoch)
-            step.start_epoch()
+        trainer, budget = self.trainer, self.trainer.budget
+        if self._count % budget.steps_per_epoch == 0:
+            trainer.start_epoch(self._count // budget.steps_per_epoch, self._generator)
         if self._count % budget.total_steps == 0:
-            step.start_run()
+            trainer.rewind()
         # always the costliest phase: everything is trained, on whole images
-        step.replay(Phase(tuple(range(len(step.optimizer.groups))), step.batches.size))
+        trainer.do_step(Phase(tuple(range(len(trainer.optimizer.groups))), trainer.batches.size))
         self._count += 1
 
 
@@ -190,7 +188,7 @@ def trace_steps(stepper: Stepper, path: Path, eager: list[Work] | None = None) -
 def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: int, folder: Path) -> Profile:
     """Profile the steps of make_trainer(instrumented, graph); the traces go to `folder`.
 
-    With a graph, the same step is profiled without one first, to know whose each kernel is.
+    With a graph, the same step is profiled without one first, which tells the part that each kernel belongs to.
     """
     plain = Stepper(make_trainer(False, True), seed)
     device, graph = plain.trainer.device, plain.trainer.graph
@@ -207,7 +205,7 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
         steps = trace_steps(plain, folder / "trace-graph.json.gz", eager=steps[-1].work)
 
     trainer = stepper.trainer
-    costs = step_costs(trainer.network, trainer.step.optimizer, trainer.budget.batch_size, trainer.image_shape)
+    costs = step_costs(trainer.network, trainer.optimizer, trainer.budget.batch_size, trainer.image_shape)
     dtype = trainer.network.head.weight.dtype if device.type == "cuda" else torch.float32
     copy_rate = _COPY_BYTES / (copy_time(_COPY_BYTES, device, _ROOF_SECONDS).best * 1e-6)
     product_rate = matmul_rate(dtype, device, _ROOF_SECONDS)
@@ -239,7 +237,9 @@ def _floor_ms(cost: Cost, copy_rate: float, product_rate: float) -> float:
     return max(cost.bytes / copy_rate, cost.flops / product_rate) * 1e3
 
 
-def race(make_trainer: Callable[[], Trainer], make_eager: Callable[[bool], Trainer], seed: int, folder: Path) -> Race:
+def compare(
+    make_trainer: Callable[[], Trainer], make_eager: Callable[[bool], Trainer], seed: int, folder: Path
+) -> Comparison:
     """Alternate steps with those of plain eager PyTorch, then profile the latter for its convolutions' share."""
     ours, theirs = Stepper(make_trainer(), seed), Stepper(make_eager(False), seed)
     steps = _GPU_STEPS if ours.trainer.device.type == "cuda" else 1
@@ -258,4 +258,4 @@ def race(make_trainer: Callable[[], Trainer], make_eager: Callable[[bool], Train
     )
     length = statistics.fmean(step.length for step in profiled)
     medians = (statistics.median(times) for times in zip(*pairs))
-    return Race(*medians, convolutions / 1e3, length / 1e3, len(pairs))
+    return Comparison(*medians, convolutions / 1e3, length / 1e3, len(pairs))

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from blink.experiments.profile.measure import Profile, Race
+from blink.experiments.profile.measure import Comparison, Profile
 
 
 def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
@@ -51,19 +51,19 @@ def convolution_table(profile: Profile) -> list[str]:
     return lines if rows else []
 
 
-def race_lines(race: Race) -> list[str]:
-    share = race.eager_convolution_ms / race.eager_profiled_ms
-    gained = (race.speedup - 1) / (race.allowed - 1) if race.allowed > 1 else float("inf")
+def comparison_lines(eager: Comparison) -> list[str]:
+    share = eager.eager_convolution_ms / eager.eager_profiled_ms
+    gained = (eager.speedup - 1) / (eager.allowed - 1) if eager.allowed > 1 else float("inf")
     return [
-        f"against eager PyTorch, alternating, median of {race.rounds} rounds:",
-        f"  {race.ms:.1f} ms to {race.eager_ms:.1f} ms a step: {race.speedup:.2f}x",
-        f"  convolutions are {100 * share:.1f} % of eager's step: at most {race.allowed:.2f}x without all else,",
+        f"against eager PyTorch, alternating, median of {eager.rounds} rounds:",
+        f"  {eager.ms:.1f} ms to {eager.eager_ms:.1f} ms a step: {eager.speedup:.2f}x",
+        f"  convolutions are {100 * share:.1f} % of eager's step: at most {eager.allowed:.2f}x without all else,",
         f"  of which gain this is {100 * gained:.0f} %",
     ]
 
 
-def as_dict(profile: Profile, race: Race | None) -> dict:
+def as_dict(profile: Profile, eager: Comparison) -> dict:
     out = asdict(profile) | {"parts_ms": profile.parts_ms}
-    if race is not None:
-        out["race"] = asdict(race) | {"speedup": race.speedup, "allowed": race.allowed}
+    # a name that files on record have
+    out["race"] = asdict(eager) | {"speedup": eager.speedup, "allowed": eager.allowed}
     return out

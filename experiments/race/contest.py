@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+import blink
 from blink.experiments import records
 from blink.experiments.race.peers import Peer
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+# what a process must find `blink` in, installed or not
+ROOT = Path(blink.__file__).resolve().parent.parent
 OURS = "blink"
 
 
@@ -22,7 +24,7 @@ OURS = "blink"
 class Contestant:
     """A peer with its script and the folder it runs in; or, with neither, this project itself.
 
-    options: of train.py, for this project.
+    options: of `blink train`, for this project.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Contestant:
     def command(self, runs: int, seed: int, out: Path, device: str) -> list[str]:
         if self.peer is None:
             own = ["--runs", str(runs), "--seed", str(seed), "--validate", "0", "--json", str(out), "--device", device]
-            return [sys.executable, str(ROOT / "train.py"), *self.options, *own]
+            return [sys.executable, "-m", "blink", "train", *self.options, *own]
         launched = [self.name, str(self.script), str(runs), str(out), device]
         return [sys.executable, "-m", "blink.experiments.race.launch", *launched]
 
@@ -53,7 +55,7 @@ class Block:
     error: str | None
 
 
-def only(device: torch.device) -> dict[str, str]:
+def visible(device: torch.device) -> dict[str, str]:
     """The environment in which a process finds no GPU but this one, which a script then takes without being asked."""
     if device.index is None:
         return {}
@@ -75,7 +77,7 @@ def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device
         done = subprocess.run(
             contestant.command(runs, seed, out, device.type),
             cwd=contestant.folder,
-            env=os.environ | own | only(device),
+            env=os.environ | own | visible(device),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

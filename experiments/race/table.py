@@ -4,9 +4,10 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from blink.experiments.compare import machine, percent, table
+from blink.experiments.compare import machine, percent
 from blink.experiments.race.contest import OURS
-from blink.training.report import spread
+from blink.tables import markdown as table
+from blink.training.results import spread
 
 COLUMNS = ("trainer", "n", "accuracy %", "seconds", "our clock", "times blink's", "PFLOP")
 MORE = ("trainer", "std %", "std s", "images/s", "peak GB", "cold s", "again s")

@@ -1,11 +1,8 @@
-"""Compile every kernel for GPUs that need not be here, and report what the compiler made of it.
+"""Compile every kernel for GPUs that need not be here, and report what the compiler made of it. Exit code 1 where a
+kernel spills registers on an NVIDIA target, needs more shared memory than a block may use, makes no 16-byte global
+access although its layout allows it, leaves copies of a sum that differ, or does not compile.
 
-    blink inspect [OP ...] [--target sm_90,gfx942] [--dtype float16] [--sass] [--json FILE] [--quick]
-
-Each op's kernels are compiled at the shapes that the hlb network gives them. Exit code 1 where a kernel spills
-registers to memory on an NVIDIA target, needs more shared memory than a block may use, makes no 16-byte global access
-although its layout allows it, leaves copies of a sum that differ, or does not compile; 2 for a mistake on the command
-line. A module may state why a kernel of its stays narrow: NARROW_ACCESS = {"_name_kernel": "reason"}, or
+A module may state why a kernel of its stays narrow: NARROW_ACCESS = {"_name_kernel": "reason"}, or
 {"_name_kernel:target": "reason"} for one target.
 
 What is spilled is the compiler's choice and changes with its version: one named version is held to none, others may
@@ -14,12 +11,11 @@ made of multiply-adds, whose operands take registers.
 """
 
 import argparse
-import json
 import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from multiprocessing import get_context
@@ -29,7 +25,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from blink.files import replacing
+from blink.command import listed
+from blink.errors import UserError
+from blink.files import check_output, write_json
 
 from .. import HAS_TRITON
 
@@ -44,40 +42,24 @@ _HEADER = "regs spill shared  occ by      ld16  st16 tensor core        fp32   s
 _INDENT = {"initial_indent": "    ", "subsequent_indent": "    "}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, and exit code 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+EXAMPLES = (
+    "blink inspect norm_act --target sm_90",
+    "blink inspect --dtype float16,bfloat16 --json kernels.json",
+)
 
 
-def _parse(argv: list[str] | None, ops: list[str], targets: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="blink inspect", description="Compile every kernel ahead of time and report its resources.")
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"ops to compile, of {', '.join(ops)}; default: all")
-    parser.add_argument("--target", help=f"targets, separated by commas, of {', '.join(targets)}; default: all")
-    parser.add_argument("--dtype", default="float16", help=f"dtypes, of {', '.join(DTYPES)}; default: float16")
-    parser.add_argument("--sass", action="store_true", help="print the machine code too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
-    parser.add_argument("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
-    options = parser.parse_args(argv)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from .ahead_of_time import TARGETS
 
-    def chosen(kind: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
-        known = list(known)
-        for name in names:
-            if name not in known:
-                parser.error(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-        # in the known order, each once
-        return [name for name in known if name in names]
-
-    options.ops = chosen("op", options.ops, ops) or ops
-    default = "sm_90" if options.quick else ",".join(targets)
-    options.targets = chosen("target", (default if options.target is None else options.target).split(","), targets)
-    options.dtypes = chosen("dtype", options.dtype.split(","), DTYPES)
-    if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"--json: the folder {options.json.resolve().parent} does not exist")
-    if options.json and options.json.is_dir():
-        parser.error(f"--json: {options.json} is a folder")
-    return options
+    add = parser.add_argument_group("what is compiled").add_argument
+    add("ops", nargs="*", metavar="OP", help="which ops (default: all)")
+    add("--target", type=listed(TARGETS), metavar="T,...", help=f"of {', '.join(TARGETS)} (default: all)")
+    add("--dtype", type=listed(DTYPES), default=["float16"], metavar="D,...",
+        help=f"of {', '.join(DTYPES)} (default: float16)")  # fmt: skip
+    add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--sass", action="store_true", help="print the machine code too")
+    add("--json", type=Path, metavar="FILE", help="write every number")
 
 
 def _jobs(cases: list, options: argparse.Namespace) -> list[tuple[int, str, str]]:
@@ -86,7 +68,7 @@ def _jobs(cases: list, options: argparse.Namespace) -> list[tuple[int, str, str]
         if case.op in options.ops and not (options.quick and case.op in seen):
             indices.append(index)
             seen.add(case.op)
-    return [(index, dtype, target) for target in options.targets for dtype in options.dtypes for index in indices]
+    return [(index, dtype, target) for target in options.target for dtype in options.dtype for index in indices]
 
 
 def _compile(jobs: list[tuple[int, str, str]]) -> Iterator[dict]:
@@ -149,7 +131,7 @@ def _table(rows: list[dict]) -> Iterator[str]:
         yield f"\n{target} {dtype}"
         yield _HEADER
         for row in group:
-            yield f"{row['kernel']}  {row['case']}"
+            yield f"{row['op']}  {row['kernel']}  {row['case']}"
             if row["error"]:
                 yield "    does not compile"
                 continue
@@ -184,16 +166,9 @@ def _summary(rows: list[dict], seconds: float) -> str:
     return line + (f", {failed} not compiled" if failed else "")
 
 
-def _write_json(path: Path, document: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit code. Raises SystemExit with code 2, one line on stderr, for a mistake."""
+def run(options: argparse.Namespace) -> int:
     if not HAS_TRITON:
-        print("blink inspect: error: needs triton, which is not installed", file=sys.stderr)
-        return 2
+        raise UserError("blink inspect needs triton, which is not installed")
     import triton
 
     from ..launching import interpreting
@@ -201,43 +176,27 @@ def main(argv: list[str] | None = None) -> int:
     from .cases import network_cases
 
     cases = network_cases()
-    options = _parse(argv, list(dict.fromkeys(case.op for case in cases)), list(TARGETS))
+    known = list(dict.fromkeys(case.op for case in cases))
+    for op in options.ops:
+        if op not in known:
+            raise UserError(f"unknown op {op!r}; expected one of {', '.join(known)}")
+    options.ops = options.ops or known
+    options.target = options.target or (["sm_90"] if options.quick else list(TARGETS))
     if interpreting():
-        print(
-            "blink inspect: error: TRITON_INTERPRET is set, which makes kernels plain functions; unset it",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError("TRITON_INTERPRET is set, which makes kernels plain functions; unset it")
+    check_output(options.json)
     start = time.perf_counter()
     rows = list(_compile(_jobs(cases, options)))
     seconds = time.perf_counter() - start
     assemblies = [row.pop("assembly", "") for row in rows]
     found = offenses(rows, triton.__version__)
-    code = 1 if found else 0
-    if options.json:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        document = {"versions": versions, "seconds": round(seconds, 1), "rows": rows, "offenses": found}
-        try:
-            _write_json(options.json, document)
-        except OSError as error:
-            # the table is still worth printing
-            print(f"blink inspect: error: could not write {options.json} ({error.strerror})", file=sys.stderr)
-            code = 2
     if options.sass:
         for row, assembly in zip(rows, assemblies):
             print(f"; {row['kernel']} {row['target']} {row['dtype']} {row['case']}\n{assembly}")
     for line in _table(rows):
         print(line)
     print("\n" + "\n".join(found + [_summary(rows, seconds)]))
-    return code
-
-
-if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader (head, less) has seen enough; nothing more may be written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    raise SystemExit(code)
+    if options.json is not None:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        write_json(options.json, {"versions": versions, "seconds": round(seconds, 1), "rows": rows, "offenses": found})
+    return 1 if found else 0

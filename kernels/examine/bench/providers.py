@@ -4,11 +4,13 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+import blink
 from blink import kernels
 
 from ... import reference
@@ -129,8 +131,11 @@ def calls_of(case: Case, ops, sets: list[Tensors], dtype: torch.dtype, backward:
     return calls
 
 
-def reexecute_interpreted(module: str, arguments: list[str]) -> None:
+def reexecute_interpreted(command: str, arguments: list[str]) -> None:
     """Off a GPU the fused ops are checked in the interpreter, which must be chosen before they are imported."""
     os.environ["TRITON_INTERPRET"] = "1"
+    # where this process found the package, installed or not
+    root = str(Path(blink.__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "blink", command, *arguments])

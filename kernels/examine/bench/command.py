@@ -1,25 +1,27 @@
-"""Race the fused ops against eager PyTorch and torch.compile: `blink bench [OP ...]`.
-
-Every provider's forward and gradients are compared with float64 first; a wrong one gets its error in place of a time,
-and the exit code is 1. Percentages are of the roofline: the time that a copy of the counted bytes takes in the same
-harness (or the matrix products at the measured rate, where that is longer) over the op's own time.
+"""Time the fused ops beside eager PyTorch, torch.compile and the hardware's roofs. Every provider's results are
+compared with float64 first; a wrong one gets its error in place of a time, and the exit code is 1.
 """
 
 import argparse
 import json
 import logging
-import sys
 from pathlib import Path
 
 import torch
 
-from blink.files import replacing
+from blink.command import listed, positive
+from blink.errors import UserError
+from blink.files import check_output, make_folder, write_json
 
 from ... import environment, interpreting
 from .. import cases
 from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
+EXAMPLES = (
+    "blink bench norm_act --quick",
+    "blink bench --json bench.json --plot bench/",
+)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPS = tuple(dict.fromkeys(case.op for case in cases.network_cases(1)))
 # what --shapes names: the cases, at a batch
@@ -28,36 +30,27 @@ _REDUCED_BATCH = 2
 _QUICK_BATCH = 128
 
 
-class Mistake(Exception):
-    """A user's mistake: printed as one line, exit code 2."""
+def run(options: argparse.Namespace) -> int:
+    if options.list:
+        for case, _ in choose_cases(options):
+            print(f"{case.op:26}{case.label}")
+        return 0
+    if options.compare:
+        before, after = (read_json(path) for path in options.compare)
+        lines, regressions = compare(before, after, options.band / 100)
+        print("\n".join(lines))
+        print(f"{regressions} regressions beyond {options.band:g} %")
+        return 1 if regressions else 0
+    check_output(options.json)
+    if options.plot is not None:
+        make_folder(options.plot)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and "fused" in options.providers and not interpreting():
+        providers.reexecute_interpreted("bench", options.arguments)
+    return bench(options, device)
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        options = parse(arguments)
-        if options.list:
-            for case, _ in choose_cases(options):
-                print(f"{case.op:26}{case.label}")
-            return 0
-        if options.compare:
-            before, after = (read_json(path) for path in options.compare)
-            lines, regressions = compare(before, after, options.band / 100)
-            print("\n".join(lines))
-            print(f"{regressions} regressions beyond {options.band:g} %")
-            return 1 if regressions else 0
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu" and "fused" in options.providers and not interpreting():
-            providers.reexecute_interpreted(__spec__.name.removesuffix(".__main__"), arguments)
-        return run(options, device)
-    except Mistake as error:
-        print(f"blink bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("blink bench: interrupted", file=sys.stderr)
-        return 130
-
-
-def run(options: argparse.Namespace, device: torch.device) -> int:
+def bench(options: argparse.Namespace, device: torch.device) -> int:
     # torch.compile says there that it found no CUDA, which is known
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -72,7 +65,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     content = {"schema": 1, "environment": facts, "quick": options.quick, "matmul_flop_s": roofs, "rows": rows}
     for case, reduced in choose_cases(options):
         for name in dtypes:
-            for row in race(case, reduced, name, options, device, seconds, roofs[name]):
+            for row in rows_of(case, reduced, name, options, device, seconds, roofs[name]):
                 rows.append(row)
                 print(format_row(row), flush=True)
             if options.json is not None:
@@ -103,13 +96,13 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Ca
             (cases.case_at(op, *shape), cases.case_at(op, _REDUCED_BATCH, *shape[1:])) for op in ops for shape in shapes
         ]
     if not pairs:
-        raise Mistake(f"--shapes {options.shapes} has no case of {', '.join(ops)}; leave one of them out")
+        raise UserError(f"--shapes {options.shapes} has no case of {', '.join(ops)}; leave one of them out")
     if options.quick:
         pairs = list({pair[0].op: pair for pair in reversed(pairs)}.values())[::-1]
     return pairs
 
 
-def race(case, reduced, dtype_name: str, options, device: torch.device, seconds: float, matmul: float) -> list[dict]:
+def rows_of(case, reduced, dtype_name: str, options, device: torch.device, seconds: float, matmul: float) -> list[dict]:
     """One row per pass."""
     dtype = DTYPES[dtype_name]
     torch.manual_seed(0)
@@ -188,44 +181,29 @@ def timed(case, ops, tensors, dtype, backward: bool, device, seconds: float, cos
     }
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str):
-            raise Mistake(f"{message}; see --help")
-
-    parser = Parser(prog="blink bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("ops", nargs="*", metavar="OP", help=f"default: all of {', '.join(OPS)}")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("what is timed").add_argument
+    add("ops", nargs="*", metavar="OP", type=op_name, help=f"default: all of {', '.join(OPS)}")
     add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxHxWxC,... (default: network)")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
-    add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...")
+    add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...",
+        help=f"of {', '.join(providers.NAMES)} (default: all)")  # fmt: skip
     add("--pass", dest="passes", choices=("fwd", "bwd", "both"), default="both")
-    add("--json", type=Path, metavar="FILE", help="write everything, with GPU, power limit, versions, commit")
-    add("--plot", type=Path, metavar="DIR", help="write a roofline plot and a bar chart per op")
     add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
     add("--list", action="store_true", help="print the cases and stop")
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json")
-    add("--band", type=float, default=5.0, metavar="PERCENT", help="noise band of --compare (default: 5)")
-    options = parser.parse_args(arguments)
-    unknown = [op for op in options.ops if op not in OPS]
-    if unknown:
-        raise Mistake(f"unknown op {unknown[0]!r}; expected one of {', '.join(OPS)}")
-    if options.json is not None and options.json.is_dir():
-        raise Mistake(f"--json {options.json} is a folder; name a file")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise Mistake(f"--json {options.json}: there is no folder {options.json.parent}; make it first")
-    return options
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", type=Path, metavar="FILE", help="write everything, with GPU, power limit, versions, commit")
+    add("--plot", type=Path, metavar="DIR", help="write a roofline plot and a bar chart per op")
+    add = parser.add_argument_group("two results").add_argument
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json; exit with 1 "
+        "where something got slower")  # fmt: skip
+    add("--band", type=positive(float), default=5.0, metavar="PERCENT", help="noise band of --compare (default: 5)")
 
 
-def listed(known):
-    def parse_list(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"unknown {name!r}; expected one or more of {', '.join(known)}")
-        return names
-
-    return parse_list
+def op_name(text: str) -> str:
+    if text not in OPS:
+        raise argparse.ArgumentTypeError(f"unknown op {text!r}; expected one of {', '.join(OPS)}")
+    return text
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
@@ -233,9 +211,9 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
     for part in text.split(","):
         sizes = part.split("x")
         if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise Mistake(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxHxWxC, as in 512x15x15x128")
+            raise UserError(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxHxWxC, as in 512x15x15x128")
         if min(int(sizes[1]), int(sizes[2])) < 2:
-            raise Mistake(f"--shapes {part!r}: height and width must be at least 2, the whitening kernel's size")
+            raise UserError(f"--shapes {part!r}: height and width must be at least 2, the whitening kernel's size")
         shapes.append(tuple(map(int, sizes)))
     return shapes
 
@@ -247,16 +225,8 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"schema {content['schema']}, expected 1")
         content["rows"][0]["providers"]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise Mistake(f"{path} is not a file that bench --json wrote ({error})") from error
+        raise UserError(f"{path} is not a file that bench --json wrote ({error})") from error
     return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise Mistake(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 
 
 def draw_plots(rows: list[dict], title: str, folder: Path) -> None:
@@ -266,10 +236,6 @@ def draw_plots(rows: list[dict], title: str, folder: Path) -> None:
         for path in draw(rows, title, folder):
             print(f"wrote {path}")
     except ImportError as error:
-        raise Mistake(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
+        raise UserError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
     except OSError as error:
-        raise Mistake(f"--plot {folder}: {error.strerror}; name another folder") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+        raise UserError(f"--plot {folder}: {error.strerror}; name another folder") from error

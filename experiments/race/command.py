@@ -1,61 +1,60 @@
-"""`blink race PEER=PATH ...`: race this project against others' unmodified scripts.
-
-Same machine, same images, same clock: blocks of runs alternate, each in a process of its own, and the warm-up of each
-process does not count. What each block gave is written when it ends.
+"""Race this project against others' unmodified scripts: the same machine, images and clock. Blocks of runs alternate,
+each in a process of its own, whose warm-up does not count. What each block gave is written when it ends.
 """
 
 import os
 import statistics
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from rich.console import Console
 
+from blink.command import natural, positive
 from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.race import data, table
 from blink.experiments.race.contest import OURS, Block, Contestant, run_block
 from blink.experiments.race.peers import PEERS, find_script
-from blink.training.command import (
-    Parser,
-    Setting,
-    add_setting_arguments,
-    check_output,
-    choose_setting,
-    count_flops,
-    load_data,
-    make_folder,
-    natural,
-    positive,
-)
+from blink.files import check_output, make_folder
+from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.loop import plan_budget
+from blink.training.job import add_data_arguments, count_flops, load_data
 from blink.training.recipes import RECIPES, Recipe
+from blink.training.setting import Setting, add_setting_arguments, choose_setting
 
+EXAMPLES = (
+    "blink race airbench94_muon=../cifar10-airbench",
+    "blink race hiverge=../speedrun --runs 5 --blocks 6 --json race.jsonl",
+)
 _ON_CPU = "on a CPU: CUDA turned to the CPU, float16 to bfloat16, nothing compiled"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        return run(options, Console())
-    except UserError as error:
-        print(f"blink race: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("blink race: interrupted; the blocks that ended are kept", file=sys.stderr)
-        return 130
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("who races, and on what").add_argument
+    add("peers", nargs="+", metavar="PEER=PATH", help=f"a checkout of {', '.join(PEERS)}")
+    add("--recipe", choices=RECIPES, default="blink", help="what this project trains (default: %(default)s)")
+    add_data_arguments(add)
+    add("--seed", type=natural, default=0, metavar="S", help="the first seed of this project's runs")
+    add = parser.add_argument_group("budget").add_argument
+    add("--runs", type=positive(int), default=10, metavar="N", help="counted runs a block (default: %(default)s)")
+    add("--blocks", type=positive(int), default=3, metavar="N", help="blocks a contestant (default: %(default)s)")
+    add("--no-cold", dest="cold", action="store_false", help="do not time whole processes with empty caches first")
+    add_setting_arguments(parser)
+    add = parser.add_argument_group("what is written").add_argument
+    add("--scratch", type=Path, default=Path("runs/race"), metavar="DIR", help="data files and caches of the peers")
+    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: race.jsonl in --scratch)")
 
 
-def run(options: Namespace, console: Console) -> int:
+def run(options: Namespace) -> int:
+    console = Console()
     setting = choose_setting(options)
     named = [find(text) for text in options.peers]
     failed = False
     on_gpu = setting.device.type == "cuda"
     for name, _ in [pair for pair in named if not on_gpu and not PEERS[pair[0]].on_cpu]:
         print(
-            f"blink race: {name} needs a GPU, and the device is {setting.device.type}; left out",
+            f"blink: {name} needs a GPU, and the device is {setting.device.type}; left out",
             file=sys.stderr,
         )
         failed = True
@@ -66,7 +65,7 @@ def run(options: Namespace, console: Console) -> int:
     make_folder(options.scratch)
     check_output(path, append=True)
     notes: list[str] = []
-    dataset = load_data(options.data, console, notes).limited(options.limit)
+    dataset = load_data(options, console, notes)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -95,7 +94,7 @@ def run(options: Namespace, console: Console) -> int:
             records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
             say(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
             if block.error is not None:
-                print(f"blink race: {contestant.name} {block.error}", file=sys.stderr)
+                print(f"blink: {contestant.name} {block.error}", file=sys.stderr)
                 failed = True
     found = records.read(path)
     if table.rows(found):
@@ -129,7 +128,7 @@ def find(text: str) -> tuple[str, Path]:
 
 
 def own_options(options: Namespace) -> tuple[str, ...]:
-    """The options of train.py that this project's blocks run with."""
+    """The options of `blink train` that this project's blocks run with."""
     given = ["--recipe", options.recipe, "--kernels", options.kernels, "--graph", options.graph]
     for flag, value in (("--data", options.data), ("--dtype", options.dtype), ("--limit", options.limit)):
         if value is not None:
@@ -161,24 +160,3 @@ def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options
         "images": images,
         "note": f"{contestant.name} {_ON_CPU}" if adapted else None,
     }
-
-
-def parse(arguments: list[str] | None) -> Namespace:
-    parser = Parser(prog="blink race", description="Race others' training scripts.", allow_abbrev=False)
-    add = parser.add_argument
-    add("peers", nargs="+", metavar="PEER=PATH", help=f"a checkout of {', '.join(PEERS)}")
-    add("--recipe", choices=RECIPES, default="blink", help="what this project trains (default: %(default)s)")
-    add("--data", metavar="PATH", help="as for train.py; the peers train on the same images, in the same order")
-    add("--runs", type=positive(int), default=10, metavar="N", help="counted runs a block (default: %(default)s)")
-    add("--blocks", type=positive(int), default=3, metavar="N", help="blocks a contestant (default: %(default)s)")
-    add("--seed", type=natural, default=0, metavar="S", help="the first seed of this project's runs")
-    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
-    add("--no-cold", dest="cold", action="store_false", help="do not time whole processes with empty caches first")
-    add("--scratch", type=Path, default=Path("runs/race"), metavar="DIR", help="data files and caches of the peers")
-    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: race.jsonl in --scratch)")
-    add_setting_arguments(parser)
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

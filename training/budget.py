@@ -1,0 +1,58 @@
+"""How a data set is cut into steps."""
+
+import math
+from dataclasses import dataclass
+
+from blink.errors import UserError
+from blink.training.data.dataset import Dataset
+from blink.training.recipes import Recipe
+
+# fewer steps than this an epoch leave the schedule too coarse to learn from a small data set
+MIN_STEPS_PER_EPOCH = 16
+
+
+@dataclass(frozen=True)
+class Budget:
+    """batch_size: images a step; total_steps: of a whole run, the last epoch may be cut short."""
+
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def steps_of(self, epoch: int) -> range:
+        """The steps of epoch 0, 1, ..., counted over the whole run."""
+        first = epoch * self.steps_per_epoch
+        return range(first, min(first + self.steps_per_epoch, self.total_steps))
+
+
+def plan_budget(
+    recipe: Recipe, images: int, batch_size: int | None = None, epochs: float | None = None, steps: int | None = None
+) -> Budget:
+    """The batch size is clamped to the images that an epoch takes: a stated one to their number, the recipe's own to 16
+    steps an epoch.
+    """
+    images = max(1, round(recipe.keep * images))
+    if batch_size is None:
+        roomy = 2 ** int(math.log2(max(1, images // MIN_STEPS_PER_EPOCH)))
+        batch_size = min(recipe.batch_size, max(roomy, min(images, 2)))
+    batch_size = min(batch_size, images)
+    per_epoch = images // batch_size
+    total = steps if steps is not None else max(1, round((epochs or recipe.epochs) * per_epoch))
+    return Budget(batch_size, per_epoch, total)
+
+
+def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
+    """Batch normalization needs two values per channel after the last pooling. Raises UserError."""
+    poolings = 2 ** len(recipe.network.groups)
+    _, *whole = dataset.image_shape
+    height, width = min(recipe.image_sizes(tuple(whole)))
+    lost = recipe.network.minimum_image_size - poolings
+    if budget.batch_size == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
+        raise UserError(
+            f"batches of 1 image of {height}x{width} leave 1 value per channel, which has no variance to normalize "
+            "with; expected at least 2: use --batch-size 2 and at least 2 training images, or larger images"
+        )

@@ -1,0 +1,58 @@
+"""What a run gives, and the spread of several."""
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class EpochRow:
+    """What one line of the log shows. train_loss: mean per image; accuracies are fractions, ema None before it runs.
+
+    lr: of the recipe's last group; where that is a mean's, of the mean.
+    """
+
+    epoch: int
+    step: int
+    train_loss: float
+    train_accuracy: float
+    lr: float
+    accuracy: float | None
+    ema_accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class RunResult:
+    """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments;
+    losses: per image, every step; state: the weights that the accuracy is of.
+    """
+
+    seed: int
+    accuracy: float
+    seconds: float
+    images_per_second: float
+    losses: list[float]
+    epochs: list[EpochRow] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def spread(values: list[float]) -> dict:
+    """mean, and from two values on: std (n - 1) and the half-width of the 95 % t interval of the mean."""
+    out = {"n": len(values), "mean": statistics.fmean(values), "std": None, "ci95": None}
+    if len(values) > 1:
+        from scipy.stats import t  # slow to import, and most calls train once
+
+        out["std"] = statistics.stdev(values)
+        out["ci95"] = float(t.ppf(0.975, len(values) - 1)) * out["std"] / math.sqrt(len(values))
+    return out
+
+
+def with_spread(s: dict, digits: int) -> str:
+    """A spread as text: the mean, and from two values on its std and 95 % interval."""
+    text = f"{s['mean']:.{digits}f}"
+    if s["std"] is not None:
+        text += f" std {s['std']:.{digits}f}, 95 % +-{s['ci95']:.{digits}f}, n = {s['n']}"
+    return text

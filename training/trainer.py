@@ -1,0 +1,218 @@
+"""Everything that a training needs, in memory that stays where captured graphs know it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from blink.errors import UserError
+from blink.model.backend import Backend
+from blink.model.network import Network
+from blink.model.whitening import initialize_stem
+from blink.training.batches import Batches
+from blink.training.budget import Budget, check_batch
+from blink.training.data.dataset import Dataset
+from blink.training.evaluation import images_at_once, logits_of
+from blink.training.graph import captured, restored
+from blink.training.optimizer import Optimizer, WeightAverage
+from blink.training.precision import Precision
+from blink.training.recipes import Recipe
+from blink.training.step import Phase, Progress, loss_function, phase_of, training_step
+
+
+def build_network(recipe: Recipe, dataset: Dataset, backend: Backend, precision: Precision, seed: int) -> Network:
+    """A randomly initialized network on the data set's device; the same seed gives the same weights on any backend.
+
+    Raises UserError for images that the network cannot take.
+    """
+    torch.manual_seed(seed)
+    try:
+        network = Network(recipe.network, len(dataset.classes), dataset.image_shape, backend)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return network.to(dataset.device).to_compute_dtype(precision.weights)
+
+
+class Trainer:
+    """One object trains any number of runs, one seed after another: `loop.train(trainer, seed)`.
+
+    `dataset` is on its device; graph: whether each phase's step is a captured CUDA graph. Raises UserError for a data
+    set that the network cannot be trained on.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool
+    ):
+        check_batch(recipe, dataset, budget)
+        self.recipe, self.dataset, self.budget = recipe, dataset, budget
+        self.backend, self.precision, self.graph = backend, precision, graph
+        self.device, self.image_shape = dataset.device, dataset.image_shape
+        self.network = build_network(recipe, dataset, backend, precision, seed=0)
+        self.batches = Batches(
+            dataset.train_images, dataset.train_labels, budget.batch_size, recipe.shift, recipe.flip, recipe.cutout,
+            recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
+        )  # fmt: skip
+        self.optimizer = Optimizer(
+            self.network, recipe, budget.batch_size, budget.steps_per_epoch, budget.total_steps, backend
+        )
+        self.progress = Progress(budget.total_steps, self.device)
+        self.average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
+        self._loss_of = loss_function(self.network, backend, recipe.label_smoothing)
+        self._at_once = images_at_once(self.network, self.image_shape, precision.compute, self.device)
+        self._captured: dict[Phase, Callable[[], None]] = {}
+        # one phase's activations lie where another's lay
+        self._pool = torch.cuda.graph_pool_handle() if graph else None
+
+    def restart(self, seed: int, labels: Tensor | None = None) -> None:
+        """The seed's random weights, and everything else as before the first step of a run.
+
+        labels: in place of the data set's.
+        """
+        fresh = build_network(self.recipe, self.dataset, self.backend, self.precision, seed)
+        self.network.load_state_dict(fresh.state_dict())
+        self.batches.labels.copy_(self.dataset.train_labels if labels is None else labels)
+        self.rewind()
+        if self.average is not None:
+            self.average.reset()
+
+    def rewind(self) -> None:
+        """Back to step 0 with the weights as they are: no momentum, nothing frozen."""
+        self.optimizer.reset()
+        self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.groups))))
+        self.progress.start_run()
+
+    def whiten(self) -> None:
+        """Give the stem the filters that whiten the training images' patches; make the smaller images of a recipe."""
+        images, network = self.dataset.train_images[: self.recipe.whiten_images], self.recipe.network
+        varying = initialize_stem(
+            self.network.stem, images, self.dataset.mean, self.dataset.std, network.whiten_eps,
+            self.recipe.centered_whitening,
+        )  # fmt: skip
+        self.network.copy_only(varying)
+        self.batches.resize()
+        self.network.train()
+
+    def prepare(self, seed: int, labels: Tensor | None = None) -> None:
+        """Ready for the first step of a run that somebody else drives. labels: in place of the data set's."""
+        self.restart(seed, labels)
+        self.whiten()
+
+    def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
+        """Draw epoch 0, 1, ... and begin it."""
+        self.batches.draw(generator, epoch)
+        self.progress.start_epoch()
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase of step 0, 1, ... of the run."""
+        return phase_of(self.recipe, self.optimizer, step, self.budget.total_steps, self.batches.size)
+
+    def phases(self) -> list[Phase]:
+        """All phases of a run, in order."""
+        return list(dict.fromkeys(self.phase_at(step) for step in range(self.budget.total_steps)))
+
+    def do_step(self, phase: Phase) -> None:
+        """The next step of the epoch, in this phase: `training_step`, or its graph, which the first use captures."""
+        if not self.graph:
+            self._step(phase)()
+            return
+        if phase not in self._captured:
+            self._captured[phase] = captured(self._step(phase), self._changed(), self._pool)
+        self._captured[phase]()
+
+    def rehearse(self, phase: Phase) -> None:
+        """A step in this phase, not captured, of which nothing stays."""
+        with restored(self._changed()):
+            self._step(phase)()
+
+    def _step(self, phase: Phase) -> Callable[[], None]:
+        # of the parts and not of this object, which could not be freed while a graph of its own kept it
+        return partial(
+            training_step, self.network, self.optimizer, self.batches, self.progress, self._loss_of, self.precision,
+            phase,
+        )  # fmt: skip
+
+    def _changed(self) -> list[Tensor]:
+        """What a step changes."""
+        hardness = [] if self.batches.hardness is None else [self.batches.hardness]
+        momenta = [buffer for buffers in self.optimizer.buffers for buffer in buffers]
+        return [*self.network.state_dict().values(), *momenta, *self.progress.tensors, *hardness]
+
+    def update_average(self, done: int) -> None:
+        """Take the weights after `done` steps into their average, where and when the recipe keeps one."""
+        recipe, total = self.recipe, self.budget.total_steps
+        if self.average is None:
+            return
+        begin = total - round(recipe.ema_fraction * total)
+        if (done > begin and done % recipe.ema_every == 0) or (done == total and not self.average.started):
+            self.average.update()
+
+    @contextmanager
+    def final_weights(self) -> Iterator[None]:
+        """Inside, the network is what a run ends with: the weight average where the recipe keeps one."""
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with averaged, self.precision.autocast(self.device):
+            yield
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Of images as they are."""
+        return logits_of(self.network, images, None, at_once=self._at_once)
+
+    def final_logits(self) -> Tensor:
+        """Of the test images, test-time augmented."""
+        recipe = self.recipe
+        return logits_of(self.network, self.dataset.test_images, recipe.tta, recipe.tta_fraction, self._at_once)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether first uses take longer than later ones, which a warm-up is for."""
+        return self.device.type == "cuda" or self.backend.compile
+
+    @property
+    def compiles_ahead(self) -> bool:
+        """Whether there are kernels that `compile_ahead` compiles."""
+        return self.device.type == "cuda" and self.backend.name == "fused"
+
+    def warm_up(self, seed: int) -> dict[str, float]:
+        """Each part of a run once, on random labels, and nobody counts it: what compiles, captures or picks algorithms
+        does so here. A later run is not changed by it.
+
+        Returns seconds: "kernels", compiling Triton's ahead where there are any; "warm-up", the rest.
+        """
+        labels, classes = self.dataset.train_labels, len(self.dataset.classes)
+        generator = torch.Generator(self.device).manual_seed(0)
+        seconds, began = {}, time.perf_counter()
+        if self.compiles_ahead:
+            self.compile_ahead(seed)
+            # what compiling takes is not what training takes
+            torch.cuda.reset_peak_memory_stats(self.device)
+            seconds["kernels"], began = time.perf_counter() - began, time.perf_counter()
+        self.prepare(seed, torch.randint(classes, labels.shape, generator=generator, device=self.device))
+        # all later epochs are drawn as the second is
+        for epoch in range(min(2, self.budget.epochs)):
+            self.batches.draw(generator, epoch)
+        for phase in self.phases():
+            self.progress.start_epoch()
+            self.do_step(phase)
+        if self.average is not None:
+            self.average.update()
+        with self.final_weights():
+            self.final_logits()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return {**seconds, "warm-up": time.perf_counter() - began}
+
+    def compile_ahead(self, seed: int) -> None:
+        """Compile every kernel that a run launches, in parallel, where a run would compile them one after another."""
+        from blink.kernels.compile_ahead import compiled_ahead
+
+        self.prepare(seed)
+        self.batches.draw(torch.Generator(self.device).manual_seed(seed), 0)
+        with compiled_ahead():
+            for phase in self.phases():
+                self.rehearse(phase)
+            # an average's kernels are those of the live weights
+            with self.precision.autocast(self.device):
+                self.final_logits()
