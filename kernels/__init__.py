@@ -13,17 +13,26 @@ from . import dispatch, reference
 from .dispatch import HAS_TRITON, backend, interpreting
 from .gather import Gather
 from .layers import Whiten
+from .modules import NormAct, PoolNormAct, WhiteningConv2d, convert
+from .optimizers import SGD, Muon, split_parameters
 from .squeeze_excitation import SqueezeExcite, replace_squeeze_excitation
 
 __all__ = [
     "HAS_TRITON",
+    "SGD",
     "Gather",
+    "Muon",
+    "NormAct",
+    "PoolNormAct",
     "SqueezeExcite",
     "Whiten",
     "backend",
+    "WhiteningConv2d",
+    "convert",
     "interpreting",
     "reference",
     "replace_squeeze_excitation",
+    "split_parameters",
     *reference.OPS,
 ]
 

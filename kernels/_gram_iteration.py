@@ -72,11 +72,12 @@ def _scale_to_unit_rms(sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constex
 def _gather_kernel(
     matrix_ptrs, buffer_ptrs, param_ptrs, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
     ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N_AT: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NESTEROV: tl.constexpr, AVERAGED: tl.constexpr,
 ):  # fmt: skip
     """Each matrix [ROWS, COLS] into the workspace, [M, K] float32, and a sum of squares a tile; of params too.
 
-    With buffers, matrices are gradients; momentum is updated, and what goes on is the Nesterov gradient.
+    With buffers, matrices are gradients, AVERAGED or summed in the momentum, and what goes on is the momentum or, if
+    NESTEROV, the next one by the same gradient.
     """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
@@ -94,9 +95,14 @@ def _gather_kernel(
     g = tl.load(select(matrix_ptrs, matrix) + at, mask=mask, other=0.0).to(tl.float32)
     if buffer_ptrs is not None:
         buffer_ptr = select(buffer_ptrs, matrix)
+        if AVERAGED:
+            g *= 1.0 - momentum
         buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
-        g += momentum * buffer
+        if NESTEROV:
+            g += momentum * buffer
+        else:
+            g = buffer
     sum_at = select_int(N_AT, matrix) + tile
     tl.store(x_sums_ptr + sum_at, tl.sum(tl.sum(rounded_product(g, g), 1), 0))
     if param_ptrs is not None:
@@ -213,14 +219,27 @@ def _product_kernel(
 
 
 @triton.jit
+def _shape_factor(rows, cols, KIND: tl.constexpr):
+    """What a rate is multiplied by for a matrix of this shape: see `muon`."""
+    m, k = rows.to(tl.float32), cols.to(tl.float32)
+    if KIND == "match_rms_adamw":
+        factor = 0.2 * tl.sqrt(tl.maximum(m, k))
+    else:
+        factor = tl.sqrt(m / k)
+        if KIND == "original":
+            factor = tl.maximum(factor, 1.0)
+    return factor
+
+
+@triton.jit
 def _finish_kernel(
     out_ptrs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
     R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, LR_AT: tl.constexpr,
-    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]. With a learning rate outs are weights, which become
-    weights * shrink - lr * U, renormalized where their sums of squares are given.
+    weights * shrink - lr * FACTOR's * U, renormalized where their sums of squares are given.
     """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
@@ -259,6 +278,8 @@ def _finish_kernel(
             # a weight of zeros has no norm to set
             norm = tl.where(norm == 0, 1.0, norm)
             shrink *= tl.sqrt(rows.to(tl.float32)) / norm
+        if FACTOR is not None:
+            lr *= _shape_factor(rows, cols, FACTOR)
         p = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
         u = shrink * p - lr * u
     tl.store(out_ptr + at, u.to(out_ptr.dtype.element_ty), mask=mask)
@@ -292,17 +313,25 @@ class Batch:
             ROWS=rows, COLS=cols, TRANSPOSED=rows[0] > cols[0], SIZES=tuple(a * b for a, b in shapes), M=self._m,
             K=self._k, X_AT=x_at, R_AT=r_at, PARTIAL_AT=partial_at, N=sums, N_AT=n_at, DTYPE=_DTYPES[dtype],
             SPLIT=not self._full, LR_AT=(0,),
+            NESTEROV=True, AVERAGED=False, FACTOR=None,
         )  # fmt: skip
         self._x, self._partial, self._x_sums, self._p_sums = (
             torch.empty(size, dtype=torch.float32, device=device) for size in (x_size, partial_size, n_size, n_size)
         )
 
     def gather(
-        self, matrices: Tensors, buffers: Tensors | None = None, params: Tensors | None = None, momentum: float = 0.0
+        self,
+        matrices: Tensors,
+        buffers: Tensors | None = None,
+        params: Tensors | None = None,
+        momentum: float = 0.0,
+        **kinds: bool,
     ) -> None:
-        """Fill the workspace; from gradients, if there are momentum buffers. params: sum their squares too."""
+        """Fill the workspace; from gradients, if there are momentum buffers of the given kinds (NESTEROV, AVERAGED).
+        params: sum their squares too.
+        """
         arguments = (matrices, buffers, params, self._x, self._x_sums, self._p_sums, momentum)
-        self._launch(_gather_kernel, self._gather_grid, *arguments)
+        self._launch(_gather_kernel, self._gather_grid, *arguments, **kinds)
 
     def iterate(self, steps: int, coefficients: Sequence[float]) -> Tensor:
         """The Q that is left to be multiplied with X."""
@@ -320,10 +349,18 @@ class Batch:
         self._finish(outs, q)
 
     def update(
-        self, params: Tensors, q: Tensor, lr: Tensor, lr_at: tuple[int, ...], weight_decay: float, renormalize: bool
+        self,
+        params: Tensors,
+        q: Tensor,
+        lr: Tensor,
+        lr_at: tuple[int, ...],
+        weight_decay: float,
+        renormalize: bool,
+        shape_factor: str | None,
     ) -> None:
-        """params = params * shrink - lr * Q X, each weight's rate being lr[lr_at]."""
-        self._finish(params, q, self._p_sums if renormalize else None, lr, weight_decay, LR_AT=lr_at)
+        """params = params * shrink - lr * factor * Q X, each weight's rate being lr[lr_at]."""
+        sums = self._p_sums if renormalize else None
+        self._finish(params, q, sums, lr, weight_decay, LR_AT=lr_at, FACTOR=shape_factor)
 
     def _gram(self) -> Tensor:
         arguments = (self._x, self._x_sums, self._partial, self._eps)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 
+SHAPE_FACTORS = ("original", "match_rms_adamw", "spectral_unclamped", None)
+
 # the kernels compute in float32, in which a smaller one may be 0
 _TINY, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
@@ -40,6 +42,11 @@ def batch_norm(op: str, momentum: float, eps: float) -> None:
 def update(op: str, momentum: float, weight_decay: float) -> None:
     not_negative(op, "momentum", momentum)
     not_negative(op, "weight_decay", weight_decay)
+
+
+def shape_factor(op: str, name: str | None) -> None:
+    if name not in SHAPE_FACTORS:
+        raise ValueError(f"{op}: shape_factor must be one of {', '.join(map(str, SHAPE_FACTORS))}, found {name!r}")
 
 
 def iteration(op: str, steps: int, coefficients: Sequence[float], eps: float) -> None:

@@ -9,7 +9,7 @@ from .dispatch import whiten
 class Whiten(nn.Module):
     """Normalization and frozen whitening convolution on uint8 images, with a trained bias unless bias=False.
 
-    weight [O, C, k, k] (see `model.whitening` for how to make one); mean, std [C] in units of 0..1.
+    weight [O, C, k, k] (see `whitening` for how to make one); mean, std [C] in units of 0..1.
     images [B, C, H, W] uint8 -> [B, O, H - k + 1, W - k + 1]; channels_last is fastest.
     """
 

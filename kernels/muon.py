@@ -1,10 +1,11 @@
 """The Muon update of convolution filters or matrices: momentum, orthogonalization and the weights, a dozen launches.
 
     buf = momentum * buf + grad      g = grad + momentum * buf      U = newton_schulz(g as [O, everything else])
-    p = p * sqrt(O) / |p|_F          p = p * (1 - lr * weight_decay) - lr * U
+    p = p * sqrt(O) / |p|_F          p = p * (1 - lr * weight_decay) - lr * factor(shape) * U
 
 The first pass updates the momentum and hands on g and the sums of squares of g and p; the last product of the iteration
-updates the weights where it forms U. Source: Muon, Jordan et al. 2024, in the form of airbench94_muon.
+updates the weights where it forms U. Sources: Muon, Jordan et al. 2024, in the form of airbench94_muon; options for
+that of torch.optim.Muon; the factors "match_rms_adamw", Liu et al. 2025, and "spectral_unclamped", Bernstein 2025.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _options
 from ._gram_iteration import Batch
 from ._multi_tensor import (
     FloatList,
@@ -48,21 +50,22 @@ def _step(
     coefficients: FloatList,
     eps: float,
     dtype: torch.dtype,
+    nesterov: bool,
+    averaged: bool,
+    shape_factor: str | None,
 ) -> None:
     check_separate("muon", positions, params, grads, momentum_buffers, lr)
     entries = list(zip(params, grads, momentum_buffers))
     for indices in groups([(*kind(*e), e[0].shape[0] ** 2 > e[0].numel()) for e in entries]):
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         batch = Batch([_matrix_shape(t) for t in p], lr.device, eps, dtype)
-        batch.gather(g, buffer, p if renormalize else None, momentum)
+        batch.gather(g, buffer, p if renormalize else None, momentum, NESTEROV=nesterov, AVERAGED=averaged)
         q = batch.iterate(steps, coefficients)
-        batch.update(p, q, lr, rates_at(lr, positions, indices), weight_decay, renormalize)
+        batch.update(p, q, lr, rates_at(lr, positions, indices), weight_decay, renormalize, shape_factor)
 
 
 @_step.register_fake
-def _(
-    params, grads, momentum_buffers, lr, positions, momentum, weight_decay, renormalize, steps, coefficients, eps, dtype
-):
+def _(params, grads, momentum_buffers, lr, positions, *options):
     return None
 
 
@@ -93,6 +96,9 @@ def muon(
     coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
     dtype: torch.dtype = torch.float16,
+    nesterov: bool = True,
+    averaged: bool = False,
+    shape_factor: str | None = None,
 ) -> None:
     """One Muon step on a list of weights, in place.
 
@@ -109,9 +115,12 @@ def muon(
     momentum, weight_decay: 0 or more, the decay decoupled. renormalize: first bring each weight to the Frobenius norm
     sqrt(O); zeros stay zeros.
     steps, coefficients, eps, dtype: see `newton_schulz`.
+    nesterov: False: g = buf. averaged: buf is the gradients' moving average, that is (1 - momentum) * grad takes the
+    place of grad. shape_factor: what multiplies lr for a matrix [O, K], not the decay: "original", sqrt(max(1, O / K));
+    "match_rms_adamw", 0.2 sqrt(max(O, K)); "spectral_unclamped", sqrt(O / K); None, 1.
     Computes buf = momentum * buf + grad, g = grad + momentum * buf, U = newton_schulz(g),
-    p = p * sqrt(O) / |p|_F * (1 - lr * weight_decay) - lr * U. Arithmetic is float32 but for the products with g;
-    buf, where it goes on into g, and U are not rounded. Deterministic. Not differentiable.
+    p = p * sqrt(O) / |p|_F * (1 - lr * weight_decay) - lr * factor * U. Arithmetic is float32 but for the products with
+    g; buf, where it goes on into g, and U are not rounded. Deterministic. Not differentiable.
 
     Raises ValueError for lists of different lengths or none, a wrong shape or layout, impossible options, or parameters
     and momenta that share memory with each other, a gradient or lr; TypeError for a wrong type or dtype; RuntimeError
@@ -128,8 +137,9 @@ def muon(
                 f"{list(param.stride())}"
             )
     check_iteration(op, steps, coefficients, eps, dtype, lr.device)
+    _options.shape_factor(op, shape_factor)
     if positions:
         coefficients = [float(c) for c in coefficients]
         options = (float(momentum), float(weight_decay), renormalize, steps, coefficients, float(eps), dtype)
         with torch.no_grad():
-            _step(*tensors, positions, *options)
+            _step(*tensors, positions, *options, nesterov, averaged, shape_factor)

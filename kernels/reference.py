@@ -235,6 +235,7 @@ def sgd_nesterov(
     *,
     momentum: float,
     weight_decay: float = 0.0,
+    nesterov: bool = True,
 ) -> None:
     """One step of torch.optim.SGD(nesterov=True), computed in float32 at least: see `kernels.sgd_nesterov`."""
     _options.update("sgd_nesterov", momentum, weight_decay)
@@ -247,7 +248,10 @@ def sgd_nesterov(
         g = torch._foreach_add([t.to(x.dtype) for t, x in zip(grads, p)], p, alpha=weight_decay)
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, g)
-        torch._foreach_add_(g, velocity, alpha=momentum)
+        if nesterov:
+            torch._foreach_add_(g, velocity, alpha=momentum)
+        else:
+            torch._foreach_copy_(g, velocity)
         if lr.numel() == 1:
             torch._foreach_mul_(g, lr.reshape(()))
         else:
@@ -281,6 +285,17 @@ def newton_schulz(
     return results
 
 
+def _shape_factor(rows: int, cols: int, name: str | None) -> float:
+    """What Muon multiplies the rate of a matrix [rows, cols] by: see `kernels.muon`."""
+    factors = {
+        "original": max(1.0, rows / cols) ** 0.5,
+        "match_rms_adamw": 0.2 * max(rows, cols) ** 0.5,
+        "spectral_unclamped": (rows / cols) ** 0.5,
+        None: 1.0,
+    }
+    return factors[name]
+
+
 def muon(
     params: list[Tensor],
     grads: list[Tensor | None],
@@ -294,20 +309,27 @@ def muon(
     coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
     eps: float = 1e-7,
     dtype: torch.dtype = torch.float16,
+    nesterov: bool = True,
+    averaged: bool = False,
+    shape_factor: str | None = None,
 ) -> None:
     """One Muon step, computed in float32 at least but for the iteration: see `kernels.muon`."""
     _options.update("muon", momentum, weight_decay)
     _options.iteration("muon", steps, coefficients, eps)
+    _options.shape_factor("muon", shape_factor)
     with torch.no_grad():
         for param, grad, buffer, rate in zip(*_trained("muon", params, grads, momentum_buffers, lr)):
             p, g = _at_least_fp32(param), _at_least_fp32(grad)
+            if averaged:
+                g = (1 - momentum) * g
             velocity = momentum * buffer + g
-            g = (g + momentum * velocity).flatten(1)
+            g = (g + momentum * velocity if nesterov else velocity).flatten(1)
             (update,) = newton_schulz([g], steps=steps, coefficients=coefficients, eps=eps, dtype=dtype)
             if renormalize:
                 norm = p.norm()
                 p = p * (p.shape[0] ** 0.5 / torch.where(norm == 0, 1, norm))
-            param.copy_(p * (1 - rate * weight_decay) - rate * update.view(p.shape))
+            adjusted = rate * _shape_factor(*g.shape, shape_factor)
+            param.copy_(p * (1 - rate * weight_decay) - adjusted * update.view(p.shape))
             buffer.copy_(velocity)
 
 

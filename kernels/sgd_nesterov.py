@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum and weight decay over lists of tensors, in one pass of few launches.
+"""SGD with (Nesterov) momentum and weight decay over lists of tensors, in one pass of few launches.
 
     g = grad + weight_decay * p      buf = momentum * buf + g      p -= lr * (g + momentum * buf)
 
@@ -34,7 +34,7 @@ _BLOCK = tl.constexpr(2048)
 @triton.jit
 def _update_kernel(
     param_ptrs, grad_ptrs, buffer_ptrs, lr_ptr, momentum, weight_decay,
-    FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr,
+    FIRST: tl.constexpr, SIZES: tl.constexpr, LR_AT: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
     """A program updates _BLOCK consecutive elements of one tensor; FIRST: each tensor's first program."""
     program = tl.program_id(0)
@@ -53,14 +53,16 @@ def _update_kernel(
         p = tl.load(p_ptr + at).to(tl.float32)
         g = tl.load(g_ptr + at).to(tl.float32) + weight_decay * p
         buffer = momentum * tl.load(buffer_ptr + at).to(tl.float32) + g
-        tl.store(p_ptr + at, (p - lr * (g + momentum * buffer)).to(p_ptr.dtype.element_ty))
+        ahead = g + momentum * buffer if NESTEROV else buffer
+        tl.store(p_ptr + at, (p - lr * ahead).to(p_ptr.dtype.element_ty))
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty))
     else:
         mask = at < left
         p = tl.load(p_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32) + weight_decay * p
         buffer = momentum * tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32) + g
-        tl.store(p_ptr + at, (p - lr * (g + momentum * buffer)).to(p_ptr.dtype.element_ty), mask=mask)
+        ahead = g + momentum * buffer if NESTEROV else buffer
+        tl.store(p_ptr + at, (p - lr * ahead).to(p_ptr.dtype.element_ty), mask=mask)
         tl.store(buffer_ptr + at, buffer.to(buffer_ptr.dtype.element_ty), mask=mask)
 
 
@@ -73,18 +75,19 @@ def _step(
     positions: IntList,
     momentum: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> None:
     check_separate("sgd_nesterov", positions, params, grads, momentum_buffers, lr)
     for indices in groups([kind(*entry) for entry in zip(params, grads, momentum_buffers)]):
         p, g, buffer = (tuple(values[i] for i in indices) for values in (params, grads, momentum_buffers))
         sizes = tuple(t.numel() for t in p)
         first, programs = running_sums([triton.cdiv(size, _BLOCK.value) for size in sizes])
-        sizes_and_rates = dict(FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, positions, indices))
-        launch(_update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay, **sizes_and_rates)
+        constexprs = dict(FIRST=first, SIZES=sizes, LR_AT=rates_at(lr, positions, indices), NESTEROV=nesterov)
+        launch(_update_kernel, (programs,), p, g, buffer, lr, momentum, weight_decay, **constexprs)
 
 
 @_step.register_fake
-def _(params, grads, momentum_buffers, lr, positions, momentum, weight_decay):
+def _(params, grads, momentum_buffers, lr, positions, momentum, weight_decay, nesterov):
     return None
 
 
@@ -108,6 +111,7 @@ def sgd_nesterov(
     *,
     momentum: float,
     weight_decay: float = 0.0,
+    nesterov: bool = True,
 ) -> None:
     """One step of torch.optim.SGD(nesterov=True) on lists of tensors, in place.
 
@@ -119,8 +123,8 @@ def sgd_nesterov(
     step.
     lr: float32 on the parameters' device, one element or [len(params)], one for each; read by the kernels, so that a
     captured CUDA graph follows it.
-    momentum, weight_decay: 0 or more.
-    With g = grad + weight_decay * p:  buf = momentum * buf + g,  p -= lr * (g + momentum * buf).
+    momentum, weight_decay: 0 or more. nesterov: False: the momentum of torch.optim.SGD(nesterov=False).
+    With g = grad + weight_decay * p:  buf = momentum * buf + g,  p -= lr * (g + momentum * buf), or p -= lr * buf.
     Arithmetic is float32, each result rounded once. Tensors of equal dtypes share a launch, 16 at a time.
     Deterministic. Not differentiable.
 
@@ -131,4 +135,4 @@ def sgd_nesterov(
     *tensors, positions = check_updates("sgd_nesterov", params, grads, momentum_buffers, lr, momentum, weight_decay)
     if positions:
         with torch.no_grad():
-            _step(*tensors, positions, float(momentum), float(weight_decay))
+            _step(*tensors, positions, float(momentum), float(weight_decay), nesterov)

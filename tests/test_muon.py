@@ -1,13 +1,21 @@
 """muon: fused against the float64 reference."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
 from blink.kernels import fused
 from blink.kernels.examine.cases import mapped, muon, recipe_cases
+from blink.kernels.examine.compile_report import allowed_spills
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of
 from tests.test_newton_schulz import TOLERANCES as ITERATION
@@ -28,6 +36,50 @@ CASES = [
 def test_matches_float64(case, dtype):
     # momentum is exact in float64 but for one rounding, which the reference makes too: twice its error
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
+
+
+def varied(case, variant: dict):
+    return replace(case, options={**case.options, **variant})
+
+
+VARIANTS = [
+    {"nesterov": False},
+    {"averaged": True, "shape_factor": "original", "weight_decay": 0.2},
+    {"averaged": True, "nesterov": False, "shape_factor": "match_rms_adamw", "renormalize": False},
+    {"shape_factor": "spectral_unclamped"},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_published_variants_match_float64(variant, dtype):
+    case = varied(muon([(12, 5, 3, 3), (70, 7), (30, 2, 3, 1)]), variant)
+    # a factor enlarges the update, by up to 3 here, and its error
+    judge_lists(case, case.make(DEVICE, dtype), dtype, 3.2 * TOLERANCES[dtype], times_pytorch=2)
+
+
+COMPILING = """
+import torch
+from blink.kernels.examine.ahead_of_time import capture, compile_launch
+from tests.test_muon import *
+for variant in VARIANTS:
+    case = next(case for case in recipe_cases("air") if case.op == "muon")
+    launches = capture(varied(case, variant), torch.float16)
+    for launch in (launches[0], launches[-1]):
+        made = compile_launch(launch, "sm_90")
+        print(made.kernel, made.spills)
+"""
+
+
+def test_no_variant_spills_registers():
+    """Compiled for a GPU, in a process where kernels can be: what the options change, the first launch and the last."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", COMPILING], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in rows] == ["_gather_kernel", "_finish_kernel"] * len(VARIANTS)
+    assert max(int(spills) for _, spills in rows) <= allowed_spills("sm_90", triton.__version__)
 
 
 @pytest.mark.gpu
@@ -157,5 +209,7 @@ def test_refuses_what_it_cannot_do():
     tensors = {k: [v[0].T] if isinstance(v, list) else v for k, v in tensors.items()}
     with pytest.raises(ValueError, match=r"params\[0\] must have its first dimension slowest in memory"):
         fused.muon(**tensors)
+    with pytest.raises(ValueError, match=r"shape_factor must be one of original, .*, found 'wide'"):
+        fused.muon(**small((4, 6)), shape_factor="wide")
     with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
         fused.muon(**small((4, 6)), steps=0)

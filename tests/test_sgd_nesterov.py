@@ -1,5 +1,7 @@
 """sgd_nesterov: fused against the float64 reference and torch.optim.SGD."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +30,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
 def test_matches_float64(case, dtype):
     # the reference computes in float32 as well: twice its error, or half a unit in the last place
+    judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_plain_momentum_matches_float64(dtype):
+    case = sgd_nesterov([(33, 7), (12, 5, 3, 3), (2049,)])
+    case = replace(case, options={**case.options, "nesterov": False})
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blink.model import whitening
+from blink.kernels import whitening
+from blink.kernels.whitening import PatchMoments, patch_moments, whitening_weight
 from blink.model.backend import reference
 from blink.model.layers import NormAct, ProjectedStem, WhitenStem
-from blink.model.whitening import PatchMoments, initialize_stem, patch_moments, whitening_weight
+from blink.model.whitening import initialize_stem
 from tests.small import random_images
 
 MEAN, STD = torch.tensor([0.49, 0.3, 0.6]), torch.tensor([0.25, 0.1, 0.3])
