@@ -10,7 +10,7 @@ from blink.tables import markdown as table
 from blink.training.results import spread
 
 COLUMNS = ("trainer", "n", "accuracy %", "seconds", "our clock", "times blink's", "PFLOP")
-_WIDTHS = (20, 3, 13, 8, 9, 13, 7)
+_WIDTHS = (20, 4, 14, 9, 10, 14, 8)
 MORE = ("trainer", "std %", "std s", "images/s", "peak GB", "cold s", "again s")
 
 
