@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from blink import kernels
 
 from .. import launching
 from ..launching import Launch, captured_launches, leaves, mapped, specialized
-from .cases import Case, network_cases
+from ..registry import Argument
+from .cases import Case
+from .cases import mapped as each
 from .machine_code import PROCESSORS, Instructions, count_amdgcn, count_sass, fused_shuffles, occupancy
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 100, 120)} | {
@@ -124,29 +128,55 @@ def kernel_name(launch: Launch) -> str:
 
 def capture(case: Case, dtype: torch.dtype) -> list[Launch]:
     """Every launch of a call of a case, and of its backward pass if it has one, recorded on the CPU without running."""
-    tensors = case.make(torch.device("cpu"), dtype)
-    leaves = {name: t.requires_grad_() if name in case.differentiable else t for name, t in tensors.items()}
+
+    def unfilled(argument: Argument) -> torch.Tensor:
+        # memory that is never touched takes no time
+        layout = torch.channels_last if len(argument.shape) == 4 else torch.contiguous_format
+        return torch.empty(argument.shape, dtype=argument.dtype or dtype, memory_format=layout)
+
+    tensors = {name: each(unfilled, argument) for name, argument in case.arguments.items()}
+    for name in case.differentiable:
+        tensors[name].requires_grad_()
     with captured_launches() as launches:
-        y = case.combined(kernels, leaves, dtype)
+        outputs = case.call(kernels, tensors, dtype)
         if case.differentiable:
-            y.backward(torch.empty_like(y))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            outputs = [y for y in outputs if y is not None and y.requires_grad]
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     return launches
 
 
-# what this process has compiled, by target and source
-_compiled: dict[tuple, Resources] = {}
+def identity(launch: Launch) -> tuple:
+    """Equal for two launches that run the same machine code."""
+    return launch.num_warps, launch.maxnreg, source_of(launch).hash()
 
 
-def examine(job: tuple[int, str, str]) -> list[dict]:
-    """Compile every kernel of one network case: job is (index of the case, dtype's name, target).
+def tile(launch: Launch) -> tuple:
+    """Equal for two launches of a kernel that differ only in sizes that its tiles do not depend on."""
+
+    def chosen(values: dict) -> Iterator[tuple[str, object]]:
+        for name, value in values.items():
+            if hasattr(value, "_asdict"):
+                yield from chosen(value._asdict())
+            elif name.startswith("BLOCK_") or name in _SHAPING or not isinstance(value, int | tuple) or value is True:
+                yield name, str(value)
+
+    kinds = [kind for kind, _ in groupby(specialized(value)[0] for _, value in leaves(launch.arguments))]
+    return kernel_name(launch), launch.num_warps, launch.maxnreg, *chosen(launch.constexprs), *kinds
+
+
+# sizes that change what a tile's code is: a patch's side, and its features
+_SHAPING = ("K", "F_PAD")
+
+
+def examine(job: tuple[Case, list[int], str, str]) -> list[dict]:
+    """Compile kernels of one case: job is (case, which of its launches, dtype's name, target).
 
     One row of plain values a launch; a kernel that does not compile has the compiler's message as `error`.
     """
-    index, dtype, target = job
-    case = network_cases()[index]
-    rows = []
-    for launch in capture(case, getattr(torch, dtype)):
-        key = (target, launch.num_warps, launch.maxnreg, source_of(launch).hash())
+    case, chosen, dtype, target = job
+    launches, rows = capture(case, getattr(torch, dtype)), []
+    for launch in (launches[at] for at in chosen):
         # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
         reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
         name = launch.kernel.__name__
@@ -156,22 +186,37 @@ def examine(job: tuple[int, str, str]) -> list[dict]:
             "dtype": dtype,
             "target": target,
             "kernel": kernel_name(launch),
-            "key": key,
             "wide_argument": wide_argument(launch),
             "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{target}"),
             "error": None,
         }
         try:
-            if key not in _compiled:
-                _compiled[key] = compile_launch(launch, target)
+            numbers = asdict(compile_launch(launch, target))
         except Exception as error:
             # one kernel's failure must not hide what became of the others
             rows.append({**row, "error": f"{type(error).__name__}: {error.__cause__ or error}"})
             continue
-        numbers = asdict(_compiled[key])
         instructions = numbers.pop("instructions")
         rows.append({**numbers, **instructions, **row})
     return rows
+
+
+def jobs(cases: list[Case], dtypes: list[str], targets: list[str], tiles: bool) -> list[tuple]:
+    """For `examine`: every launch of these cases, for each target once what compiles to the same code; tiles: once what
+    differs only in sizes that its tiles do not depend on.
+    """
+    planned, seen = [], set()
+    for dtype in dtypes:
+        for case in cases:
+            chosen = []
+            for at, launch in enumerate(capture(case, getattr(torch, dtype))):
+                key = tile(launch) if tiles else identity(launch)
+                if key not in seen:
+                    seen.add(key)
+                    chosen.append(at)
+            planned += [(case, chosen, dtype, target) for target in targets if chosen]
+    # as they are printed
+    return sorted(planned, key=lambda job: (targets.index(job[3]), dtypes.index(job[2])))
 
 
 def _cubin_report(cubin: bytes) -> tuple[dict[str, int], str]:

@@ -28,6 +28,7 @@ from rich.progress import Progress
 from blink.command import listed
 from blink.errors import UserError
 from blink.files import check_output, write_json
+from blink.training.recipes import RECIPES
 
 from .. import HAS_TRITON
 
@@ -56,39 +57,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", type=listed(TARGETS), metavar="T,...", help=f"of {', '.join(TARGETS)} (default: all)")
     add("--dtype", type=listed(DTYPES), default=["float16"], metavar="D,...",
         help=f"of {', '.join(DTYPES)} (default: float16)")  # fmt: skip
+    add("--recipe", choices=RECIPES, help="at the shapes of this recipe (default: blink's, hlb's and further ones)")
+    add("--tiles", action="store_true", help="of what differs only in sizes that tiles do not depend on, one")
     add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
     add = parser.add_argument_group("what is written").add_argument
     add("--sass", action="store_true", help="print the machine code too")
     add("--json", type=Path, metavar="FILE", help="write every number")
 
 
-def _jobs(cases: list, options: argparse.Namespace) -> list[tuple[int, str, str]]:
-    indices, seen = [], set()
-    for index, case in enumerate(cases):
-        if case.op in options.ops and not (options.quick and case.op in seen):
-            indices.append(index)
-            seen.add(case.op)
-    return [(index, dtype, target) for target in options.target for dtype in options.dtype for index in indices]
-
-
-def _compile(jobs: list[tuple[int, str, str]]) -> Iterator[dict]:
-    """Rows of all jobs in order, each kernel's source once a target."""
+def _compile(jobs: list[tuple]) -> Iterator[dict]:
+    """Rows of all jobs in order."""
     from .ahead_of_time import examine
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, len(jobs))
-    seen = set()
+    workers = max(1, min(cores or 1, len(jobs)))
     # a fork would copy torch's threads in whatever state they are
     with (
         ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
         Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
         for rows in progress.track(pool.map(examine, jobs), total=len(jobs), description="compiling"):
-            for row in rows:
-                key = row.pop("key")
-                if key not in seen:
-                    seen.add(key)
-                    yield row
+            yield from rows
 
 
 def _is_narrow(row: dict) -> bool:
@@ -172,21 +161,23 @@ def run(options: argparse.Namespace) -> int:
     import triton
 
     from ..launching import interpreting
-    from .ahead_of_time import TARGETS
-    from .cases import network_cases
+    from ..registry import OPS
+    from . import ahead_of_time
+    from .cases import network_cases, recipe_cases
 
-    cases = network_cases()
-    known = list(dict.fromkeys(case.op for case in cases))
     for op in options.ops:
-        if op not in known:
-            raise UserError(f"unknown op {op!r}; expected one of {', '.join(known)}")
-    options.ops = options.ops or known
-    options.target = options.target or (["sm_90"] if options.quick else list(TARGETS))
+        if op not in OPS:
+            raise UserError(f"unknown op {op!r}; expected one of {', '.join(OPS)}")
+    options.target = options.target or (["sm_90"] if options.quick else list(ahead_of_time.TARGETS))
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, which makes kernels plain functions; unset it")
+    cases = recipe_cases(options.recipe) if options.recipe else network_cases()
+    cases = [case for case in cases if case.op in (options.ops or OPS)]
+    if options.quick:
+        cases = list({case.op: case for case in reversed(cases)}.values())[::-1]
     check_output(options.json)
     start = time.perf_counter()
-    rows = list(_compile(_jobs(cases, options)))
+    rows = list(_compile(ahead_of_time.jobs(cases, options.dtype, options.target, options.tiles)))
     seconds = time.perf_counter() - start
     assemblies = [row.pop("assembly", "") for row in rows]
     found = offenses(rows, triton.__version__)

@@ -83,7 +83,7 @@ class Case:
         def values(name: str):
             return lambda argument: random_value(name, argument, facts, device, dtype)
 
-        # the largest last
+        # images and activations last
         made = {name: mapped(values(name), self.arguments[name]) for name in reversed(self.arguments)}
         return {name: made[name] for name in self.arguments}
 
