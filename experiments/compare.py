@@ -112,6 +112,7 @@ def percent(value: dict | None, signed: bool = False) -> str:
 
 
 COLUMNS = ("variant", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
+_WIDTHS = (22, 3, 13, 13, 8, 6, 7)
 STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
 
 
@@ -205,10 +206,10 @@ def footers(rows: list[Row], plan: Plan) -> list[str]:
 def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
     """One comparable group as text of at most 80 columns but for its heading."""
     rows = compare(records, plan)
-    out = ["", heading(shared, rows), *(fixed(line, (22, 3, 13, 13, 8, 6, 7)) for line in (COLUMNS, *map(cells, rows)))]
+    out = ["", heading(shared, rows), *(fixed(line, _WIDTHS, " ") for line in (COLUMNS, *map(cells, rows)))]
     if plan.stems:
         widths = (22, *(max(8, len(name)) for name in STEM_COLUMNS[1:]))
-        out += ["", *(fixed(line, widths) for line in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
+        out += ["", *(fixed(line, widths, " ") for line in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
     return out + footers(rows, plan)
 
 

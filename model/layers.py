@@ -112,6 +112,11 @@ class FrozenStem(Stem):
         # said here, PyTorch does not warn of it
         return F.conv2d(F.pad(x, ((k - 1) // 2, k // 2) * 2), self.whiten.weight.to(dtype))
 
+    def fused(self, images: Tensor, gather: Gather | None, dtype: torch.dtype, *arguments, **options) -> Tensor:
+        """The op of an unpadded stem, with what it takes besides images, filters and statistics."""
+        own = {"mean": self.mean, "std": self.std, "dtype": dtype, "gather": gather}
+        return self.op(images, self.whiten.weight, *arguments, **own, **options)
+
 
 class ProjectedStem(FrozenStem):
     """images -> normalize -> whitening -> trained 1x1 projection -> BatchNorm -> activation: one op where unpadded."""
@@ -129,19 +134,8 @@ class ProjectedStem(FrozenStem):
         norm = self.norm
         if not self.fusable:
             return norm(self.project(self.padded_convolution(images, gather, dtype)))
-        return self.op(
-            images,
-            self.whiten.weight,
-            self.project.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            mean=self.mean,
-            std=self.std,
-            dtype=dtype,
-            gather=gather,
-            **norm.settings(),
-        )
+        trained = (self.project.weight, norm.bias, norm.running_mean, norm.running_var)
+        return self.fused(images, gather, dtype, *trained, **norm.settings())
 
 
 class WhitenStem(FrozenStem):
@@ -161,16 +155,7 @@ class WhitenStem(FrozenStem):
     def forward(self, images: Tensor, gather: Gather | None, dtype: torch.dtype) -> Tensor:
         if not self.fusable:
             return self.act(self.padded_convolution(images, gather, dtype) + self.bias.to(dtype)[:, None, None])
-        return self.op(
-            images,
-            self.whiten.weight,
-            self.bias,
-            mean=self.mean,
-            std=self.std,
-            activation=self.activation,
-            dtype=dtype,
-            gather=gather,
-        )
+        return self.fused(images, gather, dtype, self.bias, activation=self.activation)
 
 
 class ConvGroup(nn.Module):

@@ -69,9 +69,6 @@ class NetworkConfig:
         """Whether the stem can run as one fused op (padded ones and those without whitening cannot)."""
         return self.whiten_kernel is not None and self.whiten_padding == 0
 
-    def has_gate(self, group: Group) -> bool:
-        return self.se_reduction is not None and group.se and group.depth > 0
-
 
 class Network(nn.Module):
     """images [B, C, H, W] uint8 -> logits [B, classes] float32.
@@ -90,11 +87,11 @@ class Network(nn.Module):
         if classes < 2:
             raise ValueError(f"a classifier needs at least 2 classes, found {classes}")
 
-        def make_norm(channels: int, kind: type[NormAct] = NormAct, **options) -> NormAct:
-            return kind(channels, config.norm_momentum, config.norm_eps, config.activation, backend, **options)
+        def make_norm(channels: int, kind: type[NormAct] = NormAct) -> NormAct:
+            return kind(channels, config.norm_momentum, config.norm_eps, config.activation, backend)
 
         def make_gate(group: Group) -> SEGate | None:
-            if not config.has_gate(group):
+            if config.se_reduction is None or not group.se or group.depth == 0:
                 return None
             return SEGate(group.channels, config.se_reduction, config.activation, backend)
 
@@ -119,14 +116,11 @@ class Network(nn.Module):
     @torch.no_grad()
     def _initialize(self) -> None:
         """What differs from PyTorch's own random weights, which the constructors drew."""
-        if self.config.dirac:
-            for module in self.modules():
-                if isinstance(module, Conv3x3):
-                    nn.init.dirac_(module.weight[: module.in_channels])
-        if self.config.gates_start_constant:
-            for module in self.modules():
-                if isinstance(module, SEGate):
-                    nn.init.zeros_(module.fc2.weight)
+        for module in self.modules():
+            if self.config.dirac and isinstance(module, Conv3x3):
+                nn.init.dirac_(module.weight[: module.in_channels])
+            if self.config.gates_start_constant and isinstance(module, SEGate):
+                nn.init.zeros_(module.fc2.weight)
         if self.config.head_std is not None:
             self.head.weight.mul_(self.config.head_std / self.head.weight.std())
 

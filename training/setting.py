@@ -53,7 +53,9 @@ def choose_setting(options: argparse.Namespace) -> Setting:
     compute = precision.choose(options.dtype, device, interpreted)
     if interpreted and compute.name == "bf16":
         raise UserError("Triton's interpreter computes bf16 wrongly; use --dtype fp32 or fp16, or a GPU")
-    graph = choose_graph(options.graph, device)
+    if options.graph == "on" and device.type != "cuda":
+        raise UserError(f"--graph on needs a GPU, and the device is {device.type}; leave it out, or use --graph off")
+    graph = options.graph != "off" and device.type == "cuda"
     # cuDNN picks its fastest algorithm by trying, unless runs must be bitwise repeatable
     torch.backends.cudnn.deterministic = options.deterministic
     torch.backends.cudnn.benchmark = not options.deterministic
@@ -76,10 +78,3 @@ def choose_device(name: str | None) -> torch.device:
         # streams, events and graphs are the current device's
         torch.cuda.set_device(device)
     return device
-
-
-def choose_graph(choice: str, device: torch.device) -> bool:
-    """Whether the training step is captured as a CUDA graph; auto: on a GPU. Raises UserError."""
-    if choice == "on" and device.type != "cuda":
-        raise UserError(f"--graph on needs a GPU, and the device is {device.type}; leave it out, or use --graph off")
-    return choice != "off" and device.type == "cuda"

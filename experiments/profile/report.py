@@ -3,10 +3,7 @@
 from dataclasses import asdict
 
 from blink.experiments.profile.measure import Comparison, Profile
-
-
-def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
-    return "-" if value is None else f"{value / scale:.{digits}f}"
+from blink.tables import number
 
 
 def table(profile: Profile) -> list[str]:
@@ -18,8 +15,8 @@ def table(profile: Profile) -> list[str]:
         share = f"{100 * ms / profile.parts_ms:.1f} %"
         reached = "-" if not floor or not ms else f"{100 * floor / ms:.0f} %"
         return (
-            f"{part:<22} {direction:<6} {ms:8.3f} {share:>7} {_number(moved, 1, 1e6):>8} "
-            f"{_number(flops or None, 2, 1e9):>8} {_number(floor, 3):>8} {reached:>6}"
+            f"{part:<22} {direction:<6} {ms:8.3f} {share:>7} {number(moved, '.1f', 1e6):>8} "
+            f"{number(flops or None, '.2f', 1e9):>8} {number(floor, '.3f'):>8} {reached:>6}"
         )
 
     for row in profile.rows:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from blink.experiments.compare import machine, percent
 from blink.experiments.race.contest import OURS
-from blink.tables import fixed
+from blink.tables import fixed, number
 from blink.tables import markdown as table
 from blink.training.results import spread
 
 COLUMNS = ("trainer", "n", "accuracy %", "seconds", "our clock", "times blink's", "PFLOP")
-_WIDTHS = (20, 3, 13, 8, 9, 13, 7)
+_WIDTHS = (20, 4, 14, 9, 10, 14, 8)
 MORE = ("trainer", "std %", "std s", "images/s", "peak GB", "cold s", "again s")
 
 
@@ -69,17 +69,13 @@ def rows(records: list[dict]) -> list[Row]:
     return out
 
 
-def _number(value: float | None, text: str) -> str:
-    return "-" if value is None else format(value, text)
-
-
 def cells(row: Row) -> tuple[str, ...]:
     """Under COLUMNS; every +- is half of a 95 % t interval."""
     ratio = "1" if row.ratio is None else f"{row.ratio['mean']:.2f}"
     if row.ratio is not None and row.ratio["ci95"] is not None:
         ratio += f" +-{row.ratio['ci95']:.2f}"
     seconds, ours = (f"{value['mean']:.3f}" for value in (row.seconds, row.ours))
-    return row.name, str(row.accuracy["n"]), percent(row.accuracy), seconds, ours, ratio, _number(row.pflop, ".4f")
+    return row.name, str(row.accuracy["n"]), percent(row.accuracy), seconds, ours, ratio, number(row.pflop, ".4f")
 
 
 def more_cells(row: Row) -> tuple[str, ...]:
@@ -88,12 +84,12 @@ def more_cells(row: Row) -> tuple[str, ...]:
     accuracy_std = None if row.accuracy["std"] is None else 100 * row.accuracy["std"]
     return (
         row.name,
-        _number(accuracy_std, ".3f"),
-        _number(row.seconds["std"], ".4f"),
-        _number(rate, ",.0f"),
-        _number(row.peak_bytes and row.peak_bytes / 1e9, ".2f"),
-        _number(row.cold, ".1f"),
-        _number(row.again, ".1f"),
+        number(accuracy_std, ".3f"),
+        number(row.seconds["std"], ".4f"),
+        number(rate, ",.0f"),
+        number(row.peak_bytes, ".2f", 1e9),
+        number(row.cold, ".1f"),
+        number(row.again, ".1f"),
     )
 
 

@@ -48,6 +48,8 @@ class Dataset:
 
     def limited(self, count: int | None) -> "Dataset":
         """The first `count` training and the first `count` test images."""
+        if count is None:
+            return self
         cut = {key: value[:count] for key, value in vars(self).items() if key.startswith(("train_", "test_"))}
         return replace(self, **cut)
 
