@@ -23,8 +23,8 @@ HAS_TRITON = find_spec("triton") is not None
 VARIABLE = "BLINK_KERNELS"
 
 if HAS_TRITON:
-    from . import fused
-    from .launching import capturing, interpreting
+    from . import fused, launching
+    from .launching import interpreting
 else:
 
     def interpreting() -> bool:
@@ -72,7 +72,7 @@ def _runs_fused(device: str) -> bool:
         if not _HAS_C_COMPILER:
             say_once("Triton finds no C compiler (gcc, clang or $CC): plain PyTorch runs in place of the fused kernels")
         return _HAS_C_COMPILER
-    return capturing() or (device == "cpu" and interpreting())
+    return launching.capturing() or (device == "cpu" and interpreting())
 
 
 def _asks_for_reference(tensors: list[Tensor]) -> bool:
@@ -81,7 +81,7 @@ def _asks_for_reference(tensors: list[Tensor]) -> bool:
         return True
     dtypes = [tensor.dtype for tensor in tensors]
     # which Triton's interpreter computes wrongly
-    return torch.float64 in dtypes or (interpreting() and not capturing() and torch.bfloat16 in dtypes)
+    return torch.float64 in dtypes or (interpreting() and not launching.capturing() and torch.bfloat16 in dtypes)
 
 
 def say_once(message: str) -> None:
