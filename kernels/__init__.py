@@ -4,7 +4,9 @@ The ops need triton and a GPU (or TRITON_INTERPRET=1, to run
 them in Triton's interpreter on a CPU); `reference` needs neither.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 
 if __name__ == "kernels":
     raise ImportError("this package is blink.kernels: from blink.kernels import ...")
@@ -16,47 +18,20 @@ from .optimizers import SGD, Muon, split_parameters
 
 HAS_TRITON = find_spec("triton") is not None
 
+# an op is a public function in a file of its name, with a reference of the same name
+_OPS = [module.name for module in iter_modules(__path__) if callable(getattr(reference, module.name, None))]
+
 __all__ = [
-    "HAS_TRITON",
-    "SGD",
-    "Gather",
-    "Muon",
-    "NormAct",
-    "PoolNormAct",
-    "SqueezeExcite",
-    "Whiten",
-    "WhiteningConv2d",
-    "convert",
-    "cross_entropy",
-    "excite_norm_act_add",
-    "interpreting",
-    "muon",
-    "newton_schulz",
-    "norm_act",
-    "pool_norm_act",
-    "reference",
-    "se_gate",
-    "sgd_nesterov",
-    "split_parameters",
-    "squeeze_excite",
-    "whiten",
-    "whiten_project_norm_act",
-]
+    "HAS_TRITON", "SGD", "Gather", "Muon", "NormAct", "PoolNormAct", "SqueezeExcite", "Whiten", "WhiteningConv2d",
+    "convert", "interpreting", "reference", "split_parameters", *_OPS,
+]  # fmt: skip
 
 if HAS_TRITON:
-    from .cross_entropy import cross_entropy
-    from .excite_norm_act_add import excite_norm_act_add
     from .launching import interpreting
     from .layers import SqueezeExcite, Whiten
-    from .muon import muon
-    from .newton_schulz import newton_schulz
-    from .norm_act import norm_act
-    from .pool_norm_act import pool_norm_act
-    from .se_gate import se_gate
-    from .sgd_nesterov import sgd_nesterov
-    from .squeeze_excite import squeeze_excite
-    from .whiten import whiten
-    from .whiten_project_norm_act import whiten_project_norm_act
+
+    # by hand they would be known twice
+    globals().update({name: getattr(import_module(f".{name}", __name__), name) for name in _OPS})
 else:
 
     def __getattr__(name: str):

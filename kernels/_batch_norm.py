@@ -16,6 +16,7 @@ from torch import Tensor
 from ._common import block_of, rounded_product, sum_partials
 from .activations import ACTIVATIONS
 from .launching import launch
+from .registry import Arguments, fp32
 
 # enough programs to fill any current GPU several times over, few enough that merging them stays negligible
 _PROGRAMS = 1024
@@ -24,6 +25,13 @@ _TILE_BYTES = 8192
 # the backward passes also hold dy
 _BWD_TILE_BYTES = 4096
 _UNGATED_SEGMENT = 128
+
+# of the normalizing ops' cases
+OPTIONS = {"training": True, "momentum": 0.8, "eps": 1e-12, "activation": "gelu"}
+
+
+def statistics(channels: int) -> Arguments:
+    return {"running_mean": fp32(channels), "running_var": fp32(channels)}
 
 
 class Sizes(NamedTuple):

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks, _options
+from .registry import Argument, Arguments, fp32
 
 # in an operator's signature: older torch infers no schema from list[Tensor]
 TensorList = List[Tensor]  # noqa: UP006
@@ -177,3 +178,17 @@ def like_layout(x: Tensor, model: Tensor) -> Tensor:
     if layout_of(x) == layout_of(model):
         return x
     return torch.empty_like(model, dtype=x.dtype, requires_grad=False).copy_(x)
+
+
+def update_arguments(
+    shapes: list[tuple[int, ...]], buffer_dtype: torch.dtype | None = None, rates: bool = False
+) -> Arguments:
+    """Vectors in float32 and everything else in the activations' dtype, as a network has them; buffer_dtype: of the
+    other momentum buffers; rates: a learning rate for each tensor.
+    """
+
+    def arguments(dtype: torch.dtype | None = None) -> list[Argument]:
+        return [Argument(tuple(shape), dtype if len(shape) > 1 else torch.float32) for shape in shapes]
+
+    lr = fp32(len(shapes) if rates else 1)
+    return {"params": arguments(), "grads": arguments(), "momentum_buffers": arguments(buffer_dtype), "lr": lr}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import FLOATS
 from .gather import Gather
+from .registry import Argument, Arguments, fp32
 
 # u - 128 fits int8, and float16 exactly
 PIXEL_OFFSET = tl.constexpr(128.0)
@@ -260,3 +261,34 @@ def output_dtype(op: str, images: Tensor, weight: Tensor, dtype: torch.dtype | N
     if dtype not in FLOATS:
         raise TypeError(f"{op}: dtype must be float32, float16 or bfloat16, found {str(dtype).removeprefix('torch.')}")
     return dtype
+
+
+def patch_arguments(batch: int, height: int, width: int, channels: int, parts: tuple[str, ...] | None) -> dict:
+    """The images of a call: as they are, or taken out of twice as many by a `Gather` with these `parts`."""
+    if parts is None:
+        return {"images": Argument((batch, channels, height, width), torch.uint8)}
+    fields = {
+        "shift": Argument((batch, 2), torch.int64),
+        "flip": Argument((batch,), torch.bool),
+        "jitter": fp32(batch, 2),
+        "cutout": Argument((batch, 2), torch.int64),
+    }
+    return {
+        "images": Argument((2 * batch, channels, height, width), torch.uint8),
+        "gather.index": Argument((batch,), torch.int64),
+        **{f"gather.{part}": fields[part] for part in parts},
+        **({"gather.cutout_size": max(2, min(height, width) // 4)} if "cutout" in parts else {}),
+    }
+
+
+def pixel_statistics(channels: int) -> Arguments:
+    return {"mean": fp32(channels), "std": fp32(channels)}
+
+
+def patch_counts(arguments: Arguments, weight: str) -> tuple[int, int, int]:
+    """What a call reads: values of pixels, patches, and values of a patch, whose filters are this argument."""
+    images, (_, channels, kernel, _) = arguments["images"].shape, arguments[weight].shape
+    index = arguments.get("gather.index")
+    batch, (height, width) = images[0] if index is None else index.shape[0], images[2:]
+    positions = batch * (height - kernel + 1) * (width - kernel + 1)
+    return batch * channels * height * width, positions, channels * kernel**2

@@ -20,6 +20,7 @@ from . import _checks, _options
 from ._common import block_of
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
+from .registry import Argument, Arguments, Cost, data, op
 
 # logits that a program holds at a time
 _TILE = 2048
@@ -221,6 +222,26 @@ class CrossEntropy(torch.autograd.Function):
         return _bwd(dloss, *ctx.saved_tensors, ctx.label_smoothing, ctx.scale), None, None, None
 
 
+def _arguments(batch: int, classes: int) -> Arguments:
+    return {"logits": data(batch, classes), "labels": Argument((batch,), torch.int64)}
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    logits, labels = (arguments[name].bytes(itemsize) for name in ("logits", "labels"))
+    # two float32 a row
+    statistics = labels
+    # backward reads all of these, and writes dlogits
+    return {"fwd": Cost(logits + labels + statistics), "bwd": Cost(2 * logits + labels + statistics)}
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("logits",),
+    options={"label_smoothing": 0.2, "scale": 0.1},
+    small=[dict(batch=5, classes=7)],
+    further=[dict(classes=1000)],
+)
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from . import _batch_norm, _checks, _options
 from ._batch_norm import Norm
 from .differentiation import differentiable_once
 from .launching import opaque_op
+from .registry import Arguments, Cost, data, fp32, op
 
 
 @opaque_op("excite_norm_act_add_fwd", mutates=("running_mean", "running_var"))
@@ -110,6 +111,35 @@ class ExciteNormActAdd(torch.autograd.Function):
         return gradients(ctx, dy)
 
 
+def _arguments(
+    batch: int, channels: int, height: int, width: int, gate: bool = True, residual: bool = True
+) -> Arguments:
+    x = data(batch, channels, height, width)
+    return {
+        "x": x,
+        "gate": fp32(batch, channels) if gate else None,
+        "bias": fp32(channels),
+        "residual": x if residual else None,
+        **_batch_norm.statistics(channels),
+    }
+
+
+def cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    x = arguments["x"].bytes(itemsize)
+    # training reads x twice, as z needs the batch statistics
+    reads = (2 if options["training"] else 1) + (arguments.get("residual") is not None)
+    # twice over dy and x, as dx needs the sums of g and of g * xhat; write dx (the residual's gradient is dy)
+    return {"fwd": Cost(x * (reads + 1)), "bwd": Cost(x * (2 * 2 + 1))}
+
+
+@op(
+    arguments=_arguments,
+    cost=cost,
+    differentiable=("x", "gate", "bias", "residual"),
+    updates=("running_mean", "running_var"),
+    options=_batch_norm.OPTIONS,
+    small=[dict(batch=2, channels=12, height=3, width=5)],
+)
 def excite_norm_act_add(
     x: Tensor,
     gate: Tensor | None,

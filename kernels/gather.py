@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# what a `Gather` may have besides its index
+PARTS = ("shift", "flip", "jitter", "cutout")
+
 
 @dataclass(frozen=True, eq=False)
 class Gather:

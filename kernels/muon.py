@@ -25,9 +25,11 @@ from ._multi_tensor import (
     kind,
     layout_of,
     rates_at,
+    update_arguments,
 )
 from .launching import opaque_op
-from .newton_schulz import check_iteration
+from .newton_schulz import check_iteration, iteration_flops
+from .registry import Arguments, Cost, op
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -67,6 +69,20 @@ def _(params, grads, momentum_buffers, lr, positions, *options):
     return None
 
 
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    params = arguments["params"]
+    # read weight, gradient and momentum, write momentum and X; read X for R; read X and weight, write weight
+    moved = 9 * sum(p.bytes(itemsize) for p in params)
+    return {"fwd": Cost(moved, iteration_flops([p.shape for p in params], options["steps"]))}
+
+
+@op(
+    arguments=update_arguments,
+    cost=_cost,
+    updates=("params", "momentum_buffers"),
+    options={"momentum": 0.6},
+    small=[dict(shapes=[(12, 3, 3, 3), (7, 5)])],
+)
 def muon(
     params: list[Tensor],
     grads: list[Tensor | None],

@@ -6,6 +6,7 @@ Source: Muon, Jordan et al. 2024. Computed in Gram form, for which see `_gram_it
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import _checks, _options, launching
 from ._gram_iteration import Batch
 from ._multi_tensor import FloatList, TensorList, check_list, groups, kind
 from .launching import opaque_op
+from .registry import Arguments, Cost, data, op
 
 
 @opaque_op("newton_schulz")
@@ -43,6 +45,35 @@ def check_iteration(
         raise RuntimeError(f"{op}: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
 
 
+def iteration_flops(matrices: list[tuple[int, ...]], steps: int) -> int:
+    """Of the Gram form, whose products but the last are symmetric, half of a product each."""
+    total = 0
+    for rows, *others in matrices:
+        m, k = sorted((rows, prod(others)))
+        # X X^T and Q X; the first step makes P, PR, PRP, each further one PQ too, the last neither PR nor PRP
+        total += m * m * k + 2 * m * m * k + (4 * steps - 3) * m**3
+    return total
+
+
+def _arguments(shapes: list[tuple[int, ...]]) -> Arguments:
+    return {"matrices": [data(shape[0], prod(shape[1:])) for shape in shapes]}
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    matrices = arguments["matrices"]
+    flops = iteration_flops([m.shape for m in matrices], options["steps"])
+    # read for the norm, for R = X X^T and for Q X, write Q X
+    return {"fwd": Cost(4 * sum(m.bytes(itemsize) for m in matrices), flops)}
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    options={"steps": 3},
+    small=[dict(shapes=[(12, 3, 3, 3), (7, 5)])],
+    # the filters of airbench94_muon
+    further=[dict(shapes=[(64, 216), (64, 576), (256, 576), *[(256, 2304)] * 3])],
+)
 def newton_schulz(
     matrices: list[Tensor],
     *,

@@ -5,9 +5,10 @@ Sources: batch normalization, Ioffe and Szegedy 2015; GELU, Hendrycks and Gimpel
 
 from torch import Tensor
 
-from . import _checks, _options
+from . import _batch_norm, _checks, _options
 from .differentiation import differentiable_once
-from .excite_norm_act_add import ExciteNormActAdd, gradients
+from .excite_norm_act_add import ExciteNormActAdd, cost, gradients
+from .registry import Arguments, data, fp32, op
 
 
 class NormAct(ExciteNormActAdd):
@@ -19,6 +20,20 @@ class NormAct(ExciteNormActAdd):
         return gradients(ctx, dy)
 
 
+def _arguments(batch: int, channels: int, height: int, width: int) -> Arguments:
+    x = data(batch, channels, height, width)
+    return {"x": x, "bias": fp32(channels), **_batch_norm.statistics(channels)}
+
+
+@op(
+    arguments=_arguments,
+    cost=cost,
+    differentiable=("x", "bias"),
+    updates=("running_mean", "running_var"),
+    options=_batch_norm.OPTIONS,
+    small=[dict(batch=2, channels=12, height=3, width=5)],
+    further=[dict(channels=128, height=15, width=15)],
+)
 def norm_act(
     x: Tensor,
     bias: Tensor,

@@ -21,6 +21,7 @@ from ._common import block_of, channels_last_like
 from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
+from .registry import Arguments, Cost, data, fp32, op
 
 # elements of one of the four pixels of every window that a program holds at a time
 _TILE = 512
@@ -292,6 +293,32 @@ class PoolNormAct(torch.autograd.Function):
         return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 9)
 
 
+def _arguments(batch: int, channels: int, height: int, width: int) -> Arguments:
+    """Height and width before pooling."""
+    x = data(batch, channels, height, width)
+    return {"x": x, "bias": fp32(channels), **_batch_norm.statistics(channels)}
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    batch, channels, height, width = arguments["x"].shape
+    windows = batch * channels * (height // 2) * (width // 2)
+    x, pooled, index = arguments["x"].bytes(itemsize), windows * itemsize, windows // 4
+    return {
+        # read x, write pooled and index; read pooled, write y
+        "fwd": Cost(x + 3 * pooled + index),
+        # every dy and pooled for the sums; these and index again, write all of dx
+        "bwd": Cost(2 * (2 + options["fork"]) * pooled + index + x),
+    }
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("x", "bias"),
+    updates=("running_mean", "running_var"),
+    options=_batch_norm.OPTIONS,
+    small=[dict(batch=2, channels=12, height=5, width=7)],
+)
 def pool_norm_act(
     x: Tensor,
     bias: Tensor,

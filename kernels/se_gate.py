@@ -20,6 +20,7 @@ from ._common import add_product, block_of, rounded_product
 from .activations import ACTIVATIONS, sigmoid
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
+from .registry import Arguments, Cost, data, fp32, op
 
 _BLOCK_B = 16
 _BLOCK_C = 32
@@ -269,6 +270,42 @@ def check_gate_weights(
     return weight1, bias1, weight2, bias2
 
 
+GATE_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
+
+
+def gate_arguments(channels: int, hidden: int) -> Arguments:
+    shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
+    return {name: data(*shape) for name, shape in zip(GATE_WEIGHTS, shapes)}
+
+
+def _arguments(batch: int, channels: int, hidden: int) -> Arguments:
+    return {"squeeze": fp32(batch, channels), **gate_arguments(channels, hidden)}
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    (batch, channels), hidden = arguments["squeeze"].shape, arguments["weight1"].shape[0]
+    table, narrow = 4 * batch * channels, 4 * batch * hidden  # float32 [B, C] and [B, R]
+    weights = 2 * channels * hidden
+    read_write = 3 * table + 2 * narrow
+    product = 2 * batch * channels * hidden
+    return {
+        # read squeeze and both weights, write gate and hidden
+        "fwd": Cost(2 * table + narrow + weights * itemsize, 2 * product),
+        # read dgate, gate, hidden, weights, write dsqueeze and dhidden; then, for the weights' gradients, read
+        # dgate, gate, squeeze, hidden, dhidden and write both gradients in float32
+        "bwd": Cost(read_write + weights * itemsize + read_write + 4 * weights, 4 * product),
+    }
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("squeeze", *GATE_WEIGHTS),
+    options={"activation": "gelu"},
+    small=[dict(batch=3, channels=20, hidden=5)],
+    # as wide as hlb's with reduction 4, and the widest of RegNet's
+    further=[dict(channels=512, hidden=128), dict(channels=2000, hidden=500)],
+)
 def se_gate(
     squeeze: Tensor,
     weight1: Tensor,

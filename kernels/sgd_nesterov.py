@@ -23,8 +23,10 @@ from ._multi_tensor import (
     running_sums,
     select,
     select_int,
+    update_arguments,
 )
 from .launching import launch, opaque_op
+from .registry import Arguments, Cost, op
 
 _BLOCK = tl.constexpr(2048)
 
@@ -89,6 +91,18 @@ def _(params, grads, momentum_buffers, lr, positions, momentum, weight_decay, ne
     return None
 
 
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    # read weight, gradient and momentum, write weight and momentum
+    return {"fwd": Cost(5 * sum(p.bytes(itemsize) for p in arguments["params"]))}
+
+
+@op(
+    arguments=update_arguments,
+    cost=_cost,
+    updates=("params", "momentum_buffers"),
+    options={"momentum": 0.85, "weight_decay": 0.1},
+    small=[dict(shapes=[(12, 3, 3, 3), (7, 5), (9,)])],
+)
 def sgd_nesterov(
     params: list[Tensor],
     grads: list[Tensor | None],

@@ -18,7 +18,8 @@ from ._common import rounded_product
 from .activations import ACTIVATIONS, sigmoid
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
-from .se_gate import GateWeights, check_gate_weights, weight_gradients
+from .registry import Arguments, Cost, data, op
+from .se_gate import GATE_WEIGHTS, GateWeights, check_gate_weights, gate_arguments, weight_gradients
 
 # bytes of x that a program holds at a time; of a weight matrix it holds as many elements
 _TILE_BYTES = 8192
@@ -199,6 +200,35 @@ class SqueezeExciteFunction(torch.autograd.Function):
         )
 
 
+def _arguments(batch: int, channels: int, height: int, width: int, hidden: int) -> Arguments:
+    return {"x": data(batch, channels, height, width), **gate_arguments(channels, hidden)}
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    x = arguments["x"].bytes(itemsize)
+    batch, product = arguments["x"].shape[0], 2 * arguments["weight1"].numel
+    return {
+        # read x, write y; the image is still cached when it is scaled
+        "fwd": Cost(2 * x, 2 * batch * product),
+        # read dy and x, write dx; dy again from cache
+        "bwd": Cost(3 * x, 4 * batch * product),
+    }
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("x", *GATE_WEIGHTS),
+    options={"activation": "relu"},
+    small=[dict(batch=2, channels=12, height=3, width=5, hidden=4)],
+    # after hlb's two gated groups, in EfficientNet, and the widest of RegNet's
+    further=[
+        dict(channels=128, height=15, width=15, hidden=8, activation="gelu"),
+        dict(channels=512, height=3, width=3, hidden=32, activation="gelu"),
+        dict(channels=1152, height=7, width=7, hidden=48, activation="silu"),
+        dict(channels=2000, height=7, width=7, hidden=500),
+    ],
+)
 def squeeze_excite(
     x: Tensor,
     weight1: Tensor,

@@ -25,13 +25,17 @@ from ._patches import (
     load_patches,
     needs_float32,
     output_dtype,
+    patch_arguments,
+    patch_counts,
+    pixel_statistics,
     tile_of,
     weight_offset,
 )
 from .activations import ACTIVATIONS, identity_backward
 from .differentiation import differentiable_once
-from .gather import Gather, unflatten
+from .gather import PARTS, Gather, unflatten
 from .launching import launch, opaque_op
+from .registry import Arguments, Cost, fp32, op
 
 _BWD_PROGRAMS = 512
 # what the compile report would otherwise report as stores that are narrower than the layout allows
@@ -198,6 +202,49 @@ class Whiten(torch.autograd.Function):
         return None, None, dbias, *[None] * 10
 
 
+def _arguments(
+    batch: int,
+    height: int,
+    width: int,
+    filters: int,
+    kernel: int = 2,
+    image_channels: int = 3,
+    bias: bool = True,
+    gather: tuple[str, ...] | None = None,
+) -> dict:
+    """gather: the parts of a `Gather` besides its index."""
+    return {
+        **patch_arguments(batch, height, width, image_channels, gather),
+        "weight": fp32(filters, image_channels, kernel, kernel),
+        "bias": fp32(filters) if bias else None,
+        **pixel_statistics(image_channels),
+    }
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    pixels, positions, features = patch_counts(arguments, "weight")
+    filters = arguments["weight"].shape[0]
+    y, product = positions * filters * itemsize, 2 * positions * filters * features
+    return {
+        # read images, write y
+        "fwd": Cost(pixels + y, product),
+        # read dy, and the images only where the activation needs z again
+        "bwd": Cost(y + pixels, product) if options["activation"] else Cost(y),
+    }
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("bias",),
+    options={"activation": "gelu"},
+    small=[dict(batch=2, height=6, width=7, filters=12, gather=parts) for parts in (None, PARTS)],
+    further=[
+        dict(height=32, width=32, filters=24),
+        dict(height=32, width=32, filters=12),
+        dict(height=32, width=32, filters=24, gather=PARTS),
+    ],
+)
 def whiten(
     images: Tensor,
     weight: Tensor,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks, _options
-from ._batch_norm import Running
+from ._batch_norm import OPTIONS, Running, statistics
 from ._common import channels_last_like, rounded_product
 from ._patch_moments import (
     Folded,
@@ -44,13 +44,17 @@ from ._patches import (
     load_patches,
     needs_float32,
     output_dtype,
+    patch_arguments,
+    patch_counts,
+    pixel_statistics,
     position_jitter,
     tile_of,
 )
 from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
-from .gather import Gather, unflatten
+from .gather import PARTS, Gather, unflatten
 from .launching import launch, opaque_op
+from .registry import Arguments, Cost, data, fp32, op
 
 _PROGRAMS = 512
 
@@ -269,6 +273,56 @@ class WhitenProjectNormAct(torch.autograd.Function):
         )
 
 
+def _arguments(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    kernel: int = 2,
+    image_channels: int = 3,
+    gather: tuple[str, ...] | None = None,
+) -> dict:
+    """channels: of the result; gather: the parts of a `Gather` besides its index."""
+    filters = image_channels * kernel**2
+    return {
+        **patch_arguments(batch, height, width, image_channels, gather),
+        "whiten_weight": fp32(filters, image_channels, kernel, kernel),
+        "project_weight": data(channels, filters, 1, 1),
+        "bias": fp32(channels),
+        **statistics(channels),
+        **pixel_statistics(image_channels),
+    }
+
+
+def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
+    pixels, positions, features = patch_counts(arguments, "whiten_weight")
+    filters, channels = arguments["whiten_weight"].shape[0], arguments["project_weight"].shape[0]
+    y, product = positions * channels * itemsize, 2 * positions * channels * filters
+    moments = 2 * positions * filters * features if options["training"] else 0
+    return {
+        # training reads the images twice, as y needs the batch moments; write y. A gather reads as many pixels
+        "fwd": Cost(pixels * (2 if options["training"] else 1) + y, product + moments),
+        # read images and dy once; z again and G = g^T q
+        "bwd": Cost(pixels + y, 2 * product),
+    }
+
+
+@op(
+    arguments=_arguments,
+    cost=_cost,
+    differentiable=("project_weight", "bias"),
+    updates=("running_mean", "running_var"),
+    options=OPTIONS,
+    small=[
+        dict(batch=3, height=8, width=7, channels=12),
+        dict(batch=2, height=6, width=7, channels=5, gather=PARTS),
+    ],
+    further=[
+        dict(height=32, width=32, channels=32, kernel=kernel, gather=gather)
+        for kernel in (2, 3)
+        for gather in (None, PARTS)
+    ],
+)
 def whiten_project_norm_act(
     images: Tensor,
     whiten_weight: Tensor,

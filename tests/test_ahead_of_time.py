@@ -126,7 +126,7 @@ def test_large_tensors_are_moved_in_16_byte_pieces(cuda_rows):
     checked = set()
     for row in cuda_rows:
         # a pixel of 12 16-bit channels is 24 bytes: no multiple of 16
-        if row["kernel"] in both | stores and "-12k" not in row["case"]:
+        if row["kernel"] in both | stores and (row["kernel"] != "whiten._fwd_kernel" or "-12x3x" not in row["case"]):
             checked.add(row["kernel"])
             assert row["wide_stores"], row
             assert row["wide_loads"] or row["kernel"] in stores, row

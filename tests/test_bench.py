@@ -1,7 +1,7 @@
 """The benchmark: counted bytes and FLOPs, the gate that refuses wrong results, its JSON, comparison and mistakes."""
 
 import json
-from dataclasses import replace
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +12,10 @@ from blink.kernels import environment, reference
 from blink.kernels.examine import cases
 from blink.kernels.examine.bench import command as bench
 from blink.kernels.examine.bench import measure, providers, report
-from blink.model import backend
-from blink.training.budget import plan_budget
-from blink.training.precision import Precision
-from blink.training.recipes import BLINK
-from blink.training.trainer import Trainer
+from blink.training.recipes import RECIPES
 from tests.oracle import DEVICE
-from tests.small import small_dataset
 
-SMALL = ["squeeze_excite", "--shapes", "2x3x5x4", "--providers", "fused,eager", "--dtype", "float32", "--quick"]
+SMALL = ["squeeze_excite", "--shapes", "2x4x3x5", "--providers", "fused,eager", "--dtype", "float32", "--quick"]
 
 
 # hand counts at batch 2: [2, 4, 3, 5] activations hold 120 values, 4x5 images 3 x 4 patches of 2x2 each
@@ -76,44 +71,46 @@ def test_every_pass_has_a_cost(case):
 
 def test_shapes_make_a_case_of_every_op():
     for op in bench.OPS:
-        case = cases.case_at(op, 2, 5, 5, 16)
+        case = cases.case_at(op, 2, 16, 5, 5)
         assert case.op == op
         case.call(reference, case.make(torch.device("cpu"), torch.float32), torch.float32)
 
 
-def shapes_of(first) -> tuple:
-    """Of an op's first argument, without the batch; of all its tensors if it is a list."""
-    return tuple(tuple(t.shape) for t in first) if isinstance(first, list) else tuple(first.shape[1:])
-
-
-def test_blinks_cases_are_the_calls_of_its_steps():
-    called = set()
-
-    def noted(op):
-        def call(first, *rest, **options):
-            # without gate and residual it is norm_act
-            plain = op == "excite_norm_act_add" and rest[0] is None and rest[2] is None
-            called.add(("norm_act" if plain else op, shapes_of(first)))
-            return getattr(reference, op)(first, *rest, **options)
-
-        return call
-
-    ops = ("whiten", "pool_norm_act", "excite_norm_act_add", "cross_entropy", "sgd_nesterov", "muon")
-    watched = replace(backend.reference(), **{op: noted(op) for op in ops})
-    fp32 = Precision("fp32", torch.float32, torch.float32)
-    dataset = small_dataset(16, 8, 32)
-    trainer = Trainer(BLINK, dataset, plan_budget(BLINK, 16, 16, steps=9), watched, fp32, False)
-    trainer.prepare(0)
-    trainer.batches.draw(torch.Generator().manual_seed(0), 0)
-    for phase in trainer.phases():
-        trainer.rehearse(phase)
-    made = {
-        (c.op, shapes_of(next(iter(c.make(torch.device("cpu"), torch.float32).values()))))
-        for c in cases.blink_cases(16)
+def test_recorded_cases_are_the_calls_of_a_recipes_steps():
+    """blink's: in the phases of its first layer's bias, of small images and of whole ones; nothing twice."""
+    shapes = defaultdict(list)
+    for case in cases.recipe_cases("blink", 20):
+        first = next(iter(case.arguments.values()))
+        shapes[case.op].append([v.shape for v in first] if isinstance(first, list) else first.shape)
+    pooled = [
+        (20, 64, 23, 23),
+        (20, 256, 11, 11),
+        (20, 256, 5, 5),
+        (20, 64, 31, 31),
+        (20, 256, 15, 15),
+        (20, 256, 7, 7),
+    ]
+    filters = [(64, 24, 3, 3), (64, 64, 3, 3), (256, 64, 3, 3), *[(256, 256, 3, 3)] * 3]
+    vectors = [*[(64,)] * 2, *[(256,)] * 4]
+    assert shapes == {
+        # the data set, of two batches
+        "whiten": [(40, 3, 24, 24), (40, 3, 32, 32)],
+        "pool_norm_act": pooled,
+        "excite_norm_act_add": [(b, c, h // 2, w // 2) for b, c, h, w in pooled],
+        "cross_entropy": [(20, 10)],
+        "sgd_nesterov": [[*vectors, (24,)], [(10, 256)], vectors],
+        "muon": [filters],
     }
-    # the first layer's bias is trained for a part of the run only
-    assert len(called - made) == 1 and len(made) == len(cases.blink_cases(16))
-    assert made < called
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recorded_case_can_be_called(name):
+    """With a gradient where there is one, from random arguments of its shapes."""
+    ops = set()
+    for case in cases.recipe_cases(name, 2):
+        if case.op not in ops:
+            ops.add(case.op)
+            assert providers.truth_of(case, case.make(torch.device("cpu"), torch.float32))
 
 
 def broken(how):
@@ -287,9 +284,9 @@ def test_list_names_every_op(capsys):
     [
         (["conv"], "unknown op 'conv'"),
         (["--json", "."], "is a folder; name a file"),
-        (["--shapes", "1x2x3"], "expected network, blink, sweep or BxHxWxC"),
-        (["--shapes", "1x0x3x4"], "expected network, blink, sweep or BxHxWxC"),
-        (["--shapes", "1x1x3x4"], "at least 2"),
+        (["--shapes", "1x2x3"], "expected network, blink, hlb, hlb-3x3, air, sweep or BxCxHxW"),
+        (["--shapes", "1x4x0x3"], "expected network, blink, hlb, hlb-3x3, air, sweep or BxCxHxW"),
+        (["--shapes", "1x4x1x3"], "at least 2"),
         (["--list", "--shapes", "blink", "se_gate"], "--shapes blink has no case of se_gate"),
         (["--dtype", "float8"], "unknown 'float8'"),
         (["--providers", "jax"], "unknown 'jax'"),

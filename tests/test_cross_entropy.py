@@ -88,7 +88,7 @@ def test_counts_correct_rows(case, dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(batch, classes, label_smoothing, scale, dtype):
-    case = cross_entropy(batch, classes, label_smoothing, scale)
+    case = cross_entropy(batch, classes, label_smoothing=label_smoothing, scale=scale)
     judge(case, dtype, TOLERANCES[dtype].loosened(10), versus_pytorch=False)
 
 
@@ -105,7 +105,7 @@ def test_huge_logits(classes, label_smoothing):
             "logits": ((torch.rand(6, classes, device=DEVICE) * 2 - 1) * size).to(dtype),
             "labels": torch.randint(classes, (6,), device=DEVICE),
         }
-        case = cross_entropy(6, classes, label_smoothing, scale)
+        case = cross_entropy(6, classes, label_smoothing=label_smoothing, scale=scale)
         judge_on(case, tensors, dtype, TOLERANCES[dtype])
 
 

@@ -51,7 +51,7 @@ def test_matches_float64(case, dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(batch, channels, height, width, gate, residual, training, dtype):
-    case = excite_norm_act_add(batch, channels, height, width, gate, residual, training)
+    case = excite_norm_act_add(batch, channels, height, width, gate, residual, training=training)
     judge(case, dtype, TOLERANCES[dtype].loosened(10), versus_pytorch=False)
 
 

@@ -87,8 +87,8 @@ SMALL = [case for parts in subsets(GATHER_PARTS) for case in both_ops(3, 6, 7, 1
 SMALL += [
     *both_ops(1, 5, 9, 5, gather=GATHER_PARTS, activation="silu"),
     *both_ops(1, 8, 3, 40, kernel=3, gather=GATHER_PARTS, activation="relu"),
-    *both_ops(2, 7, 5, 12, channels=1, gather=GATHER_PARTS, activation=None),
-    *both_ops(2, 6, 5, 24, channels=4, gather=("jitter",)),
+    *both_ops(2, 7, 5, 12, image_channels=1, gather=GATHER_PARTS, activation=None),
+    *both_ops(2, 6, 5, 24, image_channels=4, gather=("jitter",)),
     whiten(2, 6, 5, 12, activation=None, gather=("shift", "flip")),
     whiten_project_norm_act(2, 6, 7, 12, training=False, gather=("shift", "flip")),
     whiten_project_norm_act(2, 6, 7, 12, training=False, gather=GATHER_PARTS),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
-from blink.kernels.examine.cases import AIR_FILTERS, mapped, muon
+from blink.kernels.examine.cases import mapped, muon, recipe_cases
 from blink.kernels.examine.compile_report import allowed_spills
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of
@@ -61,8 +61,9 @@ COMPILING = """
 import torch
 from blink.kernels.examine.ahead_of_time import capture, compile_launch
 from tests.test_muon import *
+(case,) = (case for case in recipe_cases("air") if case.op == "muon")
 for variant in VARIANTS:
-    launches = capture(varied(muon(AIR_FILTERS), variant), torch.float16)
+    launches = capture(varied(case, variant), torch.float16)
     for launch in (launches[0], launches[-1]):
         made = compile_launch(launch, "sm_90")
         print(made.kernel, made.spills)
@@ -83,7 +84,7 @@ def test_no_variant_spills_registers():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_matches_float64_at_the_networks_shapes(dtype):
-    case = muon(AIR_FILTERS)
+    (case,) = (case for case in recipe_cases("blink") if case.op == "muon")
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
 
 
@@ -95,7 +96,7 @@ def test_matches_float64_at_the_networks_shapes(dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shapes(shapes, weight_decay, renormalize, dtype):
-    case = muon(shapes, weight_decay, renormalize)
+    case = muon(shapes, weight_decay=weight_decay, renormalize=renormalize)
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype] * 10, times_pytorch=None)
 
 

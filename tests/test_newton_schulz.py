@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
-from blink.kernels.examine.cases import AIR_FILTERS, newton_schulz
+from blink.kernels.examine.cases import further_cases, newton_schulz
 from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
 
@@ -48,7 +48,8 @@ def test_matches_float64(case, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_matches_float64_at_the_networks_shapes(dtype):
-    judged(newton_schulz(AIR_FILTERS), dtype)
+    (case,) = (case for case in further_cases() if case.op == "newton_schulz")
+    judged(case, dtype)
 
 
 @settings(max_examples=8, deadline=None)
@@ -58,7 +59,7 @@ def test_matches_float64_at_the_networks_shapes(dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shapes(shapes, steps, dtype):
-    case = newton_schulz(shapes, steps)
+    case = newton_schulz(shapes, steps=steps)
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype] * 3, times_pytorch=None)
 
 
@@ -150,7 +151,7 @@ def test_results_keep_their_matrix_dtype():
 @pytest.mark.parametrize("steps, dtype, expected", [(1, 16, 5), (3, 16, 12), (5, 16, 20), (3, 32, 13)])
 def test_launches(steps, dtype, expected):
     """All of the network's filters together: gather, X X^T and its sum, 1 to 8 with m x m products, Q X."""
-    case = newton_schulz([(32, 24, 3, 3), (64, 64), (90, 100)], steps)
+    case = newton_schulz([(32, 24, 3, 3), (64, 64), (90, 100)], steps=steps)
     with captured_launches() as launches:
         case.call(kernels, case.make(DEVICE, torch.float32), getattr(torch, f"float{dtype}"))
     assert len(launches) == expected

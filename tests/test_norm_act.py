@@ -46,7 +46,7 @@ def test_matches_float64(case, dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shape(batch, channels, height, width, training, dtype):
-    case = norm_act(batch, channels, height, width, training)
+    case = norm_act(batch, channels, height, width, training=training)
     judge(case, dtype, TOLERANCES[dtype].loosened(10), versus_pytorch=False)
 
 

@@ -54,7 +54,7 @@ def test_matches_float64(case, dtype):
 )
 def test_any_shape(batch, channels, height, width, training, squeeze, fork, dtype):
     # two images of one window each leave 2 values a channel, whose variance can be next to nothing
-    case = pool_norm_act(batch, channels, height, width, training, eps=1e-3, squeeze=squeeze, fork=fork)
+    case = pool_norm_act(batch, channels, height, width, training=training, eps=1e-3, squeeze=squeeze, fork=fork)
     judge(case, dtype, TOLERANCES[dtype].loosened(10), versus_pytorch=False)
 
 

@@ -12,10 +12,10 @@ from blink.experiments.profile.costs import step_costs
 from blink.experiments.profile.measure import Comparison, Profile, Row
 from blink.experiments.profile.report import comparison_lines, convolution_table, table
 from blink.experiments.profile.trace import Work, matched_owners, steps_of
+from blink.kernels.registry import Cost
 from blink.model import backend, convolution
 from blink.model.network import Network
-from blink.training.optimizer import Optimizer
-from blink.training.recipes import AIR, HLB
+from blink.training.recipes import AIR, HLB, RECIPES
 from tests.oracle import DEVICE
 
 
@@ -173,8 +173,7 @@ def test_convolution_flops_are_those_that_pytorch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     network = Network(recipe.network, 10, (3, 32, 32), backend.eager())
-    optimizer = Optimizer(network, recipe, 4, 1, 1, backend.reference())
-    costs = step_costs(network, optimizer, 4, (3, 32, 32))
+    costs = step_costs(recipe, 4, 10, (3, 32, 32), 4)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         network(images).sum().backward()
@@ -183,6 +182,23 @@ def test_convolution_flops_are_those_that_pytorch_counts(recipe):
     gates = sum(cost.flops for (part, _), cost in costs.items() if part.endswith(".se"))
     # the fused stem also counts its moments and folds its two products into one
     assert ours + gates == pytest.approx(counted, rel=0.02)
+
+
+def test_counts_of_hlbs_first_pooling_and_of_a_muon_step_by_hand():
+    costs = step_costs(HLB, 512, 10, (3, 32, 32), 4)
+    x, windows = 512 * 128 * 31 * 31, 512 * 128 * 15 * 15
+    # of y's two users both gradients and pooled twice, the index twice a quarter byte, dx
+    assert costs["groups.0.norm1", "bwd"] == Cost((3 * 2 * windows + x) * 4 + windows // 4) == Cost(609_501_184)
+    costs = step_costs(AIR, 2000, 10, (3, 32, 32), 2)
+    filters = [(64, 216), (64, 576), (256, 576), *[(256, 2304)] * 3]
+    vectors, head = 24 + 2 * 64 + 4 * 256, 10 * 256
+    moved = 9 * 2 * sum(m * k for m, k in filters) + 5 * (4 * vectors + 2 * head)
+    assert costs["optimizer", "fwd"] == Cost(moved, sum(3 * m * m * k + 9 * m**3 for m, k in filters))
+
+
+def test_a_stem_of_several_calls_is_not_counted_in_part():
+    parts = {part for part, _ in step_costs(RECIPES["hlb-3x3"], 8, 10, (3, 32, 32), 2)}
+    assert "stem" not in parts and {"groups.0.conv1", "groups.2.se", "head", "loss", "optimizer"} <= parts
 
 
 def profile_of(rows, idle=1.0):

@@ -46,7 +46,7 @@ def test_plain_momentum_matches_float64(dtype):
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_shapes(shapes, weight_decay, dtype):
-    case = sgd_nesterov(shapes, weight_decay)
+    case = sgd_nesterov(shapes, weight_decay=weight_decay)
     # a result smaller than what it was summed from has more of its rounding
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype] * 50, times_pytorch=None)
 

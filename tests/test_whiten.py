@@ -23,8 +23,8 @@ CASES = [
     whiten(1, 5, 9, 12, activation="silu"),
     whiten(3, 8, 7, 27, kernel=3, activation="relu"),
     whiten(2, 7, 6, 12, bias=False),
-    whiten(2, 6, 5, 80, channels=1),
-    whiten(2, 6, 5, 16, channels=4, activation=None),
+    whiten(2, 6, 5, 80, image_channels=1),
+    whiten(2, 6, 5, 16, image_channels=4, activation=None),
 ]
 
 

@@ -23,8 +23,8 @@ CASES = [
     whiten_project_norm_act(2, 32, 32, 32),
     whiten_project_norm_act(1, 5, 9, 5, activation="silu"),
     whiten_project_norm_act(3, 8, 7, 80, kernel=3, activation="relu"),
-    whiten_project_norm_act(2, 6, 5, 12, channels=1, activation=None),
-    whiten_project_norm_act(2, 6, 5, 24, channels=4),
+    whiten_project_norm_act(2, 6, 5, 12, image_channels=1, activation=None),
+    whiten_project_norm_act(2, 6, 5, 24, image_channels=4),
     whiten_project_norm_act(2, 32, 32, 32, training=False),
     whiten_project_norm_act(1, 2, 2, 3, training=False, activation=None),
 ]

@@ -16,10 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from blink.experiments.profile.costs import step_costs
 from blink.experiments.profile.trace import PART, STEP, Step, Work, steps_of
 from blink.kernels.examine.bench.measure import copy_time, matmul_rate
-from blink.kernels.examine.cases import Cost
+from blink.kernels.examine.cases import layers_of
+from blink.kernels.registry import Cost
 from blink.model.backend import Backend
-from blink.model.convolution import Conv3x3
-from blink.model.layers import NormAct, SEGate, Stem
 from blink.training.step import Phase
 from blink.training.trainer import Trainer
 
@@ -108,11 +107,8 @@ def add_regions(trainer: Trainer, layers: bool) -> None:
     trainer.batches.take = in_region("batch", trainer.batches.take)
     if not layers:
         return
-    kinds = (Stem, Conv3x3, NormAct, SEGate, nn.Linear)
-    for name, module in trainer.network.named_modules():
-        inside = name.startswith("stem.") or ".se." in name
-        if isinstance(module, kinds) and not inside:
-            _hook(module, name)
+    for name, module in layers_of(trainer.network):
+        _hook(module, name)
 
 
 def _hook(module: nn.Module, name: str) -> None:
@@ -205,8 +201,9 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
         steps = trace_steps(plain, folder / "trace-graph.json.gz", eager=steps[-1].work)
 
     trainer = stepper.trainer
-    costs = step_costs(trainer.network, trainer.optimizer, trainer.budget.batch_size, trainer.image_shape)
-    dtype = trainer.network.head.weight.dtype if device.type == "cuda" else torch.float32
+    classes, weight = len(trainer.dataset.classes), trainer.network.head.weight
+    costs = step_costs(trainer.recipe, trainer.budget.batch_size, classes, trainer.image_shape, weight.element_size())
+    dtype = weight.dtype if device.type == "cuda" else torch.float32
     copy_rate = _COPY_BYTES / (copy_time(_COPY_BYTES, device, _ROOF_SECONDS).best * 1e-6)
     product_rate = matmul_rate(dtype, device, _ROOF_SECONDS)
     mean: dict[tuple[str, str], float] = defaultdict(float)

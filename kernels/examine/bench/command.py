@@ -12,8 +12,9 @@ import torch
 from blink.command import listed, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
+from blink.training.recipes import RECIPES
 
-from ... import environment, interpreting
+from ... import environment, interpreting, registry
 from .. import cases
 from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
@@ -23,9 +24,9 @@ EXAMPLES = (
     "blink bench --json bench.json --plot bench/",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-OPS = tuple(dict.fromkeys(case.op for case in cases.network_cases(1)))
-# what --shapes names: the cases, at a batch
-NAMED = {"network": (cases.network_cases, 512), "blink": (cases.blink_cases, 2000)}
+OPS = tuple(registry.OPS)
+# what --shapes names
+NAMED = ("network", *RECIPES)
 _REDUCED_BATCH = 2
 _QUICK_BATCH = 128
 
@@ -87,9 +88,9 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Ca
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
     ops = options.ops or OPS
     if options.shapes in NAMED:
-        make, batch = NAMED[options.shapes]
-        pairs = list(zip(make(_QUICK_BATCH if options.quick else batch), make(_REDUCED_BATCH)))
-        pairs = [pair for pair in pairs if pair[0].op in ops]
+        batch = _QUICK_BATCH if options.quick else None
+        made = [pair for make in cases.makers(options.shapes) for pair in zip(make(batch), make(_REDUCED_BATCH))]
+        pairs = list({(pair[0].op, pair[0].label): pair for pair in made if pair[0].op in ops}.values())
     else:
         shapes = cases.SWEEP if options.shapes == "sweep" else parse_shapes(options.shapes)
         pairs = [
@@ -184,7 +185,13 @@ def timed(case, ops, tensors, dtype, backward: bool, device, seconds: float, cos
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is timed").add_argument
     add("ops", nargs="*", metavar="OP", type=op_name, help=f"default: all of {', '.join(OPS)}")
-    add("--shapes", default="network", metavar="S", help=f"{', '.join(NAMED)}, sweep or BxHxWxC,... (default: network)")
+    add(
+        "--shapes",
+        default="network",
+        metavar="S",
+        help=f"{', '.join(NAMED)}, sweep or BxCxHxW,... (default: network, that is blink's, hlb's and further ones)",
+    )
+    add("--recipe", dest="shapes", choices=RECIPES, help="the shapes of this recipe, as --shapes takes them too")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
     add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...",
         help=f"of {', '.join(providers.NAMES)} (default: all)")  # fmt: skip
@@ -211,8 +218,8 @@ def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
     for part in text.split(","):
         sizes = part.split("x")
         if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-            raise UserError(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxHxWxC, as in 512x15x15x128")
-        if min(int(sizes[1]), int(sizes[2])) < 2:
+            raise UserError(f"--shapes {part!r}: expected {', '.join(NAMED)}, sweep or BxCxHxW, as in 512x128x15x15")
+        if min(int(sizes[2]), int(sizes[3])) < 2:
             raise UserError(f"--shapes {part!r}: height and width must be at least 2, the whitening kernel's size")
         shapes.append(tuple(map(int, sizes)))
     return shapes

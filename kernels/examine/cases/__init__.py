@@ -1,117 +1,92 @@
-"""One list of calls for every op: the shapes that the hlb network and the recipe blink really use, and any other.
+"""Cases of every op: the calls that recipes make, and any other, from what each op's file registers.
 
-The tests, the ahead-of-time compile report and the benchmarks all work from it, so a new op is registered once, here,
-with its arguments and what its mathematics costs. Bytes are what an ideal fused op must move to and from memory: each
-large tensor once for every pass that a dependency forces; vectors of a value per channel are left out.
+The tests, the ahead-of-time compile report and the benchmarks all work from them. `cases.whiten(2, 32, 32, 24)`, and so
+for each op, is a case at the sizes that its file names.
 """
 
-from .base import Case, Cost, Tensors, activations, images, mapped, named
-from .blink import blink_cases
-from .layers import (
-    cross_entropy,
-    excite_norm_act_add,
-    norm_act,
-    pool_norm_act,
-    se_gate,
-    squeeze_excite,
-)
-from .updates import AIR_FILTERS, HLB_SHAPES, muon, narrowed, newton_schulz, sgd_nesterov
-from .whitening import GATHER_PARTS, whiten, whiten_project_norm_act
+import inspect
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+
+from blink.training.recipes import RECIPES
+
+from ...gather import PARTS as GATHER_PARTS
+from ...registry import OPS, Argument, Cost
+from .base import Case, Tensors, case_of, mapped, named
+from .recorded import Call, layers_of, recorded_calls
+from .values import images
 
 __all__ = [
-    "AIR_FILTERS", "GATHER_PARTS", "HLB_SHAPES", "SWEEP", "Case", "Cost", "Tensors", "activations", "blink_cases",
-    "case_at", "cross_entropy", "excite_norm_act_add", "images", "mapped", "muon", "named", "network_cases",
-    "newton_schulz", "norm_act", "pool_norm_act", "se_gate", "sgd_nesterov", "small_cases", "squeeze_excite", "whiten",
-    "whiten_project_norm_act",
+    "GATHER_PARTS", "SWEEP", "Argument", "Call", "Case", "Cost", "Tensors", "case_at", "further_cases", "images",
+    "layers_of", "makers", "mapped", "named", "network_cases", "recipe_cases", "recorded_calls", "small_cases",
 ]  # fmt: skip
 
+# below this batch, where the interpreter only checks results, optimizers get fewer channels by this factor
+_SMALL_BATCH, _FEWER = 16, 8
+# hlb's
+_FURTHER_BATCH = 512
 
-def network_cases(batch: int = 512) -> list[Case]:
-    """Every call of the hlb network in a training step on 32x32 images; also what airbench's has beside it, the first
-    ones of a step on smaller images, cross_entropy at ImageNet's class count, the whitening ops with a gather (hlb's,
-    and all that one can do), and gates as wide as hlb's with reduction 4, EfficientNet's and the widest of RegNet's.
 
-    Optimizers do not depend on the batch; below 16, where the interpreter only checks results, they get fewer channels.
+def __getattr__(op: str):
+    """The maker of an op's cases."""
+    if op in OPS:
+        return partial(case_of, op)
+    raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
+
+
+def unique(cases: Iterable[Case]) -> list[Case]:
+    """One of each op and label."""
+    return list({(case.op, case.label): case for case in cases}.values())
+
+
+@cache
+def recipe_cases(name: str, batch: int | None = None) -> list[Case]:
+    """Every call of a recipe's training steps, in all phases and at all image sizes, at its own or another batch."""
+    recipe = RECIPES[name]
+    batch = batch or recipe.batch_size
+    found = unique(Case(c.op, c.arguments, c.options) for c in recorded_calls(recipe, batch) if c.op in OPS)
+    return [case.with_fewer(_FEWER) if batch < _SMALL_BATCH else case for case in found]
+
+
+def further_cases(batch: int | None = None) -> list[Case]:
+    """What no recipe calls and must work all the same, as each op's file says."""
+    found, batch = [], batch or _FURTHER_BATCH
+    for name, known in OPS.items():
+        batched = "batch" in inspect.signature(known.arguments).parameters
+        found += [case_of(name, **{"batch": batch} if batched else {}, **sizes) for sizes in known.further]
+    return [case.with_fewer(_FEWER) if batch < _SMALL_BATCH else case for case in found]
+
+
+def makers(name: str) -> list[Callable[[int | None], list[Case]]]:
+    """What makes the cases of a recipe, or of the "network": the recipes blink and hlb, and further ones; each of a
+    batch, None for its own, and in the same order for any.
     """
-    divisor = 8 if batch < 16 else 1
-    return [
-        whiten(batch, 32, 32, 24),
-        whiten(batch, 32, 32, 12),
-        whiten_project_norm_act(batch, 32, 32, 32),
-        whiten_project_norm_act(batch, 32, 32, 32, kernel=3),
-        whiten(batch, 32, 32, 24, gather=("shift", "flip")),
-        whiten(batch, 32, 32, 24, gather=GATHER_PARTS),
-        whiten_project_norm_act(batch, 32, 32, 32, gather=("shift", "flip")),
-        whiten_project_norm_act(batch, 32, 32, 32, gather=GATHER_PARTS),
-        whiten_project_norm_act(batch, 32, 32, 32, kernel=3, gather=GATHER_PARTS),
-        whiten(batch, 24, 24, 24, gather=("shift", "flip")),
-        pool_norm_act(batch, 128, 31, 31, fork=True),
-        pool_norm_act(batch, 64, 23, 23, squeeze=False),
-        pool_norm_act(batch, 256, 15, 15, squeeze=False),
-        pool_norm_act(batch, 512, 7, 7, fork=True),
-        se_gate(batch, 128, 8),
-        se_gate(batch, 512, 32),
-        se_gate(batch, 512, 128),
-        se_gate(batch, 2000, 500),
-        excite_norm_act_add(batch, 128, 15, 15),
-        excite_norm_act_add(batch, 512, 3, 3),
-        norm_act(batch, 128, 15, 15),
-        norm_act(batch, 256, 7, 7),
-        norm_act(batch, 512, 3, 3),
-        squeeze_excite(batch, 128, 15, 15, 8, activation="gelu"),
-        squeeze_excite(batch, 512, 3, 3, 32, activation="gelu"),
-        squeeze_excite(batch, 1152, 7, 7, 48, activation="silu"),
-        squeeze_excite(batch, 2000, 7, 7, 500),
-        cross_entropy(batch, 10),
-        cross_entropy(2000, 10),
-        cross_entropy(batch, 1000),
-        sgd_nesterov(narrowed(HLB_SHAPES, divisor), rates=True),
-        newton_schulz(narrowed(AIR_FILTERS, divisor)),
-        muon(narrowed(AIR_FILTERS, divisor), rates=True),
-    ]
+    recipes = [partial(recipe_cases, recipe) for recipe in (("blink", "hlb") if name == "network" else (name,))]
+    return [*recipes, further_cases] if name == "network" else recipes
+
+
+def network_cases(batch: int | None = None) -> list[Case]:
+    """The cases of the recipes blink and hlb, each at its own batch or all at this one, and further ones."""
+    return unique(case for make in makers("network") for case in make(batch))
 
 
 def small_cases() -> list[Case]:
-    """One cheap call of every op, but of values enough that the ratio of two root mean square errors is no luck."""
-    return [
-        whiten(2, 6, 7, 12),
-        whiten_project_norm_act(3, 8, 7, 12),
-        whiten(2, 6, 7, 12, gather=GATHER_PARTS),
-        whiten_project_norm_act(2, 6, 7, 5, gather=GATHER_PARTS),
-        pool_norm_act(2, 12, 5, 7),
-        se_gate(3, 20, 5),
-        norm_act(2, 12, 3, 5),
-        excite_norm_act_add(2, 12, 3, 5),
-        squeeze_excite(2, 12, 3, 5, 4),
-        cross_entropy(5, 7),
-        sgd_nesterov([(12, 3, 3, 3), (7, 5), (9,)]),
-        newton_schulz([(12, 3, 3, 3), (7, 5)]),
-        muon([(12, 3, 3, 3), (7, 5)]),
-    ]
+    """A few cheap calls of every op, but of values enough that the ratio of two root mean square errors is no luck."""
+    return [case_of(name, **sizes) for name, known in OPS.items() for sizes in known.small]
 
 
-def case_at(op: str, batch: int, height: int, width: int, channels: int) -> Case:
+def case_at(op: str, batch: int, channels: int, height: int, width: int) -> Case:
     """The case of `op` for [batch, channels, height, width]; for the whitening ops, images of height x width; for
     cross_entropy, as many classes as channels.
 
-    Optimizer ops take a 3x3 convolution of `channels` with its bias, whatever the batch and the images.
+    Optimizer ops take a 3x3 convolution of `channels`, whatever the batch and the images.
     """
-    hidden = max(1, channels // 16)
-    (filters,) = narrowed([(channels, channels, 3, 3)], 8 if batch < 16 else 1)
-    return {
-        "whiten": lambda: whiten(batch, height, width, channels),
-        "whiten_project_norm_act": lambda: whiten_project_norm_act(batch, height, width, channels),
-        "se_gate": lambda: se_gate(batch, channels, hidden),
-        "norm_act": lambda: norm_act(batch, channels, height, width),
-        "excite_norm_act_add": lambda: excite_norm_act_add(batch, channels, height, width),
-        "pool_norm_act": lambda: pool_norm_act(batch, channels, height, width),
-        "squeeze_excite": lambda: squeeze_excite(batch, channels, height, width, hidden),
-        "cross_entropy": lambda: cross_entropy(batch, channels),
-        "sgd_nesterov": lambda: sgd_nesterov([filters, filters[:1]]),
-        "newton_schulz": lambda: newton_schulz([filters]),
-        "muon": lambda: muon([filters]),
-    }[op]()
+    sizes = {"batch": batch, "channels": channels, "height": height, "width": width, "classes": channels}
+    sizes |= {"filters": channels, "hidden": max(1, channels // 16), "shapes": [(channels, channels, 3, 3)]}
+    parameters = inspect.signature(OPS[op].arguments).parameters.values()
+    case = case_of(op, **{p.name: sizes[p.name] for p in parameters if p.default is p.empty})
+    return case.with_fewer(_FEWER) if batch < _SMALL_BATCH else case
 
 
-# (batch, height, width, channels): the network's resolutions and widths at batches around its own
-SWEEP = [(b, s, s, c) for b in (128, 512, 2048) for s, c in ((32, 32), (15, 128), (7, 256), (3, 512))]
+# [batch, channels, height, width]: the network's resolutions and widths at batches around its own
+SWEEP = [(b, c, s, s) for b in (128, 512, 2048) for s, c in ((32, 32), (15, 128), (7, 256), (3, 512))]

@@ -1,18 +1,28 @@
 """What a case is: one call of one op with its arguments and costs."""
 
+import inspect
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
+from ... import reference
 from ...gather import Gather
+from ...registry import OPS, Argument, Arguments, Cost, Op
+from .values import GATHER, random_value
 
 Tensors = dict[str, Tensor | list[Tensor] | None]
 
+# options that change numbers and no work
+_UNTOLD = ("momentum", "eps", "weight_decay", "coefficients")
 
-def mapped(function: Callable[[Tensor], Tensor], value: Tensor | list[Tensor] | None):
-    """function of a tensor, or of every tensor of a list; None stays None."""
+
+def mapped(function: Callable, value):
+    """function of a value, or of every one of a list; None stays None."""
     if value is None:
         return None
     return [function(v) for v in value] if isinstance(value, list) else function(value)
@@ -25,74 +35,141 @@ def named(name: str, value: Tensor | list[Tensor] | None) -> dict[str, Tensor]:
     return {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
 
 
-GATHER = "gather."
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes moved and floating-point operations (a multiply-add is two), of the matrix products only."""
-
-    bytes: int
-    flops: int = 0
-
-
 @dataclass(frozen=True)
 class Case:
-    """One call of one op.
+    """One call of one op, made of what its file registers.
 
-    make(device, dtype): fresh random arguments by name, activations and weights in `dtype`. Names "gather.*", here and
-        in the options, are fields of the op's `gather`: what copies or converts arguments handles tensors only.
-    differentiable: the arguments that get a gradient, none if the op is not differentiable; buffers: those that the op
-    updates in place.
-    cost(itemsize): of the forward pass, and of the backward pass if there is one, for activations of that many bytes.
-    options: keyword arguments; takes_dtype: whether the op has a `dtype` option for its result.
-    combine: of an op that returns a tuple: one tensor that depends on every output that has a gradient.
+    arguments: shapes and dtypes by name. Names "gather.*", here and in the options, are fields of the op's `gather`:
+        what copies or converts arguments handles tensors only.
+    options: keyword arguments; states_dtype: whether the call states the dtype of its result where the op lets it.
     """
 
     op: str
-    label: str
-    make: Callable[[torch.device, torch.dtype], Tensors]
-    differentiable: tuple[str, ...]
-    cost: Callable[[int], dict[str, Cost]]
-    buffers: tuple[str, ...] = ()
-    options: dict = field(default_factory=dict)
-    takes_dtype: bool = False
-    combine: Callable[..., Tensor] | None = None
+    arguments: Arguments
+    options: dict
+    states_dtype: bool = True
+
+    @property
+    def known(self) -> Op:
+        return OPS[self.op]
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        """The arguments that get a gradient, none if the op is not differentiable."""
+        return tuple(name for name in self.known.differentiable if self.arguments[name] is not None)
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """The arguments that the op updates in place."""
+        return self.known.updates
+
+    @property
+    def takes_dtype(self) -> bool:
+        return "dtype" in self._defaults
+
+    @cached_property
+    def _defaults(self) -> dict:
+        parameters = inspect.signature(getattr(reference, self.op)).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def cost(self, itemsize: int) -> dict[str, Cost]:
+        """Of the forward pass, and of the backward pass if there is one, for activations of that many bytes."""
+        return self.known.cost(self.arguments, {**self._defaults, **self.options}, itemsize)
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> Tensors:
+        """Fresh random arguments by name, activations and weights in `dtype`."""
+        facts = {**self.arguments, **self.options}
+
+        def values(name: str):
+            return lambda argument: random_value(name, argument, facts, device, dtype)
+
+        # the largest last
+        made = {name: mapped(values(name), self.arguments[name]) for name in reversed(self.arguments)}
+        return {name: made[name] for name in self.arguments}
 
     def combined(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """One tensor that depends on every output: what is called and compared where one tensor is wanted."""
+        """One tensor that depends on every output that has a gradient, or else on every result: what is called and
+        compared where one tensor is wanted.
+        """
         y = self.call(ops, tensors, dtype)
         if y is None or isinstance(y, list):
             # an op that only updates its buffers, or one of many results
             values = y or [v for name in self.buffers for v in named(name, tensors[name]).values()]
             return torch.cat([v.detach().flatten() for v in values])
-        return self.combine(*y) if isinstance(y, tuple) else y
+        if not isinstance(y, tuple):
+            return y
+        first, *others = (v for v in y if v is not None and v.is_floating_point())
+        alike = [v for v in others if v.shape == first.shape]
+        for value in others:
+            if value.shape != first.shape:
+                first = first + value.reshape(*value.shape, *(1,) * (first.dim() - value.dim())).to(first.dtype)
+        # side by side, so that each gets a gradient of its own
+        return torch.cat([first, *alike]) if alike else first
 
     def call(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor | tuple[Tensor, ...] | list[Tensor] | None:
         """Call the op of the package or of its `reference`; dtype is the result's where the op lets one choose."""
-        options = {**self.options, "dtype": dtype} if self.takes_dtype else self.options
-        arguments = {**tensors, **options}
+        arguments = {**tensors, **self.options, **({"dtype": dtype} if self.states_dtype and self.takes_dtype else {})}
         fields = {name: arguments.pop(name) for name in list(arguments) if name.startswith(GATHER)}
         if fields:
             arguments["gather"] = Gather(**{name.removeprefix(GATHER): value for name, value in fields.items()})
         return getattr(ops, self.op)(**arguments)
 
+    @cached_property
+    def label(self) -> str:
+        """Shapes, and what differs from a call with every argument and the op's own options."""
+        present = {name: value for name, value in self.arguments.items() if value is not None}
+        first, *others = ((name, value) for name, value in present.items() if not name.startswith(GATHER))
+        parts = [_shapes(first[1])]
+        seen = set()
+        for name, value in others:
+            if isinstance(value, list):
+                if any(v.dtype != w.dtype for v, w in zip(value, first[1])):
+                    parts.append(f"{name}-{value[0].dtype}".replace("torch.", ""))
+            elif "weight" in name and len(value.shape) > 1 and tuple(sorted(value.shape)) not in seen:
+                seen.add(tuple(sorted(value.shape)))
+                parts.append(_shapes(value))
+        parts += [f"no{name}" for name, value in self.arguments.items() if value is None]
+        if "lr" in present and present["lr"].numel > 1:
+            parts.append("rates")
+        if GATHER + "index" in present:
+            batch, gathered = present[GATHER + "index"].shape[0], [n for n in present if n.startswith(GATHER)]
+            parts[0] = _shapes(present["images"]._replace(shape=(batch, *present["images"].shape[1:])))
+            parts.append("gather" + "".join(sorted(name.removeprefix(GATHER)[0] for name in gathered[1:])))
+        for name, value in self.options.items():
+            if name == "activation" or isinstance(value, str):
+                parts.append(str(value))
+            elif name not in _UNTOLD and not name.startswith(GATHER) and value != self._defaults.get(name):
+                parts.append(f"{'' if value else 'no'}{name}" if isinstance(value, bool) else f"{name}{value:g}")
+        return "-".join(parts)
 
-def images(device, batch: int, height: int, width: int, channels: int = 3) -> Tensor:
-    """Random uint8 images, smooth enough that neighbouring pixels correlate as in photographs."""
-    coarse = torch.rand(batch, channels, max(1, height // 4), max(1, width // 4))
-    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
-    noisy = (smooth * 200 + torch.rand(batch, channels, height, width) * 55).to(torch.uint8)
-    return noisy.to(device).contiguous(memory_format=torch.channels_last)
+    def with_fewer(self, divisor: int) -> "Case":
+        """Of an op on lists, the same call on tensors of as many times fewer channels."""
+        if not any(isinstance(value, list) for value in self.arguments.values()):
+            return self
+
+        def narrowed(argument: Argument) -> Argument:
+            few = (max(4, size // divisor) for size in argument.shape[:2])
+            return argument._replace(shape=(*few, *argument.shape[2:]))
+
+        lists = {n: mapped(narrowed, v) if isinstance(v, list) else v for n, v in self.arguments.items()}
+        return replace(self, arguments=lists)
 
 
-def activations(device, dtype, *shape: int) -> Tensor:
-    x = torch.randn(shape).to(device=device, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last)
+def _shapes(value: Argument | list[Argument]) -> str:
+    """Of a list as matrices, equal ones counted: 64x216+3*256x2304; of many different ones only how many values."""
+    if isinstance(value, Argument):
+        return "x".join(map(str, value.shape))
+    counts = Counter("x".join(map(str, [*v.shape[:1], *([prod(v.shape[1:])] if v.shape[1:] else [])])) for v in value)
+    if len(counts) > 4:
+        return f"{len(value)}-tensors-{sum(v.numel for v in value)}"
+    return "+".join(f"{n}*{name}" if n > 1 else name for name, n in counts.items())
 
 
-def running_statistics(device, channels: int) -> Tensors:
-    return {
-        "running_mean": torch.randn(channels, device=device),
-        "running_var": torch.rand(channels, device=device) + 0.5,
-    }
+def case_of(op: str, *sizes, **keywords) -> Case:
+    """A call of `op` at these sizes, as its file's `arguments` takes them; other keywords are options of the call."""
+    known = OPS[op]
+    own = inspect.signature(known.arguments).parameters
+    made = known.arguments(*sizes, **{name: keywords.pop(name) for name in list(keywords) if name in own})
+    stated = {name: value for name, value in made.items() if isinstance(value, Argument | list) or value is None}
+    options = known.options | keywords | {name: value for name, value in made.items() if name not in stated}
+    return Case(op, stated, options)
