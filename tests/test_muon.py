@@ -62,8 +62,8 @@ COMPILING = """
 import torch
 from blink.kernels.examine.ahead_of_time import capture, compile_launch
 from tests.test_muon import *
+(case,) = (case for case in recipe_cases("air") if case.op == "muon")
 for variant in VARIANTS:
-    case = next(case for case in recipe_cases("air") if case.op == "muon")
     launches = capture(varied(case, variant), torch.float16)
     for launch in (launches[0], launches[-1]):
         made = compile_launch(launch, "sm_90")
