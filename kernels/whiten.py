@@ -238,7 +238,7 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
     cost=_cost,
     differentiable=("bias",),
     options={"activation": "gelu"},
-    small=[dict(batch=2, height=6, width=7, filters=12, gather=parts) for parts in (None, PARTS)],
+    small=[dict(batch=3, height=6, width=7, filters=40, gather=parts) for parts in (None, PARTS)],
     further=[
         dict(height=32, width=32, filters=24),
         dict(height=32, width=32, filters=12),
