@@ -232,7 +232,7 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
     cost=_cost,
     differentiable=("x", *GATE_WEIGHTS),
     options={"activation": "relu"},
-    small=[dict(batch=2, channels=12, height=3, width=5, hidden=4)],
+    small=[dict(batch=3, channels=20, height=3, width=5, hidden=5)],
     # after hlb's two gated groups, in EfficientNet, and the widest of RegNet's and MobileNetV3's
     further=[
         dict(channels=128, height=15, width=15, hidden=8, activation="gelu"),
