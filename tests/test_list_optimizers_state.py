@@ -135,7 +135,7 @@ def test_parameters_of_several_devices_are_one_group():
     seen = []
 
     class Recording(SGD):
-        def _update(self, ops, params, grads, buffers, lr, group):
+        def _update(self, params, grads, buffers, lr, group):
             seen.append(([p.device.type for p in params], {b.device.type for b in buffers}, lr.device.type))
 
     params = parameters([(2, 2)], device="cpu") + parameters([(3, 2)], device="meta") + parameters([(4,)], device="cpu")

@@ -273,10 +273,11 @@ def test_the_pages_code_runs():
     page = (Path(__file__).resolve().parent.parent / "docs" / "ops.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert blocks
+    scope: dict = {}
     for block in blocks:
-        scope: dict = {}
         exec(block, scope)
-        assert scope["matrices"] == [scope["body"][0].weight] and len(scope["rest"]) == 5
+    assert scope["replaced"] and not scope["left"]
+    assert scope["matrices"] == [scope["body"][0].weight] and len(scope["rest"]) == 5
 
 
 def test_the_example_runs():

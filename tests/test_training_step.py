@@ -228,7 +228,9 @@ class FakeCuda:
 @pytest.fixture
 def fake(monkeypatch):
     fake = FakeCuda(torch.tensor([7]))
-    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=fake, no_grad=torch.no_grad))
+    monkeypatch.setattr(
+        graph, "torch", SimpleNamespace(cuda=fake, no_grad=torch.no_grad, _foreach_copy_=torch._foreach_copy_)
+    )
     # none of the fake's streams may be found by a later test
     monkeypatch.setattr(graph, "_side_stream", cache(graph._side_stream.__wrapped__))
     return fake
@@ -253,7 +255,7 @@ def test_warm_up_calls_of_a_capture_all_start_from_where_the_first_use_does(fake
 def test_all_captures_share_one_stream(fake):
     """A stream of its own would keep each capture's workspaces and what its warm-up freed."""
     for _ in range(2):
-        graph.captured(lambda: None, [])
+        graph.captured(lambda: None, [torch.zeros(1)])
     (stream,) = fake.made
     assert fake.warmed_up_on == fake.captured_on == [stream] * 2
 

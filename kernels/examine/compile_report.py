@@ -120,13 +120,18 @@ def _table(rows: list[dict]) -> Iterator[str]:
         yield f"\n{target} {dtype}"
         yield _HEADER
         for row in group:
-            yield f"{row['op']}  {row['kernel']}  {row['case']}"
+            yield from _titled(f"{row['op']}  {row['kernel']}", row["case"])
             if row["error"]:
                 yield "    does not compile"
                 continue
             yield _numbers(row)
             if _is_narrow(row) and row["narrow_reason"]:
                 yield from textwrap.wrap(f"narrow: {row['narrow_reason']}", 80, **_INDENT)
+
+
+def _titled(kernel: str, case: str) -> list[str]:
+    """In one line or, where it would be too long, two."""
+    return [f"{kernel}  {case}"] if len(kernel) + len(case) <= 78 else [kernel, f"    {case}"]
 
 
 def _numbers(row: dict) -> str:
@@ -169,13 +174,13 @@ def run(options: argparse.Namespace) -> int:
         if op not in OPS:
             raise UserError(f"unknown op {op!r}; expected one of {', '.join(OPS)}")
     options.target = options.target or (["sm_90"] if options.quick else list(ahead_of_time.TARGETS))
+    check_output(options.json)
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, which makes kernels plain functions; unset it")
     cases = recipe_cases(options.recipe) if options.recipe else network_cases()
     cases = [case for case in cases if case.op in (options.ops or OPS)]
     if options.quick:
         cases = list({case.op: case for case in reversed(cases)}.values())[::-1]
-    check_output(options.json)
     start = time.perf_counter()
     rows = list(_compile(ahead_of_time.jobs(cases, options.dtype, options.target, options.tiles)))
     seconds = time.perf_counter() - start
