@@ -30,6 +30,9 @@ _TRITONS_OWN_NAMES = {
     "enable_fp_fusion",
 }
 
+# the field of a constant tuple is a plain number, which a function of an older compiler does not take as an argument
+_PLAIN_FIELDS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+
 _record: Callable[["Launch"], None] | None = None
 
 
@@ -52,14 +55,25 @@ class Launch(NamedTuple):
         return options if self.maxnreg is None or torch.version.hip else {**options, "maxnreg": self.maxnreg}
 
     @property
+    def constants(self) -> dict:
+        """The constexprs as this version of Triton compiles them."""
+        return {name: _constant(value) for name, value in self.constexprs.items()}
+
+    @property
     def options(self) -> dict:
         """The keywords of the launch."""
-        return {**self.compile_options, **self.constexprs}
+        return {**self.compile_options, **self.constants}
 
     @property
     def device(self) -> torch.device:
         """Of its tensors, which are all on one."""
         return next(value.device for _, value in leaves(self.arguments) if isinstance(value, torch.Tensor))
+
+
+def _constant(value):
+    if _PLAIN_FIELDS or _INTERPRETED or not isinstance(value, tuple):
+        return value
+    return mapped(triton.language.constexpr, value)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def assert_equal(theirs, ours, x, rtol=1e-4, atol=1e-5):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_and_gate_of_the_kernels(activation, scale_activation):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         theirs, ours = pair(activation, scale_activation=scale_activation)
         x = images(2, C, 3, 4)
         assert_equal(theirs, ours, x)
@@ -86,7 +86,7 @@ def test_any_other_callable_works_in_plain_pytorch_and_is_said_once(options):
     with pytest.warns(UserWarning, match="is in no kernel; such a layer runs in plain PyTorch"):
         SqueezeExcite(C, R, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         theirs, ours = pair(**options)
         assert_equal(theirs, ours, images(2, C, 3, 4))
 

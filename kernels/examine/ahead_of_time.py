@@ -69,7 +69,7 @@ def source_of(launch: Launch) -> ASTSource:
     """The compiler's input for a recorded launch, specialized as a launch with these arguments would be."""
     signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
     signature |= zip(signature, mapped(lambda value: specialized(value)[0], launch.arguments))
-    constants, attributes = dict(launch.constexprs), {}
+    constants, attributes = launch.constants, {}
     for path, value in leaves(launch.arguments):
         kind, divisible = specialized(value)
         if kind == "constexpr":

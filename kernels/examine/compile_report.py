@@ -34,7 +34,7 @@ from .. import HAS_TRITON
 
 DTYPES = ("float16", "bfloat16", "float32")
 # the version of triton that is held to no spill, and how many accesses others may make to spilled registers
-NO_SPILL_VERSION, FEW_SPILLS = "3.8", 8
+NO_SPILL_VERSION, FEW_SPILLS = "3.8", 16
 _LEGEND = """\
 occ: bound on resident warps, and what sets it.  ld16, st16: instructions of 16
 bytes or more a thread, of all global loads and stores.  sfu: special functions.
