@@ -24,16 +24,23 @@ from blink.kernels.examine.ahead_of_time import innermost_bytes
 from blink.kernels.examine.cases import network_cases
 from blink.kernels.examine.machine_code import PROCESSORS, count_amdgcn, count_sass, fused_shuffles, occupancy
 from blink.kernels.launching import interpreting
+from blink.kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# all shapes in one dtype where the first users are; the other dtypes there, and the other targets, at each kind of tile
+# all shapes in one dtype where the first users are; the other dtypes there, and the other targets, at each kind of tile;
+# of what compiles as sm_80 does, with less shared memory, the ops that take most of it
 CALLS = [
     ("float16", "sm_90"),
     ("float32,bfloat16", "sm_90", "--tiles"),
-    ("float16", "sm_75,sm_80,sm_86,sm_89,sm_100,sm_120,gfx942", "--tiles"),
+    ("float16", "sm_75,sm_80,sm_100,sm_120,gfx942", "--tiles"),
+    ("float16", "sm_86,sm_89", "--tiles", "se_gate", "muon"),
 ]
 JOBS = [
-    (dtype, target) for dtypes, targets, *_ in CALLS for dtype in dtypes.split(",") for target in targets.split(",")
+    (dtype, target)
+    for dtypes, targets, *options in CALLS
+    if not set(options) & set(OPS)
+    for dtype in dtypes.split(",")
+    for target in targets.split(",")
 ]
 
 
@@ -112,7 +119,7 @@ def test_every_kernel_fits_the_shared_memory_of_smaller_gpus(rows, reports):
     smaller = [row for row in rows if row["target"] in ("sm_75", "sm_86", "sm_89", "sm_120")]
     assert all(row["shared"] <= row["shared_limit"] <= 99 * 1024 for row in smaller)
     assert all(row["shared"] for row in smaller if row["kernel"] == "se_gate._fwd_kernel")
-    assert "sm_75: no tensor-core path" in reports[-1][0]
+    assert "sm_75: no tensor-core path" in reports[2][0]
 
 
 def test_tiles_leave_out_sizes_only(rows):
@@ -317,7 +324,7 @@ NARROW = {"wide_loads": 0, "wide_stores": 0}
     "changes, reason",
     [
         ({}, None),
-        ({"spills": 9, "stack": 16}, "9 loads and stores of spilled registers, 16 B of stack"),
+        ({"spills": 17, "stack": 16}, "17 loads and stores of spilled registers, 16 B of stack"),
         ({"spills": 9, "target": "gfx942"}, None),
         ({"spills": 900, "target": "sm_75"}, None),
         ({"shared": 99 * 1024 + 1}, "101377 B of shared memory, of which a block may use 101376"),

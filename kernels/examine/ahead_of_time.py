@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,6 +41,18 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 # a tensor smaller than this need not be moved in 16-byte pieces
 _LARGE_BYTES = 64 * 1024
+
+
+# enough to share what a job costs beside compiling, few enough that jobs of a recipe keep many cores busy
+_KERNELS_A_JOB = 8
+
+
+class Job(NamedTuple):
+    """Cases, and of each which of its launches, to be compiled for one target in one dtype, by its name."""
+
+    cases: list[tuple[Case, list[int]]]
+    dtype: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -181,42 +194,42 @@ def tile(launch: Launch) -> tuple:
 _FLOATS = ("*fp32", "*fp16", "*bf16")
 
 
-def examine(job: tuple[Case, list[int], str, str]) -> list[dict]:
-    """Compile kernels of one case: job is (case, which of its launches, dtype's name, target).
-
-    One row of plain values a launch; a kernel that does not compile has the compiler's message as `error`.
+def examine(job: Job) -> list[dict]:
+    """Compile a job's kernels: one row of plain values a launch, with the compiler's message as `error` where a kernel
+    does not compile.
     """
-    case, chosen, dtype, target = job
-    launches, rows = capture(case, getattr(torch, dtype)), []
-    built: list[tuple[Launch, CompiledKernel]] = []
-    for launch in (launches[at] for at in chosen):
-        # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
-        reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
-        name = launch.kernel.__name__
-        row = {
-            "op": case.op,
-            "case": case.label,
-            "dtype": dtype,
-            "target": target,
-            "kernel": kernel_name(launch),
-            "wide_argument": wide_argument(launch),
-            "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{target}"),
-            "error": None,
-        }
-        rows.append(row)
-        try:
-            built.append((launch, _compiled(launch, target)))
-        except Exception as error:
-            # one kernel's failure must not hide what became of the others
-            row["error"] = f"{type(error).__name__}: {error.__cause__ or error}"
-    assemblies = _assemblies([compiled for _, compiled in built], target)
-    for row, (launch, compiled), assembly in zip((r for r in rows if not r["error"]), built, assemblies):
-        numbers = asdict(_resources(launch, target, compiled, assembly))
+    rows: list[dict] = []
+    built: list[tuple[dict, Launch, CompiledKernel]] = []
+    for case, chosen in job.cases:
+        launches = capture(case, getattr(torch, job.dtype))
+        for launch in (launches[at] for at in chosen):
+            # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
+            reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})
+            name = launch.kernel.__name__
+            row = {
+                "op": case.op,
+                "case": case.label,
+                "dtype": job.dtype,
+                "target": job.target,
+                "kernel": kernel_name(launch),
+                "wide_argument": wide_argument(launch),
+                "narrow_reason": reasons.get(name) or reasons.get(f"{name}:{job.target}"),
+                "error": None,
+            }
+            rows.append(row)
+            try:
+                built.append((row, launch, _compiled(launch, job.target)))
+            except Exception as error:
+                # one kernel's failure must not hide what became of the others
+                row["error"] = f"{type(error).__name__}: {error.__cause__ or error}"
+    assemblies = _assemblies([compiled for *_, compiled in built], job.target)
+    for (row, launch, compiled), assembly in zip(built, assemblies):
+        numbers = asdict(_resources(launch, job.target, compiled, assembly))
         row |= {**numbers, **numbers.pop("instructions"), **row}
     return rows
 
 
-def jobs(cases: list[Case], dtypes: list[str], targets: list[str], tiles: bool) -> list[tuple]:
+def jobs(cases: list[Case], dtypes: list[str], targets: list[str], tiles: bool) -> list[Job]:
     """For `examine`: every launch of these cases, for each target once what compiles to the same code; tiles: of all
     that have the same, the one with the most tensors.
     """
@@ -228,11 +241,21 @@ def jobs(cases: list[Case], dtypes: list[str], targets: list[str], tiles: bool) 
                 tensors = sum(isinstance(value, torch.Tensor) for _, value in leaves(launch.arguments)) if tiles else 0
                 if key not in best or tensors > best[key][0]:
                     best[key] = tensors, (dtype, number), at
-    chosen = defaultdict(list)
-    for _, where, at in best.values():
-        chosen[where].append(at)
-    where = sorted(chosen, key=lambda where: (dtypes.index(where[0]), where[1]))
-    return [(cases[n], sorted(chosen[dtype, n]), dtype, target) for target in targets for dtype, n in where]
+    found: list[Job] = []
+    for target in targets:
+        for dtype in dtypes:
+            chosen = defaultdict(list)
+            for _, (of, number), at in best.values():
+                if of == dtype:
+                    chosen[number].append(at)
+            parts = [(cases[number], sorted(chosen[number])) for number in sorted(chosen)]
+            # several cases a job: the disassembler and the recording of a case take as long as a kernel
+            while parts:
+                sizes = accumulate(len(ats) for _, ats in parts)
+                count = 1 + sum(size <= _KERNELS_A_JOB for size in list(sizes)[1:])
+                found.append(Job(parts[:count], dtype, target))
+                del parts[:count]
+    return found
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

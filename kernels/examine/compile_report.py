@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write every number")
 
 
-def _compile(jobs: list[tuple]) -> Iterator[dict]:
+def _compile(jobs: list) -> Iterator[dict]:
     """Rows of all jobs in order."""
     from .ahead_of_time import examine
 
