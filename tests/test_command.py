@@ -76,7 +76,8 @@ def test_train_as_a_function(tmp_path, capsys):
 def test_recipes_are_listed_and_shown(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES) and lines[0].startswith("blink ")
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(RECIPES) and lines[0].startswith("blink ")
+    assert max(map(len, lines)) <= 80
     assert main(["recipes", "hlb"]) == 0
     shown = capsys.readouterr().out
     for field in fields(Recipe):

@@ -46,7 +46,8 @@ class Report:
         say(f"device   {environment['device']}, {self.facts['dtype']}")
         say(f"kernels  {kernels['name']}: {kernels['stem']}")
         share = "" if recipe.keep == 1 else f" of {recipe.keep:.0%} of them"
-        say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({budget.epochs} epochs{share})")
+        epochs = f"{budget.epochs} epoch{'s' if budget.epochs > 1 else ''}"
+        say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({epochs}{share})")
         for note in notes:
             say(f"note     {note}", style="yellow")
 

@@ -1,6 +1,7 @@
 """List the recipes, or every setting of one."""
 
 import argparse
+import textwrap
 from dataclasses import asdict
 
 from blink.training.recipes import RECIPES
@@ -16,10 +17,11 @@ def run(options: argparse.Namespace) -> int:
     if options.recipe is None:
         width = max(map(len, RECIPES))
         for recipe in RECIPES.values():
-            print(f"{recipe.name:<{width}}  {recipe.summary}")
+            name = f"{recipe.name:<{width}}  "
+            print(textwrap.fill(recipe.summary, 80, initial_indent=name, subsequent_indent=" " * len(name)))
         return 0
     recipe = RECIPES[options.recipe]
-    print(f"{recipe.name}: {recipe.summary}")
+    print(textwrap.fill(f"{recipe.name}: {recipe.summary}", 80))
     for name, value in settings(asdict(recipe)).items():
         if name not in ("name", "summary"):
             print(f"  {name} = {value!r}")

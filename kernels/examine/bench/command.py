@@ -60,7 +60,8 @@ def bench(options: argparse.Namespace, device: torch.device) -> int:
     dtypes = options.dtype or (["float16", "bfloat16"] if device.type == "cuda" else ["float32"])
     seconds = 0.1 if options.quick else 0.25
     roofs = {name: measure.matmul_rate(DTYPES[name], device, seconds) for name in dtypes}
-    print(f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}")
+    versions = f"torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit'] or 'unknown'}"
+    print(f"{facts['device']}, {versions}")
     for name, rate in roofs.items():
         print(f"matmul roof {name}: {rate / 1e12:.2f} TFLOP/s")
     rows: list[dict] = []
