@@ -114,7 +114,7 @@ def test_output_of_two_runs(two_runs):
     for part in (
         "32 training and 32 test images, 12x12, 4 classes",
         f"fingerprint {content['data']['fingerprint']}",
-        "budget 2 steps of 8 images (1 epochs)",
+        "budget 2 steps of 8 images (1 epoch)",
         "run 1 of 2, seed 5",
         "run 2 of 2, seed 6",
         "95 % +-",
