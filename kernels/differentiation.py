@@ -41,7 +41,9 @@ def differentiable_once(op: str, instead: str | None = None) -> Callable:
             if not torch.is_grad_enabled():
                 return grads
             grads = [g if g is None else g.detach().requires_grad_() for g in grads]
-            sources = [t for t in (*ctx.saved_tensors, *upstream) if t is not None and t.requires_grad]
+            # parameters are found although a kernel's backward pass may not need to save them
+            leaves = [node.variable for node, _ in ctx.next_functions if hasattr(node, "variable")]
+            sources = [t for t in (*ctx.saved_tensors, *upstream, *leaves) if t is not None and t.requires_grad]
             return _Refusal.apply(message, len(grads), *grads, *sources)
 
         return once

@@ -27,8 +27,8 @@ from blink.kernels.launching import interpreting
 from blink.kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# all shapes in one dtype where the first users are; the other dtypes there, and the other targets, at each kind of tile;
-# of what compiles as sm_80 does, with less shared memory, the ops that take most of it
+# all shapes in one dtype where the first users are; the other dtypes there, and the other targets, at each kind of
+# tile; of what compiles as sm_80 does, with less shared memory, the ops that take most of it
 CALLS = [
     ("float16", "sm_90"),
     ("float32,bfloat16", "sm_90", "--tiles"),

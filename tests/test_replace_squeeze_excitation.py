@@ -142,7 +142,8 @@ def test_a_contiguous_model_stays_contiguous(small):
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet", "regnety_002"])
 def test_models_of_timm(name):
-    timm = pytest.importorskip("timm")
+    import timm
+
     if name == "resnet":
         blocks = {"block": timm.models.resnet.BasicBlock, "layers": [1, 1, 1, 1], "block_args": {"attn_layer": "se"}}
         model = timm.models.resnet.ResNet(**blocks, num_classes=5)
