@@ -21,7 +21,8 @@ CASES = [
     se_gate(33, 128, 8),
     se_gate(5, 512, 32),
     se_gate(1, 17, 4, activation="relu"),
-    se_gate(2, 5, 3, activation="silu"),
+    # values enough that the ratio of two root mean square errors is no luck
+    se_gate(6, 21, 7, activation="silu"),
     se_gate(70, 24, 20, activation=None),
     # MobileNetV3's
     se_gate(3, 24, 8, activation="relu", gate_activation="hardsigmoid"),
