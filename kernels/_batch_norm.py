@@ -30,8 +30,10 @@ _UNGATED_SEGMENT = 128
 OPTIONS = {"training": True, "momentum": 0.8, "eps": 1e-12, "activation": "gelu"}
 
 
-def statistics(channels: int) -> Arguments:
-    return {"running_mean": fp32(channels), "running_var": fp32(channels)}
+def statistics(channels: int, weight: bool = False) -> Arguments:
+    """Running ones, and a scale where a case has one."""
+    scale = {"weight": fp32(channels)} if weight else {}
+    return {"running_mean": fp32(channels), "running_var": fp32(channels), **scale}
 
 
 class Sizes(NamedTuple):
@@ -44,12 +46,13 @@ class Sizes(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What normalizes: mean and biased variance [C] float32, bias [C]."""
+    """What normalizes: mean and biased variance [C] float32, bias [C], and the scale [C] if there is one."""
 
     mean: Tensor
     var: Tensor
     bias: Tensor
     eps: float
+    weight: Tensor | None = None
 
 
 class Upstream(NamedTuple):
@@ -80,10 +83,13 @@ def load_fp32(ptr, offsets, mask):
 
 @triton.jit
 def load_norm(norm, c, in_c):
-    """Channels' mean, 1 / standard deviation and bias, float32."""
+    """Channels' mean, 1 / standard deviation, bias, and slope of z = (v - mean) * slope + bias, float32."""
     mean = tl.load(norm.mean + c, mask=in_c, other=0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(norm.var + c, mask=in_c, other=1.0) + norm.eps))
-    return mean, rstd, load_fp32(norm.bias, c, in_c)
+    slope = rstd
+    if norm.weight is not None:
+        slope = rstd * load_fp32(norm.weight, c, in_c)
+    return mean, rstd, load_fp32(norm.bias, c, in_c), slope
 
 
 @triton.jit
@@ -184,11 +190,11 @@ def _merge_stats_kernel(
 def _fwd_kernel(
     x_ptr, gate_ptr, norm, residual_ptr, y_ptr, squeeze_ptr, n_rows, n_segments, S: tl.constexpr, ACT: tl.constexpr
 ):
-    """y = act((x * gate - mean) * rstd + bias) + residual; squeeze = mean of y over a segment, which is an image."""
+    """y = act((x * gate - mean) * slope + bias) + residual; squeeze = mean of y over a segment, which is an image."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     in_c = c < S.C
-    mean, rstd, bias = load_norm(norm, c, in_c)
+    mean, _, bias, slope = load_norm(norm, c, in_c)
     for segment in range(program, n_segments, programs):
         base = tl.cast(segment, tl.int64) * S.SEGMENT
         rows = tl.minimum(n_rows - base, S.SEGMENT).to(tl.int32)
@@ -203,7 +209,7 @@ def _fwd_kernel(
             v = load_fp32(x_ptr + base * S.C, offsets, mask)
             if gate_ptr is not None:
                 v = v * gate[None, :]
-            y = ACT((v - mean[None, :]) * rstd[None, :] + bias[None, :])
+            y = ACT((v - mean[None, :]) * slope[None, :] + bias[None, :])
             if residual_ptr is not None:
                 y += load_fp32(residual_ptr + base * S.C, offsets, mask)
             if squeeze_ptr is not None:
@@ -224,7 +230,7 @@ def _bwd_reduce_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     in_c = c < S.C
-    mean, rstd, bias = load_norm(norm, c, in_c)
+    mean, rstd, bias, slope = load_norm(norm, c, in_c)
     sum_g = tl.zeros([S.BLOCK_ROWS, S.BLOCK_C], dtype=tl.float32)
     sum_gx = tl.zeros([S.BLOCK_ROWS, S.BLOCK_C], dtype=tl.float32)
     for segment in range(program, n_segments, programs):
@@ -241,13 +247,14 @@ def _bwd_reduce_kernel(
             v = load_fp32(x_ptr + base * S.C, offsets, mask)
             if gate_ptr is not None:
                 v = v * gate[None, :]
-            xhat = (v - mean[None, :]) * rstd[None, :]
+            centered = v - mean[None, :]
+            xhat = centered * rstd[None, :]
             t = load_fp32(upstream.dy + base * S.C, offsets, mask)
             if upstream.dy2 is not None:
                 t += load_fp32(upstream.dy2 + base * S.C, offsets, mask)
             if upstream.dsqueeze is not None:
                 t += shared[None, :]
-            g = DACT(t, xhat + bias[None, :])
+            g = DACT(t, centered * slope[None, :] + bias[None, :])
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
@@ -266,14 +273,14 @@ def load_means(sum_ptr, n, c, in_c, C: tl.constexpr):
 def _bwd_kernel(
     dy_ptr, x_ptr, gate_ptr, norm, sum_ptr, dx_ptr, dgate_ptr, n_rows, n_segments, S: tl.constexpr, DACT: tl.constexpr
 ):
-    """dv = rstd * (g - sum g / N - xhat * sum(g xhat) / N); dx = dv * gate; dgate = sum over the image of dv * x.
+    """dv = slope * (g - sum g / N - xhat * sum(g xhat) / N); dx = dv * gate; dgate = sum over the image of dv * x.
 
-    No sums: of statistics that are no batch's, dv = rstd * g.
+    No sums: of statistics that are no batch's, dv = slope * g.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     in_c = c < S.C
-    mean, rstd, bias = load_norm(norm, c, in_c)
+    mean, rstd, bias, slope = load_norm(norm, c, in_c)
     if sum_ptr is not None:
         mean_g, mean_gx = load_means(sum_ptr, n_rows.to(tl.float32), c, in_c, S.C)
     for segment in range(program, n_segments, programs):
@@ -290,11 +297,11 @@ def _bwd_kernel(
             v = x
             if gate_ptr is not None:
                 v = x * gate[None, :]
-            xhat = (v - mean[None, :]) * rstd[None, :]
-            dv = DACT(load_fp32(dy_ptr + base * S.C, offsets, mask), xhat + bias[None, :])
+            centered = v - mean[None, :]
+            dv = DACT(load_fp32(dy_ptr + base * S.C, offsets, mask), centered * slope[None, :] + bias[None, :])
             if sum_ptr is not None:
-                dv = dv - mean_g[None, :] - xhat * mean_gx[None, :]
-            dv = dv * rstd[None, :]
+                dv = dv - mean_g[None, :] - centered * rstd[None, :] * mean_gx[None, :]
+            dv = dv * slope[None, :]
             dx = dv
             if gate_ptr is not None:
                 dgate += tl.where(mask, dv * x, 0.0)
@@ -379,7 +386,7 @@ def forward(
 
 
 def reduce_gradients(upstream: Upstream, x: Tensor, gate: Tensor | None, norm: Norm, activation: str | None) -> Tensor:
-    """[2 C] float32: per channel the sum of g, which is dbias, then the sum of g * xhat."""
+    """[2 C] float32: per channel the sum of g, which is dbias, then the sum of g * xhat, which is dweight."""
     tiling = Tiling(x, gate is not None or upstream.dsqueeze is not None, _BWD_TILE_BYTES)
     partials = torch.empty(tiling.programs, 2 * x.shape[1], dtype=torch.float32, device=x.device)
     arguments = (upstream, x, gate, norm, partials, tiling.rows, tiling.segments)
@@ -392,7 +399,7 @@ def reduce_gradients(upstream: Upstream, x: Tensor, gate: Tensor | None, norm: N
 def backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, norm: Norm, training: bool, activation: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx like x, dgate [B, C] float32 or empty, dbias [C] float32)."""
+    """(dx like x, dgate [B, C] float32 or empty, dbias and dweight [2 C] float32)."""
     sums = reduce_gradients(Upstream(dy), x, gate, norm, activation)
     tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -400,4 +407,12 @@ def backward(
     used = sums if training else None
     arguments = (dy, x, gate, norm, used, dx, dgate, tiling.rows, tiling.segments)
     launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
-    return dx, dgate, sums[: x.shape[1]]
+    return dx, dgate, sums
+
+
+def parameter_gradients(
+    sums: Tensor, bias: Tensor, weight: Tensor | None, needs_bias: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dbias, dweight) in their dtypes, where they are needed."""
+    dbias, dweight = sums.chunk(2)
+    return dbias.to(bias.dtype) if needs_bias else None, dweight.to(weight.dtype) if needs_weight else None

@@ -66,6 +66,12 @@ def operand(op: str, name: str, x: Tensor, expected: tuple[int, ...], dtypes: tu
     return x.contiguous()
 
 
+def affine(op: str, bias: Tensor, weight: Tensor | None, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A normalization's shift, and its scale if there is one: `operand`s [channels]."""
+    bias = operand(op, "bias", bias, (channels,), FLOATS)
+    return bias, None if weight is None else operand(op, "weight", weight, (channels,), FLOATS)
+
+
 def constant(op: str, **tensors: Tensor | None) -> None:
     """None of these requires a gradient, which the op would not give."""
     for name, x in tensors.items():

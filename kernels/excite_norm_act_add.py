@@ -1,9 +1,10 @@
 """The tail of a squeeze-and-excite residual block, fused: gate -> BatchNorm -> activation -> add.
 
-    v = x * gate                      z = (v - mean(v)) / sqrt(var(v) + eps) + bias          y = act(z) + residual
+    v = x * gate        z = (v - mean(v)) / sqrt(var(v) + eps) * weight + bias        y = act(z) + residual
 
 Moves 2 reads and 1 write of x forward (training), 4 reads and 1 write backward, where eager PyTorch materializes v,
-its normalization, the activation and the sum. Without a gate and a residual it is BatchNorm + activation.
+its normalization, the activation and the sum. Without a gate and a residual it is BatchNorm + activation; without a
+weight the scale is 1.
 Sources: squeeze-and-excite, Hu et al. 2018; its place before the last BatchNorm, hlb-CIFAR10; batch normalization,
 Ioffe and Szegedy 2015.
 """
@@ -23,6 +24,7 @@ def _fwd(
     x: Tensor,
     gate: Tensor | None,
     bias: Tensor,
+    weight: Tensor | None,
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -37,17 +39,17 @@ def _fwd(
         _checks.separate(
             "excite_norm_act_add",
             {"running_mean": running_mean, "running_var": running_var},
-            {"x": x, "gate": gate, "bias": bias, "residual": residual},
+            {"x": x, "gate": gate, "bias": bias, "weight": weight, "residual": residual},
         )
         mean, var = _batch_norm.batch_statistics(x, gate, running_mean, running_var, momentum)
-        return _batch_norm.forward(x, gate, Norm(mean, var, bias, eps), activation, residual), mean, var
-    y = _batch_norm.forward(x, gate, Norm(fixed_mean, fixed_var, bias, eps), activation, residual)
+        return _batch_norm.forward(x, gate, Norm(mean, var, bias, eps, weight), activation, residual), mean, var
+    y = _batch_norm.forward(x, gate, Norm(fixed_mean, fixed_var, bias, eps, weight), activation, residual)
     nothing = x.new_empty(0, dtype=torch.float32)
     return y, nothing, torch.empty_like(nothing)
 
 
 @_fwd.register_fake
-def _(x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation):
+def _(x, gate, bias, weight, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation):
     statistics = (x.shape[1],) if fixed_mean is None else (0,)
     mean = torch.empty(statistics, dtype=torch.float32, device=x.device)
     return torch.empty_like(x, memory_format=torch.channels_last), mean, torch.empty_like(mean)
@@ -59,50 +61,62 @@ def _bwd(
     x: Tensor,
     gate: Tensor | None,
     bias: Tensor,
+    weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
     training: bool,
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm.backward(dy, x, gate, Norm(mean, var, bias, eps), training, activation)
+    return _batch_norm.backward(dy, x, gate, Norm(mean, var, bias, eps, weight), training, activation)
 
 
 @_bwd.register_fake
-def _(dy, x, gate, bias, mean, var, training, eps, activation):
+def _(dy, x, gate, bias, weight, mean, var, training, eps, activation):
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, memory_format=torch.channels_last), dgate, torch.empty_like(mean)
+    return torch.empty_like(x, memory_format=torch.channels_last), dgate, mean.new_empty(2 * x.shape[1])
 
 
 def gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of every argument of `ExciteNormActAdd`, or of `NormAct`, whose node `ctx` is."""
-    x, gate, bias, mean, var = ctx.saved_tensors
+    x, gate, bias, weight, mean, var = ctx.saved_tensors
     dy = dy.contiguous(memory_format=torch.channels_last)
-    dx, dgate, dbias = _bwd(dy, x, gate, bias, mean, var, ctx.training, ctx.eps, ctx.activation)
-    needs_x, needs_gate, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    dx, dgate, sums = _bwd(dy, x, gate, bias, weight, mean, var, ctx.training, ctx.eps, ctx.activation)
+    needs_x, needs_gate, needs_bias, needs_weight, needs_residual = ctx.needs_input_grad[:5]
     return (
         dx if needs_x else None,
         dgate if needs_gate else None,
-        dbias.to(bias.dtype) if needs_bias else None,
+        *_batch_norm.parameter_gradients(sums, bias, weight, needs_bias, needs_weight),
         dy if needs_residual else None,
         *[None] * 7,
     )
 
 
 class ExciteNormActAdd(torch.autograd.Function):
-    """Saved for backward: x, gate, bias and the statistics used ([C] each); z is recomputed."""
+    """Saved for backward: x, gate, bias, weight and the statistics used ([C] each); z is recomputed."""
 
     @staticmethod
     def forward(
-        ctx, x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation
+        ctx,
+        x,
+        gate,
+        bias,
+        weight,
+        residual,
+        running_mean,
+        running_var,
+        fixed_mean,
+        fixed_var,
+        momentum,
+        eps,
+        activation,
     ):
-        y, mean, var = _fwd(
-            x, gate, bias, residual, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation
-        )
+        statistics = (running_mean, running_var, fixed_mean, fixed_var)
+        y, mean, var = _fwd(x, gate, bias, weight, residual, *statistics, momentum, eps, activation)
         ctx.training, ctx.eps, ctx.activation = fixed_mean is None, eps, activation
         if not ctx.training and any(ctx.needs_input_grad):
             mean, var = _batch_norm.kept(fixed_mean, fixed_var)
-        ctx.save_for_backward(x, gate, bias, mean, var)
+        ctx.save_for_backward(x, gate, bias, weight, mean, var)
         return y
 
     @staticmethod
@@ -112,7 +126,7 @@ class ExciteNormActAdd(torch.autograd.Function):
 
 
 def _arguments(
-    batch: int, channels: int, height: int, width: int, gate: bool = True, residual: bool = True
+    batch: int, channels: int, height: int, width: int, gate: bool = True, residual: bool = True, weight: bool = False
 ) -> Arguments:
     x = data(batch, channels, height, width)
     return {
@@ -120,7 +134,7 @@ def _arguments(
         "gate": fp32(batch, channels) if gate else None,
         "bias": fp32(channels),
         "residual": x if residual else None,
-        **_batch_norm.statistics(channels),
+        **_batch_norm.statistics(channels, weight),
     }
 
 
@@ -135,10 +149,10 @@ def cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
 @op(
     arguments=_arguments,
     cost=cost,
-    differentiable=("x", "gate", "bias", "residual"),
+    differentiable=("x", "gate", "bias", "residual", "weight"),
     updates=("running_mean", "running_var"),
     options=_batch_norm.OPTIONS,
-    small=[dict(batch=2, channels=12, height=3, width=5)],
+    small=[dict(batch=2, channels=12, height=3, width=5), dict(batch=2, channels=12, height=3, width=5, weight=True)],
 )
 def excite_norm_act_add(
     x: Tensor,
@@ -148,16 +162,17 @@ def excite_norm_act_add(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = "gelu",
 ) -> Tensor:
-    """act(batch_norm(x * gate) + bias) + residual, with a BatchNorm scale fixed at 1.
+    """act(batch_norm(x * gate) * weight + bias) + residual.
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last.
     gate: [B, C] float32 (from `se_gate`), or None for no gate.
-    bias: [C] floating. Gate and bias may have any strides.
+    bias: [C] floating; weight: the same, or None for a scale fixed at 1. Gate, bias and weight may have any strides.
     residual: like x, or None.
     running_mean, running_var: [C] float32, contiguous, or both None. In training the batch's statistics are used and
         these move by `momentum` (PyTorch's: the weight of the new batch; the variance is the unbiased one). In
@@ -167,9 +182,10 @@ def excite_norm_act_add(
     Returns y like x, channels_last. Arithmetic is float32, rounded once at the end.
 
     With N = B * H * W, r = 1 / sqrt(var + eps), xhat = (v - mean) * r and g = dy * act'(z), backward is
-        dv = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dv = r * g)
-        dx = dv * gate     dgate = sum over H, W of dv * x     dbias = sum(g)     dresidual = dy
-    Saved: x, gate, bias, mean, var. Deterministic. Differentiable once.
+        dv = r * weight * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dv = r * weight * g)
+        dx = dv * gate     dgate = sum over H, W of dv * x     dresidual = dy
+        dbias = sum(g)     dweight = sum(g * xhat)
+    Saved: x, gate, bias, weight, mean, var. Deterministic. Differentiable once.
 
     Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
     training, or running statistics that share memory with another argument; TypeError for a wrong type or dtype;
@@ -182,11 +198,11 @@ def excite_norm_act_add(
     batch, channels, height, width = x.shape
     if gate is not None:
         gate = _checks.operand(op, "gate", gate, (batch, channels), (torch.float32,))
-    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
+    bias, weight = _checks.affine(op, bias, weight, channels)
     if residual is not None:
         _checks.matches(op, "residual", residual, x.shape, (x.dtype,))
         _checks.images(op, "residual", residual, (x.dtype,))
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * height * width, training)
-    _checks.device(op, x, gate, bias, residual, running_mean, running_var)
-    return ExciteNormActAdd.apply(x, gate, bias, residual, *statistics, momentum, eps, activation)
+    _checks.device(op, x, gate, bias, weight, residual, running_mean, running_var)
+    return ExciteNormActAdd.apply(x, gate, bias, weight, residual, *statistics, momentum, eps, activation)

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _options, dispatch, reference
@@ -29,8 +28,8 @@ class NormAct(nn.Module):
     """act(BatchNorm2d(x)): parameters, buffers and numerics of nn.BatchNorm2d, so that its state_dict loads.
 
     x [B, C, H, W] floating -> the same shape and dtype.
-    weight: whether there is a scale. Without one, `norm_act` fuses the two; with one, plain PyTorch computes them. In
-        front of ReLU and another normalized convolution a scale adds nothing that can be learned.
+    weight: whether there is a scale. In front of ReLU and another normalized convolution it adds nothing that can be
+        learned.
     momentum: the new batch's weight, 0 to 1; eps: positive. activation: a key of `reference.ACTIVATIONS`.
 
     Raises ValueError or TypeError for impossible options.
@@ -66,11 +65,8 @@ class NormAct(nn.Module):
 
     def _norm(self, x: Tensor) -> Tensor:
         """Of the pooled x, where there is a pooling."""
-        statistics = (self.running_mean, self.running_var)
-        if self.weight is not None:
-            y = F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
-            return reference.ACTIVATIONS[self.activation](y)
-        return dispatch.norm_act(_laid_out(x), self.bias, *statistics, **self.settings())
+        trained = (self.bias, self.running_mean, self.running_var)
+        return dispatch.norm_act(_laid_out(x), *trained, weight=self.weight, **self.settings())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -85,11 +81,9 @@ class PoolNormAct(NormAct):
     """
 
     def _norm(self, x: Tensor) -> Tensor:
-        if self.weight is not None:
-            return super()._norm(F.max_pool2d(x, 2))
-        statistics = (self.running_mean, self.running_var)
-        y, _ = dispatch.pool_norm_act(_laid_out(x), self.bias, *statistics, squeeze=False, **self.settings())
-        return y
+        trained = (self.bias, self.running_mean, self.running_var)
+        options = {"weight": self.weight, "squeeze": False, **self.settings()}
+        return dispatch.pool_norm_act(_laid_out(x), *trained, **options)[0]
 
 
 _NAMES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}

@@ -1,6 +1,6 @@
 """Max-pool 2x2 -> BatchNorm -> activation, and the squeeze for free, fused.
 
-    p = max_pool2d(x, 2)      z = (p - mean(p)) / sqrt(var(p) + eps) + bias
+    p = max_pool2d(x, 2)      z = (p - mean(p)) / sqrt(var(p) + eps) * weight + bias
     y = act(z)                squeeze = mean of y over H and W
 
 The pool pass reads x once, writes the pooled values and a 2-bit index of which pixel won, and keeps the statistics of
@@ -79,7 +79,7 @@ def _pool_kernel(x_ptr, pooled_ptr, index_ptr, partials, n_images, S: tl.constex
 def _unpool_kernel(
     upstream, pooled_ptr, index_ptr, norm, sum_ptr, dx_ptr, n_images, n_rows, S: tl.constexpr, DACT: tl.constexpr
 ):
-    """dp = rstd (g - mean g - xhat mean(g xhat)) at each window's winner, 0 at every other pixel of x."""
+    """dp = slope (g - mean g - xhat mean(g xhat)) at each window's winner, 0 at every other pixel of x."""
     out_w: tl.constexpr = S.W // 2
     windows: tl.constexpr = (S.H // 2) * out_w
     groups: tl.constexpr = (windows + 3) // 4
@@ -87,7 +87,7 @@ def _unpool_kernel(
     c = tl.program_id(1) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     in_c = c < S.C
     lane = tl.arange(0, S.BLOCK_G)
-    mean, rstd, bias = load_norm(norm, c, in_c)
+    mean, rstd, bias, slope = load_norm(norm, c, in_c)
     if sum_ptr is not None:
         mean_g, mean_gx = load_means(sum_ptr, n_rows.to(tl.float32), c, in_c, S.C)
     zero = tl.zeros([S.BLOCK_G, S.BLOCK_C], dtype=dx_ptr.dtype.element_ty)
@@ -108,16 +108,16 @@ def _unpool_kernel(
                 window = group * 4 + j
                 mask = (window < windows)[:, None] & in_c[None, :]
                 offsets = window[:, None] * S.C + c[None, :]
-                xhat = (load_fp32(pooled, offsets, mask) - mean[None, :]) * rstd[None, :]
+                centered = load_fp32(pooled, offsets, mask) - mean[None, :]
                 t = load_fp32(dy, offsets, mask)
                 if upstream.dy2 is not None:
                     t += load_fp32(dy2, offsets, mask)
                 if upstream.dsqueeze is not None:
                     t += shared[None, :]
-                dp = DACT(t, xhat + bias[None, :])
+                dp = DACT(t, centered * slope[None, :] + bias[None, :])
                 if sum_ptr is not None:
-                    dp = dp - mean_g[None, :] - xhat * mean_gx[None, :]
-                dp = (dp * rstd[None, :]).to(dx_ptr.dtype.element_ty)
+                    dp = dp - mean_g[None, :] - centered * rstd[None, :] * mean_gx[None, :]
+                dp = (dp * slope[None, :]).to(dx_ptr.dtype.element_ty)
                 which = (packed >> (2 * j)) & 3
                 corner = ((window // out_w) * (2 * S.W) + (window % out_w) * 2) * S.C
                 for k in tl.static_range(4):
@@ -171,6 +171,7 @@ class _Tiling:
 def _fwd(
     x: Tensor,
     bias: Tensor,
+    weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     fixed_mean: Tensor | None,
@@ -187,7 +188,7 @@ def _fwd(
     """
     training = fixed_mean is None
     running = {"running_mean": running_mean, "running_var": running_var}
-    _checks.separate("pool_norm_act", running, {"x": x, "bias": bias})
+    _checks.separate("pool_norm_act", running, {"x": x, "bias": bias, "weight": weight})
     batch, channels, height, width = x.shape
     tiling = _Tiling(x.shape, x.element_size())
     pooled = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
@@ -205,13 +206,13 @@ def _fwd(
         var = torch.empty_like(mean)
         used = (fixed_mean, fixed_var)
     squeeze = torch.empty((batch, channels) if squeezed else (0,), dtype=torch.float32, device=x.device)
-    norm = Norm(*used, bias, eps)
+    norm = Norm(*used, bias, eps, weight)
     y = _batch_norm.forward(pooled, None, norm, activation, squeeze=squeeze if squeezed else None)
     return y, squeeze, pooled, index, mean, var
 
 
 @_fwd.register_fake
-def _(x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeezed, save):
+def _(x, bias, weight, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeezed, save):
     batch, channels, height, width = x.shape
     y = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
     groups = triton.cdiv((height // 2) * (width // 2), 4)
@@ -229,6 +230,7 @@ def _bwd(
     pooled: Tensor,
     index: Tensor,
     bias: Tensor,
+    weight: Tensor | None,
     mean: Tensor,
     var: Tensor,
     height: int,
@@ -237,9 +239,9 @@ def _bwd(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx [B, C, height, width], dbias [C] float32)"""
+    """(dx [B, C, height, width], dbias and dweight [2 C] float32)"""
     batch, channels = pooled.shape[:2]
-    upstream, norm = Upstream(dy, dy2, dsqueeze), Norm(mean, var, bias, eps)
+    upstream, norm = Upstream(dy, dy2, dsqueeze), Norm(mean, var, bias, eps, weight)
     sums = _batch_norm.reduce_gradients(upstream, pooled, None, norm, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
     tiling = _Tiling(dx.shape, pooled.element_size())
@@ -247,29 +249,32 @@ def _bwd(
     arguments = (upstream, pooled, index, norm, used, dx, batch, pooled.numel() // channels)
     sizes = dict(S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
     launch(_unpool_kernel, tiling.grid, *arguments, num_warps=tiling.num_warps, maxnreg=128, **sizes)
-    return dx, sums[:channels]
+    return dx, sums
 
 
 @_bwd.register_fake
-def _(dy, dy2, dsqueeze, pooled, index, bias, mean, var, height, width, training, eps, activation):
-    return channels_last_like(pooled, pooled.shape[1], height, width, pooled.dtype), torch.empty_like(mean)
+def _(dy, dy2, dsqueeze, pooled, index, bias, weight, mean, var, height, width, training, eps, activation):
+    channels = pooled.shape[1]
+    return channels_last_like(pooled, channels, height, width, pooled.dtype), mean.new_empty(2 * channels)
 
 
 class PoolNormAct(torch.autograd.Function):
-    """Saved for backward: pooled values, 2-bit winners, bias and the statistics used; not x, and z is recomputed."""
+    """Saved for backward: pooled values, 2-bit winners, bias, weight and the statistics used; not x, and z is
+    recomputed.
+    """
 
     @staticmethod
     def forward(
-        ctx, x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeeze, fork
+        ctx, x, bias, weight, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeeze, fork
     ):
-        save = any(ctx.needs_input_grad)
+        save, statistics = any(ctx.needs_input_grad), (running_mean, running_var, fixed_mean, fixed_var)
         y, means, pooled, index, mean, var = _fwd(
-            x, bias, running_mean, running_var, fixed_mean, fixed_var, momentum, eps, activation, squeeze, save
+            x, bias, weight, *statistics, momentum, eps, activation, squeeze, save
         )
         ctx.size, ctx.training, ctx.eps, ctx.activation = x.shape[2:], fixed_mean is None, eps, activation
         if not ctx.training and save:
             mean, var = _batch_norm.kept(fixed_mean, fixed_var)
-        ctx.save_for_backward(pooled, index, bias, mean, var)
+        ctx.save_for_backward(pooled, index, bias, weight, mean, var)
         ctx.set_materialize_grads(False)
         ctx.squeeze, ctx.fork = squeeze, fork
         # to autograd a view is an output of its own: two gradients arrive, not their sum
@@ -278,25 +283,29 @@ class PoolNormAct(torch.autograd.Function):
     @staticmethod
     @differentiable_once("pool_norm_act")
     def backward(ctx, *grads):
-        pooled, index, bias, mean, var = ctx.saved_tensors
+        pooled, index, bias, weight, mean, var = ctx.saved_tensors
         dsqueeze = grads[-1] if ctx.squeeze else None
         dys = [dy for dy in grads[: 2 if ctx.fork else 1] if dy is not None]
         if not dys and dsqueeze is None:
-            return (None,) * 11
+            return (None,) * 12
         dy, dy2, *_ = [dy.contiguous(memory_format=torch.channels_last) for dy in dys] + [None, None]
         dy = torch.zeros_like(pooled) if dy is None else dy
         dsqueeze = None if dsqueeze is None else dsqueeze.contiguous()
-        dx, dbias = _bwd(
-            dy, dy2, dsqueeze, pooled, index, bias, mean, var, *ctx.size, ctx.training, ctx.eps, ctx.activation
+        dx, sums = _bwd(
+            dy, dy2, dsqueeze, pooled, index, bias, weight, mean, var, *ctx.size, ctx.training, ctx.eps, ctx.activation
         )
-        needs_x, needs_bias = ctx.needs_input_grad[:2]
-        return (dx if needs_x else None, dbias.to(bias.dtype) if needs_bias else None, *[None] * 9)
+        needs_x, *needs = ctx.needs_input_grad[:3]
+        return (
+            dx if needs_x else None,
+            *_batch_norm.parameter_gradients(sums, bias, weight, *needs),
+            *[None] * 9,
+        )
 
 
-def _arguments(batch: int, channels: int, height: int, width: int) -> Arguments:
+def _arguments(batch: int, channels: int, height: int, width: int, weight: bool = False) -> Arguments:
     """Height and width before pooling."""
     x = data(batch, channels, height, width)
-    return {"x": x, "bias": fp32(channels), **_batch_norm.statistics(channels)}
+    return {"x": x, "bias": fp32(channels), **_batch_norm.statistics(channels, weight)}
 
 
 def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]:
@@ -314,10 +323,10 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
 @op(
     arguments=_arguments,
     cost=_cost,
-    differentiable=("x", "bias"),
+    differentiable=("x", "bias", "weight"),
     updates=("running_mean", "running_var"),
     options=_batch_norm.OPTIONS,
-    small=[dict(batch=2, channels=12, height=5, width=7)],
+    small=[dict(batch=2, channels=12, height=5, width=7), dict(batch=2, channels=12, height=5, width=7, weight=True)],
 )
 def pool_norm_act(
     x: Tensor,
@@ -325,6 +334,7 @@ def pool_norm_act(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -332,10 +342,10 @@ def pool_norm_act(
     squeeze: bool = True,
     fork: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """(act(batch_norm(max_pool2d(x, 2)) + bias), its mean over H and W), with a BatchNorm scale fixed at 1.
+    """(act(batch_norm(max_pool2d(x, 2)) * weight + bias), its mean over H and W).
 
     x: [B, C, H, W] float32, float16 or bfloat16, channels_last, at least 2x2; an odd last row or column is dropped.
-    bias: [C] floating, of any strides.
+    bias: [C] floating, of any strides; weight: the same, or None for a scale fixed at 1.
     running_mean, running_var: [C] float32, contiguous, or both None; updated in training, used in evaluation, as
         BatchNorm2d does.
     momentum: the new batch's weight, 0 to 1; eps: positive.
@@ -348,9 +358,10 @@ def pool_norm_act(
     PyTorch.
 
     With t = dy (+ dy_again) + dsqueeze / (H // 2 * W // 2), g = t * act'(z), N = B * (H // 2) * (W // 2), backward is
-        dp = r * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dp = r * g)
-        dx = dp at each window's winner, 0 elsewhere      dbias = sum(g)
-    Saved: the pooled values, a 2-bit index a window and channel, bias, mean, var. Deterministic. Differentiable once.
+        dp = r * weight * (g - sum(g) / N - xhat * sum(g * xhat) / N)      (evaluation: dp = r * weight * g)
+        dx = dp at each window's winner, 0 elsewhere      dbias = sum(g)      dweight = sum(g * xhat)
+    Saved: the pooled values, a 2-bit index a window and channel, bias, weight, mean, var. Deterministic. Differentiable
+    once.
 
     Raises ValueError for a wrong shape, layout, activation, momentum or eps, an empty batch, one value per channel in
     training, or running statistics that share memory with another argument; TypeError for a wrong type or dtype;
@@ -363,9 +374,9 @@ def pool_norm_act(
     batch, channels, height, width = x.shape
     if min(height, width) < 2:
         raise ValueError(f"{op}: x must be at least 2x2 to pool, found {height}x{width}")
-    bias = _checks.operand(op, "bias", bias, (channels,), _checks.FLOATS)
+    bias, weight = _checks.affine(op, bias, weight, channels)
     statistics = _checks.running_statistics(op, running_mean, running_var, channels, training)
     _checks.enough_values(op, batch * (height // 2) * (width // 2), training)
-    _checks.device(op, x, bias, running_mean, running_var)
-    y, *others = PoolNormAct.apply(x, bias, *statistics, momentum, eps, activation, squeeze, fork)
+    _checks.device(op, x, bias, weight, running_mean, running_var)
+    y, *others = PoolNormAct.apply(x, bias, weight, *statistics, momentum, eps, activation, squeeze, fork)
     return (y, *others) if squeeze else (y, *others, None)

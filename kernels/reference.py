@@ -108,15 +108,17 @@ def norm_act(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = "gelu",
 ) -> Tensor:
-    """act(batch_norm(x)) with a scale fixed at 1 and a trained bias: see `kernels.norm_act`."""
+    """act(batch_norm(x)), without a weight with a scale fixed at 1: see `kernels.norm_act`."""
     _options.batch_norm("norm_act", momentum, eps)
     # without a scale, CUDA's backward has no gradient for the bias
-    y = F.batch_norm(x, running_mean, running_var, torch.ones_like(bias), bias, training, momentum, eps)
+    scale = torch.ones_like(bias) if weight is None else weight
+    y = F.batch_norm(x, running_mean, running_var, scale, bias, training, momentum, eps)
     return _activation(activation)(y)
 
 
@@ -126,6 +128,7 @@ def pool_norm_act(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -137,7 +140,7 @@ def pool_norm_act(
     _options.batch_norm("pool_norm_act", momentum, eps)
     y = norm_act(
         F.max_pool2d(x, 2), bias, running_mean, running_var,
-        training=training, momentum=momentum, eps=eps, activation=activation,
+        weight=weight, training=training, momentum=momentum, eps=eps, activation=activation,
     )  # fmt: skip
     mean = y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32)) if squeeze else None
     return (y, y, mean) if fork else (y, mean)
@@ -169,6 +172,7 @@ def excite_norm_act_add(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -179,7 +183,15 @@ def excite_norm_act_add(
     if gate is not None:
         x = x * gate[:, :, None, None].to(x.dtype)
     y = norm_act(
-        x, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, activation=activation
+        x,
+        bias,
+        running_mean,
+        running_var,
+        weight=weight,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation,
     )
     return y if residual is None else y + residual
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import profile
 
-from blink.kernels import NormAct, PoolNormAct, WhiteningConv2d, convert
+from blink.kernels import NormAct, PoolNormAct, WhiteningConv2d, backend, convert
 from blink.kernels.whitening import patch_moments, whitening_weight
 from blink.training.data.dataset import pixel_statistics
 from tests.oracle import DEVICE
@@ -66,6 +67,10 @@ def test_norm_layers_are_batch_norm_and_activation(activation, pool, weight, lay
     wrapped = nn.Sequential(*[nn.Identity() for _ in before], ours)
     x = torch.randn(4, 6, 7, 8, device=DEVICE).contiguous(memory_format=layout)
     assert_same_training(wrapped, theirs, x)
+    with profile() as calls:
+        wrapped(x)
+    op = "pool_norm_act" if pool else "excite_norm_act_add"
+    assert any(f"blink::{op}" in event.key for event in calls.key_averages()) == (backend(DEVICE) == "fused")
 
 
 def test_impossible_norms_are_refused():

@@ -56,7 +56,7 @@ class Case:
     @property
     def differentiable(self) -> tuple[str, ...]:
         """The arguments that get a gradient, none if the op is not differentiable."""
-        return tuple(name for name in self.known.differentiable if self.arguments[name] is not None)
+        return tuple(name for name in self.known.differentiable if self.arguments.get(name) is not None)
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -128,6 +128,9 @@ class Case:
             elif "weight" in name and len(value.shape) > 1 and tuple(sorted(value.shape)) not in seen:
                 seen.add(tuple(sorted(value.shape)))
                 parts.append(_shapes(value))
+            elif name == "weight":
+                # of a normalization, which need not have one
+                parts.append(name)
         parts += [f"no{name}" for name, value in self.arguments.items() if value is None]
         if "lr" in present and present["lr"].numel > 1:
             parts.append("rates")

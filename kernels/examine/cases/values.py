@@ -30,7 +30,8 @@ def _weight(shape: tuple[int, ...], facts: dict) -> Tensor:
 
 
 def _filters(shape: tuple[int, ...], facts: dict) -> Tensor:
-    return torch.randn(shape) / shape[-1]
+    # a vector is a normalization's scale, of either sign
+    return torch.randn(shape) / shape[-1] if shape[1:] else 0.5 + torch.randn(shape)
 
 
 def _index(shape: tuple[int, ...], facts: dict) -> Tensor:
