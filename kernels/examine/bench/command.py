@@ -187,8 +187,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         default="network",
         metavar="S",
-        help=f"a recipe ({', '.join(RECIPES)}), network (default: blink's, hlb's and further ones), a torchvision model "
-        f"({', '.join(cases.MODELS)}), sweep or BxCxHxW,...",
+        help=f"a recipe ({', '.join(RECIPES)}), network (default: blink's, hlb's and further ones), a model of "
+        f"torchvision's ({', '.join(cases.MODELS)}), sweep or BxCxHxW,...",
     )
     add("--recipe", dest="shapes", choices=RECIPES, help="the shapes of this recipe, as --shapes takes them too")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")

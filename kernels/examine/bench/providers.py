@@ -41,7 +41,7 @@ Bind = Callable[[Case, Tensors, torch.dtype], Bound]
 
 
 class Provider(NamedTuple):
-    """load: Bind for a case in a dtype; raises RuntimeError, with the reason, where it cannot run. ops: those it has."""
+    """load: Bind for a case in a dtype; raises RuntimeError, with the reason, where it cannot run. ops: what it has."""
 
     load: Callable[[Case, torch.dtype], Bind]
     ops: tuple[str, ...] = reference.OPS
@@ -155,9 +155,9 @@ def _muon(case: Case, dtype: torch.dtype) -> Bind:
         raise RuntimeError(f"torch {torch.__version__} has no torch.optim.Muon")
     options = case.all_options
     if not options["averaged"] or options["renormalize"] or options["shape_factor"] is None:
-        raise RuntimeError("torch.optim.Muon averages gradients, scales its rate, does not renormalize")
+        raise RuntimeError("it averages gradients, scales by shape, never renormalizes")
     if dtype == torch.float32:
-        raise RuntimeError("torch.optim.Muon multiplies in bfloat16; see --dtype bfloat16")
+        raise RuntimeError("it multiplies in bfloat16, too coarse for a float32 row")
 
     def make(groups: list[dict], options: dict) -> torch.optim.Optimizer:
         return torch.optim.Muon(
