@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision import models
+from torchvision.ops import SqueezeExcitation
 
 from blink.__main__ import main
 from blink.kernels import environment, reference
 from blink.kernels.examine import cases
 from blink.kernels.examine.bench import command as bench
-from blink.kernels.examine.bench import measure, providers, report
+from blink.kernels.examine.bench import measure, plot, providers, report
 from blink.training.recipes import RECIPES
 from tests.oracle import DEVICE
 
@@ -113,6 +115,51 @@ def test_a_recorded_case_can_be_called(name):
             assert providers.truth_of(case, case.make(torch.device("cpu"), torch.float32))
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "regnet_y_400mf"])
+def test_recorded_blocks_are_those_that_the_model_runs(name):
+    """Seen by hooks on the model that torchvision makes, with the layers of each block."""
+    seen = []
+
+    def note(block, inputs, y):
+        layers = (type(layer).__name__.lower() for layer in (block.activation, block.scale_activation))
+        seen.append((tuple(inputs[0].shape), tuple(block.fc1.weight.shape), *layers))
+
+    model = models.get_model(name).eval()
+    for module in model.modules():
+        if isinstance(module, SqueezeExcitation):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    recorded = [
+        (c.arguments["x"].shape, c.arguments["weight1"].shape, c.options["activation"], c.options["gate_activation"])
+        for c in cases.model_cases(name, 1)
+    ]
+    assert recorded == list(dict.fromkeys(seen))
+
+
+def test_recorded_updates_are_of_the_models_parameters():
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for p in models.resnet50().parameters()]
+    sgd, muon = cases.model_cases("resnet50")
+    assert [p.shape for p in sgd.arguments["params"]] == shapes
+    assert [p.shape for p in muon.arguments["params"]] == [shape for shape in shapes if len(shape) > 1]
+    assert cases.model_cases("resnet50", 2)[1].arguments["params"][0].shape == (8, 4, 7, 7)
+
+
+def test_every_provider_is_drawn():
+    assert list(plot.STYLE) == list(providers.PROVIDERS)
+
+
+def test_a_row_of_a_gpu_fits_the_screen():
+    times = dict(status="timed", median=123e3, low=122e3, high=124e3, graph=121e3, gb_s=2345.0, tflop_s=123.45)
+    times |= dict(roofline=0.87, peak_bytes=1234 << 20)
+    row = dict(op="muon", case="54-tensors", dtype="float16", bytes=1e9, copy=1e5, flops=1e12, ratio=0.5)
+    lines = report.format_row(row | {"pass": "fwd", "providers": {"fused": times, "optim-muon": times}}).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert sum("123.0ms [122.0ms 124.0ms] graph 121.0ms" in line for line in lines) == 2
+    assert " ".join(lines).count("+1234 MiB") == 2
+
+
 def broken(how):
     """A provider whose squeeze_excite is wrong in one way."""
 
@@ -124,13 +171,13 @@ def broken(how):
             return y.masked_fill(y == y.max(), float("nan"))
         return y.detach() + (x * 1.05 - (x * 1.05).detach()) + sum((w - w.detach()).sum() for w in weights.values())
 
-    return SimpleNamespace(squeeze_excite=squeeze_excite)
+    return providers.functions(SimpleNamespace(squeeze_excite=squeeze_excite))
 
 
 @pytest.mark.parametrize("how", ["forward", "nan", "gradient"])
 def test_a_wrong_provider_gets_no_time(how, monkeypatch, capsys, tmp_path):
     load = providers.load
-    monkeypatch.setattr(providers, "load", lambda name, case: broken(how) if name == "eager" else load(name, case))
+    monkeypatch.setattr(providers, "load", lambda name, *of: broken(how) if name == "eager" else load(name, *of))
     out = tmp_path / "out.json"
     assert main(["bench", *SMALL, "--json", str(out)]) == 1
     assert "WRONG" in capsys.readouterr().out
@@ -180,7 +227,7 @@ def test_what_was_measured_before_an_interrupt_is_written(monkeypatch, capsys, t
 
 
 def test_a_provider_that_cannot_run_is_skipped_with_its_reason(monkeypatch, capsys):
-    def load(name, case):
+    def load(name, case, dtype):
         raise RuntimeError("torch.compile needs a C++ compiler here, and there is none")
 
     monkeypatch.setattr(providers, "load", load)
@@ -193,9 +240,9 @@ def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
         raise ValueError("no such kernel")
 
     load = providers.load
-    failing = SimpleNamespace(squeeze_excite=explode)
+    failing = providers.functions(SimpleNamespace(squeeze_excite=explode))
     for name, code in (("fused", 1), ("eager", 0)):
-        monkeypatch.setattr(providers, "load", lambda n, case, name=name: failing if n == name else load(n, case))
+        monkeypatch.setattr(providers, "load", lambda n, *of, name=name: failing if n == name else load(n, *of))
         assert main(["bench", *SMALL]) == code
         assert "FAILED: ValueError: no such kernel" in capsys.readouterr().out
 
@@ -204,7 +251,7 @@ def test_fused_kernels_that_fail_fail_the_run(monkeypatch, capsys):
 def test_missing_compiler_is_noticed(monkeypatch):
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
-        providers.load("compile", cases.small_cases()[0])
+        providers.load("compile", cases.small_cases()[0], torch.float32)
 
 
 def entry(time, status="timed", spread=0.01):
@@ -284,8 +331,8 @@ def test_list_names_every_op(capsys):
     [
         (["conv"], "unknown op 'conv'"),
         (["--json", "."], "is a folder; name a file"),
-        (["--shapes", "1x2x3"], "expected network, blink, hlb, hlb-3x3, air, sweep or BxCxHxW"),
-        (["--shapes", "1x4x0x3"], "expected network, blink, hlb, hlb-3x3, air, sweep or BxCxHxW"),
+        (["--shapes", "1x2x3"], f"expected {', '.join(bench.NAMED)}, sweep or BxCxHxW"),
+        (["--shapes", "1x4x0x3"], "expected network, blink, hlb, hlb-3x3, air, efficientnet_b0"),
         (["--shapes", "1x4x1x3"], "at least 2"),
         (["--list", "--shapes", "blink", "se_gate"], "--shapes blink has no case of se_gate"),
         (["--dtype", "float8"], "unknown 'float8'"),

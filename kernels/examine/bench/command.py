@@ -1,5 +1,6 @@
-"""Time the fused ops beside eager PyTorch, torch.compile and the hardware's roofs. Every provider's results are
-compared with float64 first; a wrong one gets its error in place of a time, and the exit code is 1.
+"""Time the fused ops beside eager PyTorch, torch.compile, the blocks and optimizers of torchvision and torch.optim, and
+the hardware's roofs. Every provider's results are compared with float64 first; a wrong one gets its error in place of a
+time, and the exit code is 1.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
 EXAMPLES = (
     "blink bench norm_act --quick",
+    "blink bench squeeze_excite --shapes efficientnet_b0",
     "blink bench --json bench.json --plot bench/",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPS = tuple(registry.OPS)
 # what --shapes names
-NAMED = ("network", *RECIPES)
+NAMED = ("network", *RECIPES, *cases.MODELS)
 _REDUCED_BATCH = 2
-_QUICK_BATCH = 128
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,7 +91,7 @@ def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Ca
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
     ops = options.ops or OPS
     if options.shapes in NAMED:
-        batch = _QUICK_BATCH if options.quick else None
+        batch = cases.quick_batch(options.shapes) if options.quick else None
         made = [pair for make in cases.makers(options.shapes) for pair in zip(make(batch), make(_REDUCED_BATCH))]
         pairs = list({(pair[0].op, pair[0].label): pair for pair in made if pair[0].op in ops}.values())
     else:
@@ -111,7 +112,8 @@ def rows_of(case, reduced, dtype_name: str, options, device: torch.device, secon
     torch.manual_seed(0)
     tensors = case.make(device, dtype)
     truth = providers.truth_of(case, tensors)
-    admitted = {name: admit(name, case, reduced, tensors, truth, dtype, device) for name in options.providers}
+    able = [name for name in options.providers if case.op in providers.PROVIDERS[name].ops]
+    admitted = {name: admit(name, case, reduced, tensors, truth, dtype, device) for name in able}
     rows = []
     for which in ("fwd", "bwd") if options.passes == "both" else (options.passes,):
         if which == "bwd" and not case.differentiable:
@@ -120,31 +122,31 @@ def rows_of(case, reduced, dtype_name: str, options, device: torch.device, secon
         copy = measure.copy_time(cost.bytes, device, seconds).best
         floor = max(copy, cost.flops / matmul * 1e6)
         entries = {}
-        for name, (ops, entry) in admitted.items():
+        for name, (bind, entry) in admitted.items():
             entries[name] = dict(entry)
-            if ops is not None:
-                entries[name] |= timed(case, ops, tensors, dtype, which == "bwd", device, seconds, cost, floor)
+            if bind is not None:
+                entries[name] |= timed(case, bind, tensors, dtype, which == "bwd", device, seconds, cost, floor)
         row = {"op": case.op, "pass": which, "case": case.label, "dtype": dtype_name}
         row |= {"bytes": cost.bytes, "flops": cost.flops, "copy": copy, "providers": entries}
         rows.append(row | {"ratio": ratio_of(entries)})
     return rows
 
 
-def admit(name: str, case, reduced, tensors, truth, dtype, device) -> tuple[object | None, dict]:
-    """(the ops to time, or None, and what is known so far): only what gives the right results is timed."""
+def admit(name: str, case, reduced, tensors, truth, dtype, device) -> tuple[providers.Bind | None, dict]:
+    """(what binds the calls to time, or None, and what is known so far): only what gives the right results is timed."""
     interpreted = name == "fused" and device.type == "cpu"
     if interpreted and dtype == torch.bfloat16:
         return None, {"status": "skipped", "note": "skipped: Triton's interpreter computes bfloat16 wrongly"}
     try:
-        ops = providers.load(name, case)
+        bind = providers.load(name, case, dtype)
     except RuntimeError as error:
         return None, {"status": "skipped", "note": f"skipped: {error}"[:200]}
     try:
         if interpreted:
             case, tensors = reduced, reduced.make(device, dtype)
             truth = providers.truth_of(case, tensors)
-        first = providers.first_call_seconds(case, ops, tensors, dtype)
-        verdict = providers.judge(case, ops, tensors, dtype, truth)
+        first = providers.first_call_seconds(case, bind, tensors, dtype)
+        verdict = providers.judge(case, bind, tensors, dtype, truth)
     except Exception as error:  # another provider's compiler can fail in any way, and must not end the table
         reason = (str(error).splitlines() or [""])[0]
         return None, {"status": "failed", "note": f"FAILED: {type(error).__name__}: {reason}"[:200]}
@@ -153,20 +155,20 @@ def admit(name: str, case, reduced, tensors, truth, dtype, device) -> tuple[obje
         note = f"WRONG: {verdict.where} is off by {verdict.error:.1e}, tolerance {verdict.tolerance:.0e}"
         return None, {"status": "wrong", "note": note, **known, "error": min(verdict.error, 1e30)}
     if interpreted:
-        note = f"interpreted: not timed (right at batch {_REDUCED_BATCH}, error {verdict.error:.1e})"
+        note = f"interpreted: not timed (right at a small size, error {verdict.error:.1e})"
         return None, {"status": "interpreted", "note": note, **known}
-    return ops, known
+    return bind, known
 
 
-def timed(case, ops, tensors, dtype, backward: bool, device, seconds: float, cost, floor: float) -> dict:
+def timed(case, bind, tensors, dtype, backward: bool, device, seconds: float, cost, floor: float) -> dict:
     count = measure.rotating_sets(cost.bytes, device)
     sets = [tensors] + [case.make(device, dtype) for _ in range(count - 1)]
 
     def prepare():
-        return providers.calls_of(case, ops, sets, dtype, backward)
+        return providers.calls_of(case, bind, sets, dtype, backward)
 
     timing = measure.time_calls(prepare, device, seconds)
-    peak = measure.peak_extra_bytes(providers.calls_of(case, ops, sets[:1], dtype, backward)[0], device)
+    peak = measure.peak_extra_bytes(providers.calls_of(case, bind, sets[:1], dtype, backward)[0], device)
     time = timing.best
     return {
         "status": "timed",
@@ -186,12 +188,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         default="network",
         metavar="S",
-        help=f"{', '.join(NAMED)}, sweep or BxCxHxW,... (default: network, that is blink's, hlb's and further ones)",
+        help=f"a recipe ({', '.join(RECIPES)}), network (default: blink's, hlb's and further ones), a model of "
+        f"torchvision's ({', '.join(cases.MODELS)}), sweep or BxCxHxW,...",
     )
     add("--recipe", dest="shapes", choices=RECIPES, help="the shapes of this recipe, as --shapes takes them too")
     add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
-    add("--providers", type=listed(providers.NAMES), default=list(providers.NAMES), metavar="P,...",
-        help=f"of {', '.join(providers.NAMES)} (default: all)")  # fmt: skip
+    add("--providers", type=listed(providers.PROVIDERS), default=list(providers.PROVIDERS), metavar="P,...",
+        help=f"of {', '.join(providers.PROVIDERS)} (default: all that have the op)")  # fmt: skip
     add("--pass", dest="passes", choices=("fwd", "bwd", "both"), default="both")
     add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
     add("--list", action="store_true", help="print the cases and stop")

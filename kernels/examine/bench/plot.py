@@ -3,7 +3,15 @@
 from pathlib import Path
 
 # Okabe and Ito's palette, distinguishable with any colour vision; hatches and markers repeat the distinction
-STYLE = {"fused": ("#0072B2", "", "o"), "eager": ("#E69F00", "//", "s"), "compile": ("#009E73", "..", "^")}
+STYLE = {
+    "fused": ("#0072B2", "", "o"),
+    "eager": ("#E69F00", "//", "s"),
+    "compile": ("#009E73", "..", "^"),
+    "torchvision": ("#CC79A7", "xx", "D"),
+    "optim-foreach": ("#D55E00", "\\\\", "v"),
+    "optim-fused": ("#56B4E9", "--", "P"),
+    "optim-muon": ("#F0E442", "||", "X"),
+}
 
 
 def draw(rows: list[dict], title: str, folder: Path) -> list[Path]:

@@ -1,8 +1,10 @@
 """Rows as text at 80 columns, the closing line, and the comparison of two result files."""
 
 import math
+from textwrap import wrap
 
 KEYS = ("op", "pass", "case", "dtype")
+_WIDTH = 80
 
 
 def key_of(row: dict) -> tuple:
@@ -17,10 +19,11 @@ def ratio_of(providers: dict) -> float | None:
 
 
 def format_row(row: dict) -> str:
-    """A headline and one line per provider."""
+    """A headline and one line per provider; what does not fit goes on below."""
+    margin = 2 + max(8, *(len(name) + 1 for name in row["providers"])) if row["providers"] else 2
     lines = [f"{row['op']} {row['pass']}  {row['case']}  {row['dtype']}"]
     roof = f"{row['bytes'] / 1e6:.1f} MB, a copy of it takes {_us(row['copy'])}"
-    if row["flops"]:
+    if row["flops"] >= 5e6:
         roof += f"; {row['flops'] / 1e9:.2f} GFLOP"
     lines.append(f"  {roof}")
     for name, p in row["providers"].items():
@@ -29,17 +32,21 @@ def format_row(row: dict) -> str:
             if p["graph"] is not None:
                 text += f" graph {_us(p['graph'])}"
             text += f"  {p['gb_s']:.0f} GB/s"
-            if p["tflop_s"]:
+            if p["tflop_s"] >= 0.005:
                 text += f" {p['tflop_s']:.2f} TFLOP/s"
             text += f"  {p['roofline']:.0%}"
             if p["peak_bytes"] is not None:
                 text += f"  +{p['peak_bytes'] / 2**20:.0f} MiB"
         else:
             text = p["note"]
-        lines.append(f"  {name:8}{text}")
+        lines += _wrapped(f"  {name}".ljust(margin) + text, margin)
     if row["ratio"] is not None:
         lines.append(f"  fused / best other {row['ratio']:.2f}")
     return "\n".join(lines)
+
+
+def _wrapped(line: str, margin: int) -> list[str]:
+    return wrap(line, _WIDTH, subsequent_indent=" " * margin, break_long_words=False, break_on_hyphens=False)
 
 
 def _us(microseconds: float) -> str:
@@ -56,7 +63,7 @@ def first_call_line(rows: list[dict]) -> str:
             if "first_call_seconds" in p:
                 first.setdefault(name, {})[(row["case"], row["op"], row["dtype"])] = p["first_call_seconds"]
     sums = ", ".join(f"{name} {sum(seconds.values()):.1f} s" for name, seconds in first.items())
-    return f"first calls, compilation included: {sums}" if sums else "no provider ran"
+    return "\n".join(_wrapped(f"first calls, compilation included: {sums}", 2)) if sums else "no provider ran"
 
 
 def closing_line(rows: list[dict]) -> str:

@@ -1,4 +1,5 @@
-"""Cases of every op: the calls that recipes make, and any other, from what each op's file registers.
+"""Cases of every op: the calls that recipes and torchvision's models make, and any other, from what each op's file
+registers.
 
 The tests, the ahead-of-time compile report and the benchmarks all work from them. `cases.whiten(2, 32, 32, 24)`, and so
 for each op, is a case at the sizes that its file names.
@@ -13,18 +14,22 @@ from blink.training.recipes import RECIPES
 from ...gather import PARTS as GATHER_PARTS
 from ...registry import OPS, Argument, Cost
 from .base import Case, Tensors, case_of, mapped, named
+from .models import MODELS, calls_of_model
 from .recorded import Call, layers_of, recorded_calls
 from .values import images
 
 __all__ = [
-    "GATHER_PARTS", "SWEEP", "Argument", "Call", "Case", "Cost", "Tensors", "case_at", "further_cases", "images",
-    "layers_of", "makers", "mapped", "named", "network_cases", "recipe_cases", "recorded_calls", "small_cases",
+    "GATHER_PARTS", "MODELS", "SWEEP", "Argument", "Call", "Case", "Cost", "Tensors", "case_at", "further_cases",
+    "images", "layers_of", "makers", "mapped", "model_cases", "named", "network_cases", "quick_batch", "recipe_cases",
+    "recorded_calls", "small_cases",
 ]  # fmt: skip
 
 # below this batch, where the interpreter only checks results, optimizers get fewer channels by this factor
 _SMALL_BATCH, _FEWER = 16, 8
 # hlb's
 _FURTHER_BATCH = 512
+# of images of 224x224, and where a benchmark is to be quick
+_MODEL_BATCH, _QUICK_MODEL_BATCH, _QUICK_BATCH = 64, 16, 128
 
 
 def __getattr__(op: str):
@@ -44,8 +49,24 @@ def recipe_cases(name: str, batch: int | None = None) -> list[Case]:
     """Every call of a recipe's training steps, in all phases and at all image sizes, at its own or another batch."""
     recipe = RECIPES[name]
     batch = batch or recipe.batch_size
-    found = unique(Case(c.op, c.arguments, c.options) for c in recorded_calls(recipe, batch) if c.op in OPS)
+    return _cases_of_calls(recorded_calls(recipe, batch), batch)
+
+
+@cache
+def model_cases(name: str, batch: int | None = None) -> list[Case]:
+    """What `MODELS` records of a torchvision model. Raises UserError where torchvision is missing."""
+    batch = batch or _MODEL_BATCH
+    return _cases_of_calls(calls_of_model(name, batch), batch)
+
+
+def _cases_of_calls(calls: Iterable[Call], batch: int) -> list[Case]:
+    found = unique(Case(c.op, c.arguments, c.options) for c in calls if c.op in OPS)
     return [case.with_fewer(_FEWER) if batch < _SMALL_BATCH else case for case in found]
+
+
+def quick_batch(name: str) -> int:
+    """The batch of a quick benchmark of what `makers` names."""
+    return _QUICK_MODEL_BATCH if name in MODELS else _QUICK_BATCH
 
 
 def further_cases(batch: int | None = None) -> list[Case]:
@@ -58,9 +79,11 @@ def further_cases(batch: int | None = None) -> list[Case]:
 
 
 def makers(name: str) -> list[Callable[[int | None], list[Case]]]:
-    """What makes the cases of a recipe, or of the "network": the recipes blink and hlb, and further ones; each of a
-    batch, None for its own, and in the same order for any.
+    """What makes the cases of a recipe, of a torchvision model, or of the "network": the recipes blink and hlb, and
+    further ones; each of a batch, None for its own, and in the same order for any.
     """
+    if name in MODELS:
+        return [partial(model_cases, name)]
     recipes = [partial(recipe_cases, recipe) for recipe in (("blink", "hlb") if name == "network" else (name,))]
     return [*recipes, further_cases] if name == "network" else recipes
 

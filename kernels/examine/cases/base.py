@@ -72,9 +72,14 @@ class Case:
         parameters = inspect.signature(getattr(reference, self.op)).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
+    @property
+    def all_options(self) -> dict:
+        """The options of the call, and the op's own where it states none."""
+        return {**self._defaults, **self.options}
+
     def cost(self, itemsize: int) -> dict[str, Cost]:
         """Of the forward pass, and of the backward pass if there is one, for activations of that many bytes."""
-        return self.known.cost(self.arguments, {**self._defaults, **self.options}, itemsize)
+        return self.known.cost(self.arguments, self.all_options, itemsize)
 
     def make(self, device: torch.device, dtype: torch.dtype) -> Tensors:
         """Fresh random arguments by name, activations and weights in `dtype`."""
@@ -88,10 +93,13 @@ class Case:
         return {name: made[name] for name in self.arguments}
 
     def combined(self, ops, tensors: Tensors, dtype: torch.dtype) -> Tensor:
-        """One tensor that depends on every output that has a gradient, or else on every result: what is called and
-        compared where one tensor is wanted.
+        """What `call` returns, as one tensor."""
+        return self.combine(self.call(ops, tensors, dtype), tensors)
+
+    def combine(self, y: Tensor | tuple[Tensor, ...] | list[Tensor] | None, tensors: Tensors) -> Tensor:
+        """One tensor that depends on every output that has a gradient, or else on every result: what is compared where
+        one tensor is wanted. y: what a call on these tensors returned.
         """
-        y = self.call(ops, tensors, dtype)
         if y is None or isinstance(y, list):
             # an op that only updates its buffers, or one of many results
             values = y or [v for name in self.buffers for v in named(name, tensors[name]).values()]

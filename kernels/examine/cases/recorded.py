@@ -25,7 +25,7 @@ from ...registry import Argument
 from .values import GATHER
 
 # of the weights and activations; what a case takes in whichever dtype it is made
-_COMPUTE = torch.float16
+COMPUTE = torch.float16
 # enough to tell a recipe's phases apart
 _STEPS = 100
 
@@ -49,26 +49,26 @@ def layers_of(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _argument(value: Tensor) -> Argument:
-    return Argument(tuple(value.shape), None if value.dtype == _COMPUTE else value.dtype)
+    return Argument(tuple(value.shape), None if value.dtype == COMPUTE else value.dtype)
 
 
-def _described(arguments: dict) -> tuple[dict, dict]:
+def described(arguments: dict) -> tuple[dict, dict]:
     """(tensors as shapes, options)."""
-    described, options = {}, {}
+    shapes, options = {}, {}
     for name, value in arguments.items():
         if isinstance(value, Gather):
             fields = vars(value).items()
-            described |= {GATHER + field: _argument(v) for field, v in fields if isinstance(v, Tensor)}
+            shapes |= {GATHER + field: _argument(v) for field, v in fields if isinstance(v, Tensor)}
             options |= {GATHER + field: v for field, v in fields if isinstance(v, int) and value.cutout is not None}
         elif isinstance(value, Tensor):
-            described[name] = _argument(value)
+            shapes[name] = _argument(value)
         elif isinstance(value, list):
-            described[name] = [_argument(v) for v in value]
+            shapes[name] = [_argument(v) for v in value]
         elif value is None and name not in ("activation", "dtype", "gather"):
-            described[name] = None
+            shapes[name] = None
         elif name not in ("dtype", "gather"):
             options[name] = value
-    return described, options
+    return shapes, options
 
 
 class _Recorder:
@@ -88,7 +88,7 @@ class _Recorder:
             arguments = signature.bind(*args, **keywords).arguments
             update = "params" in arguments
             part = self._part or ("optimizer" if update else "loss")
-            self.calls.append(Call(part, op, *_described(arguments)))
+            self.calls.append(Call(part, op, *described(arguments)))
             return None if update else function(*args, **keywords)
 
         return call
@@ -117,7 +117,7 @@ def recorded_calls(
     images, labels = torch.zeros(count, height, width, channels, dtype=torch.uint8), torch.zeros(count).long()
     names, statistics = tuple(map(str, range(classes))), (torch.zeros(channels), torch.ones(channels))
     dataset = Dataset("none", "", names, images, labels, images, labels, *statistics)
-    budget, precision = plan_budget(recipe, count, batch, steps=_STEPS), Precision("fp16", _COMPUTE, _COMPUTE)
+    budget, precision = plan_budget(recipe, count, batch, steps=_STEPS), Precision("fp16", COMPUTE, COMPUTE)
     # random weights are drawn, of which nobody else takes notice
     with torch.random.fork_rng(devices=[]):
         trainer = Trainer(recipe, dataset, budget, recorder.backend, precision, graph=False)

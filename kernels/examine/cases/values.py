@@ -66,7 +66,8 @@ _VALUES: dict[str, Callable[[tuple[int, ...], dict], Tensor]] = {
     "logits": lambda shape, facts: torch.randn(shape) * 2 / facts["scale"],
     "labels": lambda shape, facts: torch.randint(facts["logits"].shape[1], shape),
     "grads": lambda shape, facts: torch.randn(shape) * 0.5,
-    "lr": lambda shape, facts: torch.linspace(0.1, 0.3, *shape) if shape[0] > 1 else torch.full(shape, 0.3),
+    # of many, those of two groups
+    "lr": lambda shape, facts: torch.where(torch.arange(*shape) < shape[0] // 2, 0.1, 0.3),
     GATHER + "index": _index,
     GATHER + "translation": _pairs(lambda side, facts: -min(3, side - 1), lambda side, facts: min(3, side - 1) + 1),
     GATHER + "flip": lambda shape, facts: torch.rand(shape) < 0.5,
