@@ -274,17 +274,6 @@ def test_stem_and_norms_are_traced_whole_by_torch_compile():
     assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), model(images))
 
 
-def test_the_pages_code_runs():
-    page = (Path(__file__).resolve().parent.parent / "docs" / "ops.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert blocks
-    scope: dict = {}
-    for block in blocks:
-        exec(block, scope)
-    assert scope["replaced"] and not scope["left"]
-    assert scope["matrices"] == [scope["body"][0].weight] and len(scope["rest"]) == 5
-
-
 def test_the_example_runs():
     """In a process of its own, where nothing is interpreted, for one epoch."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
