@@ -1,13 +1,14 @@
 """The code of README.md and docs/ runs; docs/ops.md says of every op what its file says."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from blink.kernels import reference
+from blink.kernels import dispatch, reference
 from blink.kernels.examine.cases import small_cases
 from blink.kernels.registry import OPS
 
@@ -71,3 +72,23 @@ def test_the_bytes_that_a_section_counts(name, itemsize):
     assert len(backward) >= ("bwd" in counted)
     if "bwd" in counted:
         assert eval(re.search(r"backward `([^`]*)`", stated)[1], {}, sizes) == counted["bwd"].bytes
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    """Smaller, and off a GPU in plain PyTorch, as there without Triton's interpreter; its stored outputs are of a run
+    of the whole, without a machine's own names.
+    """
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(dispatch, "_CHOICE", "reference")
+    notebook = json.loads((ROOT / "examples" / "squeeze_excite.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    assert not re.search(r"/home|/tmp|/work|/root", json.dumps(cells))
+    scope: dict = {}
+    for cell in cells:
+        exec("".join(cell["source"]).replace("(4, 96, 5)", "(2, 64, 1)"), scope)
+    assert (scope["BATCH"], scope["REPEATS"]) == (2, 1) or scope["DEVICE"].type == "cuda"
+    printed = capsys.readouterr().out
+    assert "16 blocks replaced, 0 left" in printed and "times as fast" in printed
+    assert max(scope["differences"]) < 1e-3
