@@ -239,7 +239,8 @@ def _finish_kernel(
     DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]. With a learning rate outs are weights, which become
-    weights * shrink - lr * FACTOR's * U, renormalized where their sums of squares are given.
+    weights * shrink - lr * factor * U, the factor being what FACTOR names, renormalized where their sums of squares
+    are given.
     """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)

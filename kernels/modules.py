@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _options, dispatch, reference
+from .squeeze_excitation import ACTIVATION_MODULES, UNKNOWN, computed_by
 from .whitening import PatchMoments, patch_moments, pixel_statistics, whitening_weight
 
 
@@ -86,9 +87,6 @@ class PoolNormAct(NormAct):
         return dispatch.pool_norm_act(_laid_out(x), *trained, **options)[0]
 
 
-_NAMES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.GELU: "gelu"}
-
-
 @dataclass
 class Conversion:
     """What `convert` did: the names of the norm layers that it replaced, and why it left the others."""
@@ -99,9 +97,8 @@ class Conversion:
 
 def _activation_of(module: nn.Module) -> str | None:
     """The name of an activation that the ops have, or None."""
-    if isinstance(module, nn.GELU) and module.approximate != "none":
-        return None
-    return _NAMES.get(type(module))
+    name = computed_by(module, ACTIVATION_MODULES)
+    return None if name == UNKNOWN else name
 
 
 def _pools(module: nn.Module) -> bool:
@@ -145,12 +142,13 @@ def _converted(norm: nn.BatchNorm2d, activation: str, pool: bool, weight: bool) 
 
 
 def convert(model: nn.Module, *, weight: bool = True) -> Conversion:
-    """Replace, in place, each [MaxPool2d(2) ->] BatchNorm2d -> ReLU, SiLU or GELU of an nn.Sequential by a module.
+    """Replace, in place, each [MaxPool2d(2) ->] BatchNorm2d -> activation of an nn.Sequential by a module.
 
-    The norm layer becomes a `NormAct` or `PoolNormAct` that holds its parameters and buffers (the same tensors), and an
-    nn.Identity takes the place of what it absorbed, so that names, state_dict, training mode and results stay as they
-    are. weight: False takes scales away, for networks that are trained from the start; a scale that is not 1 stays, as
-    does one that is not trained. Only in an nn.Sequential is the order of calls known.
+    The activation is nn.ReLU, nn.SiLU, nn.GELU or nn.Hardswish. The norm layer becomes a `NormAct` or `PoolNormAct`
+    that holds its parameters and buffers (the same tensors), and an nn.Identity takes the place of what it absorbed, so
+    that names, state_dict, training mode and results stay as they are. weight: False takes scales away, for networks
+    that are trained from the start; a scale that is not 1 stays, as does one that is not trained. Only in an
+    nn.Sequential is the order of calls known.
 
     Returns what was changed and what was left and why.
     """

@@ -23,7 +23,7 @@ from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 from .registry import Arguments, Cost, data, fp32, op
 
-# elements of one of the four pixels of every window that a program holds at a time
+# windows times channels that a program holds at a time, of one of the four pixels of each window
 _TILE = 512
 _PROGRAMS = 1024
 
@@ -182,7 +182,7 @@ def _fwd(
     squeezed: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, squeeze [B, C], pooled, index [B, G, C] uint8, batch mean [C], batch variance [C]).
+    """(y, squeeze [B, C], pooled, index [B, G, C] uint8 with four windows a byte, batch mean [C], batch variance [C]).
 
     The squeeze is empty if not wanted, the statistics in evaluation mode, the index where nothing is saved.
     """

@@ -28,7 +28,8 @@ _BLOCKS = {
     "timm.layers.squeeze_excite.SEModule": _TIMM_MODULE,
 }
 
-_ACTIVATIONS = {
+# what modules compute, by the kernels' name of it
+ACTIVATION_MODULES = {
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.GELU": "gelu",
@@ -38,7 +39,7 @@ _ACTIVATIONS = {
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.HardSwish": "hardswish",
 }
-_GATES = {
+GATE_MODULES = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
     "timm.layers.activations.Sigmoid": "sigmoid",
@@ -53,7 +54,7 @@ _BY_NAME = {
     "sigmoid": nn.Sigmoid,
     "hardsigmoid": nn.Hardsigmoid,
 }
-_UNKNOWN = "unknown"
+UNKNOWN = "unknown"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -61,11 +62,11 @@ def _name_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _computes(layer: Callable, table: dict[str, str | None]) -> str | None:
-    """The kernels' name of what an activation or gate computes, or _UNKNOWN."""
+def computed_by(layer: Callable, table: dict[str, str | None]) -> str | None:
+    """The kernels' name of what an activation or gate computes, from one of the tables above, or UNKNOWN."""
     # GELU's approximation by tanh is another function
     exact = getattr(layer, "approximate", "none") == "none"
-    return table.get(_name_of(type(layer)), _UNKNOWN) if exact else _UNKNOWN
+    return table.get(_name_of(type(layer)), UNKNOWN) if exact else UNKNOWN
 
 
 def _made(name: str, factory, table: dict[str, str | None]) -> Callable:
@@ -86,7 +87,7 @@ def _made(name: str, factory, table: dict[str, str | None]) -> Callable:
         raise TypeError(f"{expected} without arguments: {error}") from error
     if not callable(layer):
         raise TypeError(f"{expected}; {factory!r} gave {layer!r}")
-    if _computes(layer, table) is _UNKNOWN:
+    if computed_by(layer, table) is UNKNOWN:
         say_once(f"SqueezeExcite: {name} {layer} is in no kernel; such a layer runs in plain PyTorch")
     return layer
 
@@ -137,14 +138,14 @@ class SqueezeExcite(nn.Module):
                 raise ValueError(f"SqueezeExcite: {name} must be an integer of at least 1, found {value!r}")
         self.fc1 = nn.Conv2d(input_channels, squeeze_channels, 1)
         self.fc2 = nn.Conv2d(squeeze_channels, input_channels, 1)
-        self.activation = _made("activation", activation, _ACTIVATIONS)
-        self.scale_activation = _made("scale_activation", scale_activation, _GATES)
+        self.activation = _made("activation", activation, ACTIVATION_MODULES)
+        self.scale_activation = _made("scale_activation", scale_activation, GATE_MODULES)
         self.differentiable_twice = differentiable_twice
 
     def forward(self, x: Tensor) -> Tensor:
         reduce, activation, expand, gate = (getattr(self, name) for name in self.layers)
-        act, gate_activation = _computes(activation, _ACTIVATIONS), _computes(gate, _GATES)
-        if _UNKNOWN in (act, gate_activation):
+        act, gate_activation = computed_by(activation, ACTIVATION_MODULES), computed_by(gate, GATE_MODULES)
+        if UNKNOWN in (act, gate_activation):
             return x * gate(expand(activation(reduce(x.mean((-2, -1), keepdim=True)))))
         weights = (reduce.weight, reduce.bias, expand.weight, expand.bias)
         options = {"activation": act, "gate_activation": gate_activation}
@@ -224,7 +225,7 @@ def _obstacle(block: nn.Module, layers: Layers) -> str | None:
     for name, child in block.named_children():
         if any(getattr(child, hooks) for hooks in _HOOKS):
             return f"there are hooks on {name}, which would not be called"
-    for layer, table in ((activation, _ACTIVATIONS), (gate, _GATES)):
-        if _computes(layer, table) is _UNKNOWN:
+    for layer, table in ((activation, ACTIVATION_MODULES), (gate, GATE_MODULES)):
+        if computed_by(layer, table) is UNKNOWN:
             return f"no kernel has {layer}"
     return None

@@ -1,4 +1,6 @@
-"""Layers: nn.Modules over the ops of a backend. A network knows layers only; a layer knows one op."""
+"""Layers: nn.Modules over the ops of a backend. A network knows layers only; each calls one op, but for `ConvGroup`,
+which is made of others.
+"""
 
 from collections.abc import Callable
 

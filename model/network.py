@@ -1,6 +1,7 @@
-"""The network: whitening stem, convolution groups with squeeze-and-excite, global max-pool, linear head.
+"""The network: whitening stem, convolution groups, with squeeze-and-excite or without, global max-pool, linear head.
 
-Sources of the architectures and their numbers: hlb-CIFAR10 v0.3.0 (the defaults), airbench94_muon (`AIR` in recipes).
+Sources of the architectures and their numbers: hlb-CIFAR10 v0.3.0 (the defaults of `NetworkConfig`), airbench94_muon
+(`AIR` in recipes, from which the default recipe comes).
 """
 
 from dataclasses import dataclass
@@ -126,11 +127,12 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def copy_only(self, varying: Tensor) -> None:
-        """Of what the first convolution takes, no channel but these ([C] bool, of `initialize_stem`) starts copied.
+        """Take back the identity filters of channels that do not vary, in the convolution behind the stem.
 
-        The identities would carry a constant through every layer, whose BatchNorm multiplies its gradient by
-        1 / sqrt(eps), no variance being there. Such a filter starts random, as those beyond the identities do. Where
-        nothing varies all filters start at zero, where none of them has a gradient.
+        varying: [C] bool, which of the stem's channels do, from `initialize_stem`. An identity would carry a constant
+        through every layer, and each BatchNorm would multiply its gradient by 1 / sqrt(eps), there being no variance.
+        Such a filter starts random, as those beyond the identities do. Where no channel varies, all filters of the
+        network start at zero and stay there, as none of them then has a gradient.
         """
         weights = [module.weight for module in self.modules() if isinstance(module, Conv3x3)]
         if self.config.dirac:

@@ -19,7 +19,7 @@ from blink.training.data.dataset import pixel_statistics
 from tests.oracle import DEVICE
 from tests.small import random_images
 
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, None: nn.Identity}
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish, None: nn.Identity}
 FORMATS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
 )
@@ -85,6 +85,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
         *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=0.3), nn.SiLU(), tail, nn.BatchNorm2d(8), nn.Tanh()),
+        *(nn.BatchNorm2d(8), nn.Hardswish()),
     ).to(DEVICE)
 
 
@@ -97,13 +98,14 @@ def test_conversion_changes_no_result(weight):
     ours = copy.deepcopy(theirs)
     held = dict(ours.named_parameters()) | dict(ours.named_buffers())
     report = convert(ours, weight=weight)
-    assert report.changed == ["1", "5", "7.2"] and report.left == {"8": "no activation that the ops have follows it"}
+    assert report.changed == ["1", "5", "10", "7.2"]
+    assert report.left == {"8": "no activation that the ops have follows it"}
     kinds = [type(m) for m in ours.modules() if isinstance(m, NormAct)]
-    assert kinds == [NormAct, NormAct, PoolNormAct] and isinstance(ours[7][1], nn.Identity)
+    assert kinds == [NormAct, NormAct, PoolNormAct, NormAct] and isinstance(ours[7][1], nn.Identity)
     kept = dict(ours.named_parameters()) | dict(ours.named_buffers())
     assert all(value is held[name] for name, value in kept.items())
     if not weight:
-        assert set(held) - set(kept) == {"1.weight", "5.weight", "7.2.weight"}
+        assert set(held) - set(kept) == {f"{name}.weight" for name in report.changed}
         for name in report.changed:
             theirs.get_submodule(name).weight = None
     assert_same_training(ours, theirs, torch.randn(4, 3, 18, 20, device=DEVICE))

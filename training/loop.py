@@ -31,7 +31,8 @@ class Listener:
 def train(trainer: Trainer, seed: int, listener: Listener = Listener(), validate: int | None = None) -> RunResult:
     """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
 
-    Timed: the whitening statistics, every training step, the final test-time-augmented logits. Raises UserError when
+    Timed: the whitening statistics, smaller copies of the images where the recipe has them, drawing batches, every
+    training step, the final test-time-augmented logits. Raises UserError when
     the loss stops being finite.
     """
     budget, dataset, device = trainer.budget, trainer.dataset, trainer.device

@@ -49,8 +49,9 @@ def group_parameters(network: nn.Module, groups: tuple[ParamGroup, ...]) -> list
 class _Call:
     """Groups that one call of a rule updates, because they differ in their learning rates only.
 
-    members: the longest trained first, so that those that still are come first; first: where the rates of the first
-    one's first parameter are in a row of the table, those of the others following.
+    members: indices of the groups, sorted by how long they are trained, longest first, so that groups that stop are
+    dropped from the end. first: the column of the table of rates that belongs to the first parameter of the first
+    member; the columns of all others follow.
     """
 
     rule: str

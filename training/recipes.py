@@ -210,7 +210,7 @@ HLB_3X3 = replace(
     network=replace(HLB.network, whiten_kernel=3, whiten_padding="same"),
 )
 
-# how it was found is in results/search.md
+# how it was found is in docs/how-blink-was-found.md
 BLINK = replace(
     AIR,
     name="blink",

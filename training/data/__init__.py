@@ -1,6 +1,6 @@
 """Data sets: what `--data` names is found, read by the reader that fits, cached, and held in one fixed order.
 
-The published data sets' reader is imported where they are read anew only: torchvision takes two seconds of a start.
+torchvision, which reads the published data sets, is imported only when there is no cached copy: that takes two seconds.
 """
 
 import os
