@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 _ROOT = Path(__file__).resolve().parent
-_FOLDERS = ("kernels", "model", "training", "experiments")
+_FOLDERS = ("kernels", "model", "training", "inference", "experiments")
 _VERSION = next(
     line.split('"')[1] for line in (_ROOT / "blink/__init__.py").read_text().splitlines() if "__version__" in line
 )

@@ -3,14 +3,17 @@
 blink.kernels       the ops, each with a plain PyTorch reference
 blink.model         the network
 blink.training      one training, from a data set to an accuracy
+blink.inference     what uses a trained network
 blink.experiments   what measures and compares trainings
 blink.train(...)    the command `blink train` as a function
+blink.load(path)    a network that it kept, to be called with images
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blink.inference.classifier import Classifier
     from blink.training.results import RunResult
 
 __version__ = "0.1.0"
@@ -31,3 +34,13 @@ def train(**options) -> "list[RunResult]":
     from blink.training.command import train_quietly
 
     return train_quietly(**options)
+
+
+def load(path, device=None, kernels: str = "auto") -> "Classifier":
+    """The network in a file that a run kept: `blink.load(path).predict(["photograph.jpg"])` are its probabilities.
+
+    See `blink.inference.classifier.load`. Raises blink.errors.UserError for what is no such file.
+    """
+    from blink.inference.classifier import load
+
+    return load(path, device, kernels)

@@ -11,6 +11,9 @@ GROUPS = {
         "recipes": ("blink.training.show_recipes", "what can be trained, and with which settings"),
         "until": ("blink.experiments.until", "find the smallest budget that reaches an accuracy"),
     },
+    "use": {
+        "predict": ("blink.inference.predict", "what images show, by a network that a run kept"),
+    },
     "compare": {
         "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
         "race": ("blink.experiments.race.command", "this project and others' training scripts"),

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from blink import __version__
 from blink.command import natural, parse, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
+from blink.model import saved
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
 from blink.training.loop import Listener, train
-from blink.training.report import Report, save_weights
+from blink.training.report import Report
 from blink.training.results import RunResult
 from blink.training.trainer import Trainer
 
@@ -108,8 +110,21 @@ def train_one(
     if trainer.device.type == "cuda":
         job.facts["peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     if options.out is not None:
-        name = f"{job.recipe.name}-seed{seed}.safetensors"
-        save_weights(options.out / name, result.state, {"recipe": job.recipe.name, "data": job.dataset.name})
+        keep(job, options.out / f"{job.recipe.name}-seed{seed}.safetensors", result)
+
+
+def keep(job: Job, path: Path, result: RunResult) -> None:
+    """The run's network as a file that is enough to use it."""
+    about = ("command", "data", "recipe", "dtype", "budget", "environment")
+    facts = {
+        **{name: job.facts[name] for name in about},
+        "seed": result.seed,
+        "accuracy": result.accuracy,
+        "pixel_statistics": {"mean": job.dataset.mean.tolist(), "std": job.dataset.std.tolist()},
+        "versions": {"blink": __version__, **{name: job.facts["environment"][name] for name in ("torch", "triton")}},
+    }
+    dataset = job.dataset
+    saved.save(path, result.state, job.recipe.network, dataset.classes, dataset.image_shape, facts)
 
 
 def save(options: argparse.Namespace, report: Report, last: bool) -> None:

@@ -1,7 +1,6 @@
 """What a person sees of a run: header, progress bar, epoch rows, summary; and the same as JSON."""
 
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
@@ -10,8 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from blink.errors import UserError
-from blink.files import replacing
 from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
 from blink.training.recipes import Recipe
@@ -145,15 +142,3 @@ class Report:
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=False)
-
-
-def save_weights(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Save a state_dict as safetensors, atomically. Raises UserError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with replacing(path) as temporary:
-            save_file({name: value.contiguous() for name, value in state.items()}, temporary, metadata)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"could not write {path} ({error}); free some space or name another folder") from error

@@ -7,7 +7,7 @@ from os import cpu_count
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from blink.training.data.dataset import Arrays
 from blink.errors import UserError
@@ -35,7 +35,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], list[list[Path]], list[np.
             raise UserError(f"{root / half} lacks the class {_quoted(missing)} that {other} has; every class needs both")
     files, labels = [], []
     for half, names in classes.items():
-        found = [sorted(p for p in (root / half / name).iterdir() if _is_image(p)) for name in names]
+        found = [sorted(p for p in (root / half / name).iterdir() if is_image(p)) for name in names]
         for name, own in zip(names, found):
             if not own:
                 raise UserError(
@@ -53,12 +53,12 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
     """
     classes, halves, labels = list_images(root)
     files = halves[0] + halves[1]
-    height, width, _ = _decode(files[0]).shape
+    height, width, _ = decode(files[0]).shape
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
     def decode_chunk(start: int) -> int:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = _decode(files[i])
+            image = decode(files[i])
             if image.shape != images.shape[1:]:
                 raise UserError(
                     f"{files[i]} is {image.shape[0]}x{image.shape[1]}, but {files[0]} is {height}x{width}; "
@@ -77,7 +77,8 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
     return classes, images[:cut], labels[0], images[cut:], labels[1]
 
 
-def _decode(path: Path) -> np.ndarray:
+def decode(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8, upright. Raises UserError for what is not one readable image."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -86,7 +87,8 @@ def _decode(path: Path) -> np.ndarray:
                 # 16-bit grey: Pillow's conversion would clip at 255 where 255 * 257 is white
                 pixels = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(pixels[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            # cameras say in EXIF how they were held
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from error
@@ -101,7 +103,8 @@ def _classes(half: Path) -> tuple[str, ...]:
     return classes
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """By its name."""
     return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
 
 

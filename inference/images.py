@@ -1,0 +1,75 @@
+"""Images of any kind and size as batches that a network takes."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blink.errors import UserError
+from blink.training.data.image_tree import decode
+
+
+def fitted(image, image_shape: tuple[int, int, int]) -> Tensor:
+    """[C, height, width] uint8: the image scaled, its sides' ratio kept, until it covers that size, and cropped to the
+    middle. One of that size stays as it is.
+
+    image: a path, a PIL image, or a uint8 array or tensor [H, W], [H, W, C] or [C, H, W]. Raises UserError for a file
+    that is no readable image, and for anything else.
+    """
+    channels, height, width = image_shape
+    pixels = _pixels(image)
+    if pixels.shape[:2] != (height, width):
+        scale = max(height / pixels.shape[0], width / pixels.shape[1])
+        size = [max(side, round(scale * length)) for side, length in zip((height, width), pixels.shape)]
+        # averages over what a pixel covers where the image shrinks
+        scaled = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        pixels = scaled[top : top + height, left : left + width]
+    if channels != pixels.shape[2]:
+        raise UserError(f"this network takes images of {channels} channels, found {pixels.shape[2]}")
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def _pixels(image) -> np.ndarray:
+    """[H, W, 3] uint8."""
+    if isinstance(image, str | Path):
+        return decode(Path(image))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(
+            f"an image is a path, a PIL image or uint8 pixels [H, W], [H, W, C] or [C, H, W]; found {found}"
+        )
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = image.transpose(1, 2, 0)
+    return np.asarray(Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB"))
+
+
+def attempted(paths: list[Path], image_shape: tuple[int, int, int]) -> list[Tensor | UserError]:
+    """Of each path the `fitted` image, or what is wrong with it; decoded by as many threads as cores."""
+
+    def attempt(path: Path) -> Tensor | UserError:
+        try:
+            return fitted(path, image_shape)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        return list(pool.map(attempt, paths))
+
+
+def batches(images: Iterable, image_shape: tuple[int, int, int], most: int) -> Iterator[Tensor]:
+    """[B, C, height, width] uint8 with at most `most` images, in order; decoded by as many threads as cores."""
+    images = iter(images)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        while part := list(islice(images, most)):
+            yield torch.stack(list(pool.map(lambda image: fitted(image, image_shape), part)))
