@@ -22,7 +22,6 @@ from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
 EXAMPLES = (
-    "blink bench norm_act --quick",
     "blink bench squeeze_excite --shapes efficientnet_b0",
     "blink bench --json bench.json --plot bench/",
 )
