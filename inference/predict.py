@@ -16,7 +16,7 @@ from blink.training.data.image_tree import is_image
 
 EXAMPLES = (
     "blink predict runs/photographs/blink-seed0.safetensors photograph.jpg",
-    "find photographs -name '*.jpg' | blink predict model.safetensors - --csv",
+    "blink predict model.safetensors photographs/ --top 5 --csv",
 )
 _BATCH = 256
 

@@ -55,22 +55,24 @@ def test_logits_are_the_mean_of_image_and_mirror_and_the_mode_is_restored(traini
     assert not both.requires_grad
 
 
+@pytest.mark.parametrize("tta", ["translate", "mirror+translate"])
 @pytest.mark.parametrize("at_once", [1, 4, 2000])
-def test_translated_views_are_weighted_as_airbench_does(at_once):
-    """Half the image, a quarter each of two diagonal 1-pixel translations, all mirrored too."""
+def test_translated_views_are_weighted_as_airbench_does(at_once, tta):
+    """Half the image, a quarter each of two diagonal 1-pixel translations, all mirrored too if mirror images are."""
     network, images = Asymmetric().eval(), random_images(3, 4, 5)
-    got = logits_of(network, images, "mirror+translate", at_once=at_once)
+    got = logits_of(network, images, tta, at_once=at_once)
     x = images.permute(0, 3, 1, 2)
     want = 0
     for (y_translation, x_translation), weight in (((0, 0), 0.5), ((-1, -1), 0.25), ((1, 1), 0.25)):
         rows, columns = (reflect(torch.arange(n) + s, n) for n, s in ((4, y_translation), (5, x_translation)))
         moved = x[:, :, rows][:, :, :, columns]
         with torch.no_grad():
-            want = want + weight * (network(moved) + network(moved.flip(3))) / 2
+            mirrored = network(moved.flip(3)) if "mirror" in tta else network(moved)
+            want = want + weight * (network(moved) + mirrored) / 2
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("tta", ["mirror", "mirror+translate"])
+@pytest.mark.parametrize("tta", ["mirror", "translate", "mirror+translate"])
 def test_only_the_least_sure_are_augmented(tta):
     network, images = Asymmetric().eval(), random_images(20, 4, 5)
     with torch.no_grad():
@@ -78,7 +80,7 @@ def test_only_the_least_sure_are_augmented(tta):
     own, everything = logits_of(network, images, None), logits_of(network, images, tta)
     network.sizes.clear()
     got = logits_of(network, images, tta, 0.35, at_once=8)
-    views = {"mirror": 1, "mirror+translate": 5}[tta]
+    views = {"mirror": 1, "translate": 2, "mirror+translate": 5}[tta]
     assert sum(network.sizes) == 20 + 7 * views and unsure(20, 0.35) == 7
     top = own.softmax(1).sort(1).values
     chosen = (top[:, -1] - top[:, -2]).argsort()[:7]
@@ -89,7 +91,7 @@ def test_only_the_least_sure_are_augmented(tta):
     assert not torch.allclose(own[chosen], everything[chosen])
 
 
-@pytest.mark.parametrize("tta", [None, "mirror", "mirror+translate"])
+@pytest.mark.parametrize("tta", [None, "mirror", "translate", "mirror+translate"])
 def test_a_fraction_of_nothing_is_the_plain_image(tta):
     network, images = Asymmetric().eval(), random_images(5, 4, 5)
     plain = logits_of(network, images, None)

@@ -225,6 +225,17 @@ def test_compiled_reference_trains_as_eager_does(shared, tree, capsys, monkeypat
     assert set(start_up["compiled"]) - set(start_up["reference"]) == {"warm-up"}
 
 
+def test_a_recipes_settings_are_set(shared, tree, capsys):
+    target, out_folder = shared / "set.json", shared / "set"
+    options = ("--flip", "none", "--set", "translation=1", "--set", "network.conv_groups.2.channels=64")
+    code, out, err = inside(capsys, "--data", tree, *QUICK, *options, "--json", target, "--out", out_folder)
+    assert (code, err) == (0, "") and "(EMA, not augmented," in " ".join(out.split())
+    recipe = json.loads(target.read_text())["recipe"]
+    assert (recipe["flip"], recipe["tta"], recipe["translation"]) == ("none", None, 1)
+    assert load_file(out_folder / "hlb-seed0.safetensors")["head.weight"].shape[1] == 64
+    assert "blink recipes hlb lists all" in refused(capsys, "--data", tree, *QUICK, "--set", "translation=far")
+
+
 def test_compiled_needs_a_compiler(capsys, monkeypatch, tree):
     monkeypatch.setenv("CXX", "no-such-compiler")
     err = refused(capsys, "--data", tree, *QUICK, "--kernels", "compiled")

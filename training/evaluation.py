@@ -12,6 +12,7 @@ from blink.model.network import Network
 VIEWS: dict[str | None, tuple[tuple[int, bool], ...]] = {
     None: (),
     "mirror": ((0, True),),
+    "translate": ((-1, False), (1, False)),
     "mirror+translate": ((0, True), (-1, False), (-1, True), (1, False), (1, True)),
 }
 
@@ -61,13 +62,15 @@ def view_gather(index: Tensor, views: tuple[tuple[int, bool], ...]) -> Gather:
     return Gather(index.repeat(len(views)), translation.flatten(0, 1) if moved else None, flip.flatten())
 
 
-def averaged(own: Tensor, others: Tensor) -> Tensor:
+def averaged(own: Tensor, others: Tensor, views: tuple[tuple[int, bool], ...]) -> Tensor:
     """The mean over an image and its mirror; where it was translated, half of that and half of those views' mean.
 
-    own [n, classes]: the images' logits; others [views, n, classes]: those of `VIEWS`. Source: airbench94.
+    own [n, classes]: the images' logits; others [views, n, classes]: those of `views`. Source: airbench94.
     """
-    centred = (own + others[0]) / 2
-    return centred if len(others) == 1 else (centred + others[1:].mean(0)) / 2
+    centred, moved = own, others
+    if views[0] == (0, True):
+        centred, moved = (own + others[0]) / 2, others[1:]
+    return centred if not len(moved) else (centred + moved.mean(0)) / 2
 
 
 def unsure(count: int, fraction: float) -> int:
@@ -81,7 +84,7 @@ def logits_of(
 ) -> Tensor:
     """images [N, H, W, C] uint8 -> logits [N, classes] float32, the network left in the mode it was in.
 
-    tta: None, "mirror" or "mirror+translate"; below 1, only the `fraction` of the images is augmented whose two largest
+    tta: a key of `VIEWS`. fraction: below 1, only that part of the images is augmented whose two largest
     probabilities are closest; at_once: how many images, views counted, a batch has at most. Source of the fraction:
     hiverge's cifar10-speedrun.
     """
@@ -97,7 +100,7 @@ def logits_of(
             chosen = (largest[:, 1] - largest[:, 0]).topk(augmented).indices
         for part in in_parts(chosen, max(1, at_once // len(views))):
             others = network(source, view_gather(part, views)).unflatten(0, (len(views), len(part)))
-            logits[part] = averaged(logits[part], others)
+            logits[part] = averaged(logits[part], others, views)
     network.train(was_training)
     return logits
 

@@ -11,7 +11,8 @@ from blink.command import STARTED, natural, positive
 from blink.training import data
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.recipes import RECIPES, Recipe, with_network
+from blink.training.overrides import with_settings
+from blink.training.recipes import RECIPES, Recipe, with_flip, with_network
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
 
@@ -46,6 +47,10 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(add)
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
+    add("--flip", choices=("none", "random", "alternating"),
+        help="mirroring of training images; none: of test images neither (default: the recipe's)")  # fmt: skip
+    add("--set", action="append", default=[], metavar="NAME=VALUE",
+        help="any setting of the recipe, as blink recipes RECIPE lists it; may be given again")  # fmt: skip
     add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
     add("--seed", type=natural, default=0, metavar="S", help="of the first run; the next one has the next (default: 0)")
     add_setting_arguments(parser)
@@ -85,13 +90,15 @@ def prepare(
 
 
 def customized(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line changes in its network."""
+    """The recipe with what the command line changes in it. Raises UserError."""
     if options.stem is not None:
         kernel, padding = STEMS[options.stem]
         recipe = with_network(recipe, whiten_kernel=kernel, whiten_padding=padding)
     if options.se is not None:
         recipe = with_network(recipe, se_reduction=None if options.se == "off" else options.se)
-    return recipe
+    if options.flip is not None:
+        recipe = with_flip(recipe, options.flip)
+    return with_settings(recipe, options.set)
 
 
 def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, list[str]]:

@@ -85,8 +85,8 @@ class Recipe:
     cutout: int = 0
     # The most that contrast differs from 1 and brightness from 0, uniform, in units of the pixel range.
     jitter: tuple[float, float] | None = None
-    # What the final evaluation averages over: the mirror image, or also the two 1-pixel diagonal translations.
-    tta: Literal["mirror", "mirror+translate"] = "mirror"
+    # What the final evaluation averages over beside the image: its mirror, two 1-pixel diagonal translations, or both.
+    tta: Literal["mirror", "translate", "mirror+translate"] | None = "mirror"
     # For which part of the test images it does so: those of which the network is least sure.
     tta_fraction: float = 1.0
     # Smaller images for the first steps, by rising `until`; after the last one images are whole.
@@ -125,6 +125,14 @@ class Recipe:
     def _scaled(self, scale: float, size: tuple[int, int]) -> tuple[int, int]:
         least = self.network.minimum_image_size
         return tuple(min(side, max(least, round(scale * side))) for side in size)
+
+
+def with_flip(recipe: Recipe, flip: str) -> Recipe:
+    """The recipe with this mirroring; without any, no mirror image is tested either."""
+    tta = (
+        {"mirror": None, "mirror+translate": "translate"}.get(recipe.tta, recipe.tta) if flip == "none" else recipe.tta
+    )
+    return replace(recipe, flip=flip, tta=tta)
 
 
 def with_network(recipe: Recipe, **changes) -> Recipe:

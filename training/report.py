@@ -119,7 +119,8 @@ class Report:
 
     def _evaluated_as(self) -> str:
         recipe = self.facts["recipe"]
-        views = "mirrored and translated" if recipe["tta"] == "mirror+translate" else "mirrored"
+        views = {None: "not augmented", "mirror": "mirrored", "translate": "translated"}
+        views = views.get(recipe["tta"], "mirrored and translated")
         if recipe["tta_fraction"] < 1:
             views += " where least sure"
         return f"EMA, {views}" if recipe["ema_fraction"] else views
