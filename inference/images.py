@@ -12,28 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from blink.errors import UserError
-from blink.training.data.image_tree import decode
+from blink.training.data.decoding import decode, fit
 
 
 def fitted(image, image_shape: tuple[int, int, int]) -> Tensor:
-    """[C, height, width] uint8: the image scaled, its sides' ratio kept, until it covers that size, and cropped to the
-    middle. One of that size stays as it is.
+    """[C, height, width] uint8: the image brought to the network's size as `decoding.fit` does.
 
     image: a path, a PIL image, or a uint8 array or tensor [H, W], [H, W, C] or [C, H, W]. Raises UserError for a file
     that is no readable image, and for anything else.
     """
     channels, height, width = image_shape
-    pixels = _pixels(image)
-    if pixels.shape[:2] != (height, width):
-        scale = max(height / pixels.shape[0], width / pixels.shape[1])
-        size = [max(side, round(scale * length)) for side, length in zip((height, width), pixels.shape)]
-        # averages over what a pixel covers where the image shrinks
-        scaled = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        pixels = scaled[top : top + height, left : left + width]
-    if channels != pixels.shape[2]:
-        raise UserError(f"this network takes images of {channels} channels, found {pixels.shape[2]}")
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    if channels != 3:
+        raise UserError(f"this network takes images of {channels} channels, and images here have 3")
+    return torch.from_numpy(np.array(fit(_pixels(image), height, width))).permute(2, 0, 1)
 
 
 def _pixels(image) -> np.ndarray:

@@ -12,7 +12,7 @@ from blink.command import positive
 from blink.errors import UserError
 from blink.inference.classifier import load
 from blink.inference.images import attempted
-from blink.training.data.image_tree import is_image
+from blink.training.data.decoding import is_image
 
 EXAMPLES = (
     "blink predict runs/photographs/blink-seed0.safetensors photograph.jpg",

@@ -123,9 +123,14 @@ def _empty_class(root):
     return r"train/cow holds no image"
 
 
-def _unequal(root):
-    Image.fromarray(picture(13, 0)).save(root / "test" / "bee" / "001.png")
-    return r"test/bee/001\.png is 13x13.*train/ant/000\.png is 12x12"
+def _floats(root):
+    Image.fromarray(np.ones((12, 12), dtype=np.float32)).save(root / "train" / "bee" / "zzz.tif")
+    return r"zzz\.tif has floating-point pixels"
+
+
+def _negative(root):
+    Image.fromarray(np.full((12, 12), -3, dtype=np.int32)).save(root / "train" / "bee" / "zzz.tif")
+    return r"zzz\.tif has pixels from -3 to -3"
 
 
 def _corrupt(root):
@@ -150,11 +155,11 @@ def _animation(root):
     return r"zzz\.gif is an animation"
 
 
-def _no_test(root):
-    for folder in list((root / "test").iterdir()):
+def _no_train(root):
+    for folder in list((root / "train").iterdir()):
         remove(folder)
-    (root / "test").rmdir()
-    return r"test is not a folder"
+    (root / "train").rmdir()
+    return r"train is not a folder"
 
 
 def _no_class(root):
@@ -167,12 +172,13 @@ BREAKS = (
     _class_missing,
     _class_extra,
     _empty_class,
-    _unequal,
+    _floats,
+    _negative,
     _corrupt,
     _empty_file,
     _broken_link,
     _animation,
-    _no_test,
+    _no_train,
     _no_class,
 )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blink.command import STARTED, natural, positive
+from blink.command import STARTED, fraction, natural, positive
 from blink.training import data
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
@@ -59,6 +59,10 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(add) -> None:
     add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic (default: CIFAR-10 "
         "below data/, else downloaded, else synthetic)")  # fmt: skip
+    add("--size", type=positive(int), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
+        "one size, else that of most, else 32)")  # fmt: skip
+    add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
+        "folder has no test images (default: 0.1)")  # fmt: skip
     add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
 
 
@@ -118,7 +122,8 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
             notes.append(line)
             bar.update(task, description=line, visible=True)
 
-        return data.load(options.data, progress, note).limited(options.limit), notes
+        dataset = data.load(options.data, progress, note, options.size, options.val_split)
+        return dataset.limited(options.limit), notes
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:

@@ -121,9 +121,10 @@ def find(text: str) -> tuple[str, Path]:
 def own_options(options: Namespace) -> tuple[str, ...]:
     """The options of `blink train` that this project's blocks run with."""
     given = ["--recipe", options.recipe, "--kernels", options.kernels, "--graph", options.graph]
-    for flag, value in (("--data", options.data), ("--dtype", options.dtype), ("--limit", options.limit)):
+    for name in ("data", "size", "val_split", "limit", "dtype"):
+        value = getattr(options, name)
         if value is not None:
-            given += [flag, str(value)]
+            given += [f"--{name.replace('_', '-')}", str(value)]
     return tuple(given + ["--deterministic"] * options.deterministic)
 
 

@@ -18,18 +18,23 @@ Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
 
-def load(source: str | None, progress: Progress, note: Note) -> Dataset:
+def load(
+    source: str | None, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
+) -> Dataset:
     """The data set that `source` names: a path, `cifar10`, `cifar100`, `synthetic`, or None for the default.
 
     The default is a local CIFAR-10, else a download, else the generated set. progress(done, total) is called while
-    images are decoded; note(line) when something worth a line happens. Raises UserError for anything unusable.
+    images are decoded; note(line) when something worth a line happens. size, val_split: of an image folder, see
+    `image_tree.read_image_tree`. Raises UserError for anything unusable.
     """
     if source == "synthetic":
+        _only_for_folders(size, val_split)
         return generated()
     name = source or "cifar10"
     folders = [DEFAULT_ROOT / layout.folder for layout in LAYOUTS if layout.name == name]
     if not folders:
-        return read(Path(name), progress, note)
+        return read(Path(name), progress, note, size, val_split)
+    _only_for_folders(size, val_split)
     for folder in folders:
         if folder.is_dir():
             return read(folder, progress, note)
@@ -46,6 +51,12 @@ def load(source: str | None, progress: Progress, note: Note) -> Dataset:
     return read(folder, progress, note)
 
 
+def _only_for_folders(size: int | None, val_split: float | None) -> None:
+    for option, value in (("--size", size), ("--val-split", val_split)):
+        if value is not None:
+            raise UserError(f"{option} is for folders of images; leave it out")
+
+
 def generated() -> Dataset:
     """The embedded generated set: not CIFAR-10, and it says so."""
     from blink.training.data import synthetic
@@ -54,43 +65,62 @@ def generated() -> Dataset:
     return assemble("generated shapes (not CIFAR-10)", synthetic.CLASSES, *arrays, generated=True)
 
 
-def read(path: Path, progress: Progress, note: Note) -> Dataset:
+def read(
+    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
+) -> Dataset:
     """Read the data set at `path`, from the cache if it was decoded before. Raises UserError."""
     try:
         if not path.exists():
             raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
         if not path.is_dir():
             raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
-        root, name, reader, statistics = _recognize(path, progress)
-        key = cache.source_key(root)
-        dataset = cache.load(key)
+        root, name, reader, statistics = _recognize(path, progress, note, said := [], size, val_split)
+        key = cache.source_key(root, f"{size} {val_split}")
+        dataset, notes = cache.load(key)
+        for line in notes:
+            note(line)
         decoded = None if dataset is not None else reader()
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
     if decoded is not None:
         dataset = assemble(name, *decoded, statistics=statistics)
-        warning = cache.store(key, dataset)
+        warning = cache.store(key, dataset, said)
         if warning:
             note(warning)
     return dataset
 
 
-def _recognize(path: Path, progress: Progress):
-    """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds."""
-    tree = (path / "train").is_dir() or (path / "test").is_dir()
-    for layout in LAYOUTS if not tree or any(path.glob("cifar-*")) else ():
+def _recognize(
+    path: Path, progress: Progress, note: Note, said: list[str], size: int | None, val_split: float | None
+):
+    """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds.
+
+    said: gets the lines that the reader notes, which a cached copy says again.
+    """
+    halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
+    for layout in LAYOUTS if not halves or any(path.glob("cifar-*")) else ():
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
         for root in (path, path / layout.folder):
             if (root / layout.train[0]).is_file() or (root / layout.classes).is_file():
+                _only_for_folders(size, val_split)
                 return root, layout.name, partial(_read_published, root, layout), statistics
+    tree = image_tree.locate(path)
     if tree:
+        root, notes = tree
+        for line in notes:
+            note(line)
+
+        def noted(line: str) -> None:
+            said.append(line)
+            note(line)
+
         # a name that is no text is shown as far as it is
-        name = os.fsencode(path.resolve().name).decode(errors="replace")
-        return path, name, partial(image_tree.read_image_tree, path, progress), None
+        name = os.fsencode(root.resolve().name).decode(errors="replace")
+        return root, name, partial(image_tree.read_image_tree, root, progress, noted, size, val_split), None
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
-        f"{path} holds neither train/<class>/* and test/<class>/* nor CIFAR batches; it holds {listed}"
+        f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor CIFAR batches; it holds {listed}"
     )
 
 

@@ -19,7 +19,7 @@ from blink.files import replacing
 from blink.training.data.dataset import Dataset
 from blink.errors import UserError
 
-_FORMAT = "1"
+_FORMAT = "2"
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
 
 
@@ -30,9 +30,11 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
 
 
-def source_key(root: Path) -> str:
-    """A digest of where `root` is and of every file under it: relative name, size, modification time."""
-    digest = hashlib.sha256(_FORMAT.encode() + os.fsencode(root.resolve()))
+def source_key(root: Path, options: str = "") -> str:
+    """A digest of where `root` is, of every file under it: relative name, size, modification time; and of how it is
+    read.
+    """
+    digest = hashlib.sha256(f"{_FORMAT} {options} ".encode() + os.fsencode(root.resolve()))
     for relative, stat in sorted(_walk(root, "")):
         digest.update(os.fsencode(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
@@ -48,14 +50,14 @@ def _walk(root: Path, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
                 yield prefix + entry.name, entry.stat(follow_symlinks=entry.is_file())
 
 
-def load(key: str) -> Dataset | None:
-    """The cached data set, or None if there is none.
+def load(key: str) -> tuple[Dataset | None, list[str]]:
+    """The cached data set, or None if there is none, and what was noted when it was read.
 
     Raises UserError when the file is damaged or does not belong to the source its name says.
     """
     path = folder() / f"{key}.safetensors"
     if not os.path.isfile(path):  # False too where the folder cannot be entered
-        return None
+        return None, []
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
@@ -64,18 +66,18 @@ def load(key: str) -> Dataset | None:
             raise ValueError(f"it was made for the source {meta.get('key')}, expected {key}")
         if len(tensors["train_images"]) != len(tensors["train_labels"]):
             raise ValueError("its images and labels differ in number")
-        return Dataset(meta["name"], meta["fingerprint"], tuple(json.loads(meta["classes"])), **tensors)
+        dataset = Dataset(meta["name"], meta["fingerprint"], tuple(json.loads(meta["classes"])), **tensors)
+        return dataset, json.loads(meta["notes"])
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the cache {path} does not match its data set ({reason}); delete it and run again") from error
 
 
-def store(key: str, dataset: Dataset) -> str | None:
-    """Write the data set under its key. Returns None, or one line that says why it was not cached."""
+def store(key: str, dataset: Dataset, notes: list[str]) -> str | None:
+    """Write the data set under its key, with what was noted of it. Returns None, or one line that says why it was not cached."""
     path = folder() / f"{key}.safetensors"
-    meta = dict(
-        key=key, name=dataset.name, fingerprint=dataset.fingerprint, classes=json.dumps(list(dataset.classes))
-    )
+    meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint)
+    meta |= dict(classes=json.dumps(list(dataset.classes)), notes=json.dumps(notes))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

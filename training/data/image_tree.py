@@ -1,70 +1,123 @@
-"""Image folders: train/<class>/* and test/<class>/*, any class count, any one image size."""
+"""Image folders: a folder a class, in train/ and test/ (or val/), or without halves, which are then made."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from blink.training.data.dataset import Arrays
 from blink.errors import UserError
+from blink.training.data.dataset import Arrays, fixed_order
+from blink.training.data.decoding import decode, extensions, fit, is_image, size_of
 
 _CHUNK = 500
+TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
+# of each class, where a data set has no test images of its own
+VAL_SPLIT = 0.1
+# what images of many sizes are brought to, unless most have one that is no larger than this
+_SIZE, _LARGEST = (32, 32), 128
 
 
-@cache
-def extensions() -> tuple[str, ...]:
-    """Of the files that are taken for images: torchvision's, and GIF."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS  # imported with the first decoding, not with every start
-
-    return (*IMG_EXTENSIONS, ".gif")
-
-
-def list_images(root: Path) -> tuple[tuple[str, ...], list[list[Path]], list[np.ndarray]]:
-    """Class names (sorted), then the files and the labels of train and of test, each sorted by class and name.
-
-    Raises UserError for a folder without classes or images, and for a class that one half lacks.
+@dataclass(frozen=True)
+class Tree:
+    """classes: names, sorted; files and labels: of training and of test, each sorted by class and name; notes: what a
+    person should know of how they were found, in lines.
     """
-    classes = {half: _classes(root / half) for half in ("train", "test")}
-    for half, other in (("test", "train"), ("train", "test")):
-        missing = [name for name in classes[other] if name not in classes[half]]
+
+    classes: tuple[str, ...]
+    files: tuple[list[Path], list[Path]]
+    labels: tuple[np.ndarray, np.ndarray]
+    notes: list[str]
+
+
+def locate(path: Path) -> tuple[Path, list[str]] | None:
+    """(the folder of the data set that `path` is meant for, notes): itself; the folder around it, if it is one of two
+    halves; or the only folder inside of it. None where there is no image data set.
+    """
+    if _half(path, (TRAIN, *TESTS)):
+        return path, []
+    # the folder's real name, whatever it was called here
+    whole = path.resolve()
+    if whole.name in (TRAIN, *TESTS) and _half(whole.parent, (TRAIN,)) and _half(whole.parent, TESTS):
+        return path.parent if path.name == whole.name else whole.parent, [f"{path} is a part of a data set: all of it is taken"]
+    folders = _folders(path)
+    if sum(any(map(is_image, folder.rglob("*"))) for folder in folders) > 1:
+        return path, []
+    inner = locate(folders[0]) if len(folders) == 1 else None
+    return inner and (inner[0], [f"the images are in {inner[0]}", *inner[1]])
+
+
+def list_images(root: Path, val_split: float | None = None) -> Tree:
+    """The images of a data set that `locate` found.
+
+    val_split: the part of each class that is for testing where there are no halves or no second one, at least one image
+    and in an order that depends on nothing but their number; None: `VAL_SPLIT`.
+    Raises UserError for a folder without classes or images, for a class that one half lacks, and for a val_split where
+    there are test images.
+    """
+    train, test = _half(root, (TRAIN,)), _half(root, TESTS)
+    if test is None:
+        return _split(train or root, VAL_SPLIT if val_split is None else val_split)
+    if val_split is not None:
+        raise UserError(f"--val-split: {root} has test images of its own, in {test.name}/; leave it out")
+    if train is None:
+        raise UserError(f"{root / TRAIN} is not a folder; an image data set holds train/<class>/* and test/<class>/*")
+    found = {half: _classes(half) for half in (train, test)}
+    for half, other in ((test, train), (train, test)):
+        missing = [name for name in found[other] if name not in found[half]]
         if missing:
-            raise UserError(f"{root / half} lacks the class {_quoted(missing)} that {other} has; every class needs both")
-    files, labels = [], []
-    for half, names in classes.items():
-        found = [sorted(p for p in (root / half / name).iterdir() if is_image(p)) for name in names]
-        for name, own in zip(names, found):
-            if not own:
-                raise UserError(
-                    f"{root / half / name} holds no image; expected files ending in {', '.join(extensions())}"
-                )
-        files.append([path for own in found for path in own])
-        labels.append(np.repeat(np.arange(len(names)), list(map(len, found))))
-    return classes["train"], files, labels
+            raise UserError(f"{half} lacks the class {_quoted(missing)} that {other.name} has; every class needs both")
+    files = [list(found[half].values()) for half in (train, test)]
+    return _tree(tuple(found[train]), *files, _left_out(train, test))
 
 
-def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
-    """Decode every image under `root`, calling progress(done, total) as it goes.
+def _split(root: Path, part: float) -> Tree:
+    found = _classes(root)
+    single = [name for name, files in found.items() if len(files) < 2]
+    if single:
+        raise UserError(f"{root / single[0]} holds one image; expected two or more, one to train on and one to test")
+    train, test = [], []
+    for files in found.values():
+        count = min(max(1, round(part * len(files))), len(files) - 1)
+        held = set(fixed_order(len(files))[:count].tolist())
+        train.append([path for i, path in enumerate(files) if i not in held])
+        test.append([path for i, path in enumerate(files) if i in held])
+    note = f"no test images of its own: {part:.0%} of each class's images are held back for testing (--val-split)"
+    return _tree(tuple(found), train, test, [note, *_left_out(root)])
 
-    Raises UserError naming the first image that cannot be decoded or whose size differs from the first one's.
+
+def _tree(classes: tuple[str, ...], train: list[list[Path]], test: list[list[Path]], notes: list[str]) -> Tree:
+    files = tuple([path for own in half for path in own] for half in (train, test))
+    labels = tuple(np.repeat(np.arange(len(classes)), list(map(len, half))) for half in (train, test))
+    return Tree(classes, files, labels, notes)
+
+
+def read_image_tree(
+    root: Path,
+    progress: Callable[[int, int], None],
+    note: Callable[[str], None] = lambda line: None,
+    size: int | None = None,
+    val_split: float | None = None,
+) -> Arrays:
+    """Decode every image of a data set, calling progress(done, total) as it goes and note(line) for what is to be said.
+
+    size: the side that all are brought to (`decoding.fit`); None: the one size that they have, else that of most of
+    them if it is no larger than 128, else 32. val_split: see `list_images`. Raises UserError, which names the first
+    image that cannot be decoded.
     """
-    classes, halves, labels = list_images(root)
-    files = halves[0] + halves[1]
-    height, width, _ = decode(files[0]).shape
+    tree = list_images(root, val_split)
+    for line in tree.notes:
+        note(line)
+    files = [*tree.files[0], *tree.files[1]]
+    height, width = _size_of_all(files, size, note)
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
     def decode_chunk(start: int) -> int:
         for i in range(start, min(start + _CHUNK, len(files))):
-            image = decode(files[i])
-            if image.shape != images.shape[1:]:
-                raise UserError(
-                    f"{files[i]} is {image.shape[0]}x{image.shape[1]}, but {files[0]} is {height}x{width}; "
-                    "all images must have one size: resize them first"
-                )
-            images[i] = image
+            images[i] = fit(decode(files[i]), height, width)
         return min(_CHUNK, len(files) - start)
 
     done = 0
@@ -73,39 +126,55 @@ def read_image_tree(root: Path, progress: Callable[[int, int], None]) -> Arrays:
         for decoded in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
             done += decoded
             progress(done, len(files))
-    cut = len(halves[0])
-    return classes, images[:cut], labels[0], images[cut:], labels[1]
+    cut = len(tree.files[0])
+    return tree.classes, images[:cut], tree.labels[0], images[cut:], tree.labels[1]
 
 
-def decode(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8, upright. Raises UserError for what is not one readable image."""
-    try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
-            if image.mode.startswith("I"):
-                # 16-bit grey: Pillow's conversion would clip at 255 where 255 * 257 is white
-                pixels = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(pixels[:, :, None], 3, axis=2)
-            # cameras say in EXIF how they were held
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from error
+def _size_of_all(files: list[Path], size: int | None, note: Callable[[str], None]) -> tuple[int, int]:
+    """The height and width that all images are brought to."""
+    if size is not None:
+        return size, size
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        sizes = Counter(pool.map(size_of, files, chunksize=_CHUNK))
+    (most, count), *others = sizes.most_common()
+    if not others:
+        return most
+    chosen = most if 2 * count > len(files) and max(most) <= _LARGEST else _SIZE
+    note(f"images of {len(sizes)} sizes are scaled and cropped to {chosen[0]}x{chosen[1]} (--size)")
+    return chosen
 
 
-def _classes(half: Path) -> tuple[str, ...]:
-    if not half.is_dir():
-        raise UserError(f"{half} is not a folder; an image data set holds train/<class>/* and test/<class>/*")
-    classes = tuple(sorted(p.name for p in half.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not classes:
+def _half(root: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of these folders that there is."""
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _classes(half: Path) -> dict[str, list[Path]]:
+    """The images of each class, in its folder and those inside of it. Raises UserError."""
+    found = {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _folders(half)}
+    if not found:
         raise UserError(f"{half} holds no class folder; expected {half.name}/<class>/<images>")
-    return classes
+    for name, files in found.items():
+        if not files:
+            raise UserError(f"{half / name} holds no image; expected files ending in {', '.join(extensions())}")
+    return found
 
 
-def is_image(path: Path) -> bool:
-    """By its name."""
-    return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
+def _left_out(*halves: Path) -> list[str]:
+    """A line on files in class folders that are no images, if there are any."""
+    others = Counter(
+        path.suffix.lower() or path.name
+        for half in halves
+        for folder in _folders(half)
+        for path in folder.rglob("*")
+        if path.is_file() and not is_image(path) and not path.name.startswith(".")
+    )
+    endings = ", ".join(ending for ending, _ in others.most_common(5))
+    return [f"{others.total()} files are no images and left out ({endings})"] if others else []
 
 
 def _quoted(names: list[str]) -> str:

@@ -1,0 +1,79 @@
+"""One image file as pixels, upright, in RGB, of the size that is wanted."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from blink.errors import UserError
+
+# of EXIF's orientations those that turn an image by a quarter
+_TURNED, _ORIENTATION = (5, 6, 7, 8), 0x0112
+
+
+@cache
+def extensions() -> tuple[str, ...]:
+    """Of the files that are taken for images: torchvision's, and GIF."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # imported with the first decoding, not with every start
+
+    return (*IMG_EXTENSIONS, ".gif")
+
+
+def is_image(path: Path) -> bool:
+    """By its name."""
+    return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
+
+
+def decode(path: Path) -> np.ndarray:
+    """[H, W, 3] uint8. Raises UserError for what is not one readable image, or has values that 8 bits cannot hold."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
+            if image.mode == "F":
+                raise UserError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+            # cameras say in EXIF how they were held
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                return _from_16_bits(path, np.asarray(image))
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:
+    """Pillow's own conversion would clip at 255 where 255 * 257 is white."""
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path} has pixels from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width as `decode` would give them, from the file's head alone. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            return (width, height) if turned else (height, width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{path} is not a readable image ({reason}); replace or remove it")
+
+
+def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[height, width, 3] uint8 of [H, W, 3]: scaled, the ratio of its sides kept, until it covers that size, and cropped
+    to the middle. One of that size stays as it is.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    rows, columns = (max(side, round(scale * length)) for side, length in zip((height, width), pixels.shape))
+    # where the image shrinks, Pillow averages over all that a pixel covers
+    scaled = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return scaled[top : top + height, left : left + width]
