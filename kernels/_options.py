@@ -44,6 +44,13 @@ def update(op: str, momentum: float, weight_decay: float) -> None:
     not_negative(op, "weight_decay", weight_decay)
 
 
+def pixel_statistics(op: str, raw: bool, mean: object, std: object) -> None:
+    """raw: whether the images are uint8, which need both; what is normalized already takes neither."""
+    if raw != (mean is not None) or (mean is None) != (std is None):
+        kind = "uint8" if raw else "normalized"
+        raise ValueError(f"{op}: mean and std are for uint8 images, which need both; found {kind} images")
+
+
 def shape_factor(op: str, name: str | None) -> None:
     if name not in SHAPE_FACTORS:
         raise ValueError(f"{op}: shape_factor must be one of {', '.join(map(str, SHAPE_FACTORS))}, found {name!r}")

@@ -66,6 +66,7 @@ def whiten(
     gather: Gather | None = None,
 ) -> Tensor:
     """act(conv2d(normalize(images), weight) + bias), unpadded: see `kernels.whiten`."""
+    _options.pixel_statistics("whiten", not images.is_floating_point(), mean, std)
     dtype = dtype or (images.dtype if images.is_floating_point() else weight.dtype)
     if images.is_floating_point() and gather is None:
         x = images.to(dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _options
 from ._common import channels_last_like, rounded_product, sum_partials
 from ._patches import (
     PIXEL_OFFSET,
@@ -283,8 +283,7 @@ def whiten(
     dtype = output_dtype(op, images, weight, dtype)
     if bias is not None:
         bias = _checks.operand(op, "bias", bias, weight.shape[:1], _checks.FLOATS)
-    if (images.dtype == torch.uint8) != (mean is not None) or (mean is None) != (std is None):
-        raise ValueError(f"{op}: mean and std are for uint8 images, which need both; found images of {images.dtype}")
+    _options.pixel_statistics(op, images.dtype == torch.uint8, mean, std)
     if mean is not None:
         mean, std = (
             _checks.operand(op, label, value, images.shape[1:2], (torch.float32,))

@@ -97,10 +97,12 @@ def test_refuses_what_it_cannot_do():
 
     with pytest.raises(ValueError, match="no gradient"):
         call(weight=good["weight"].clone().requires_grad_())
-    with pytest.raises(ValueError, match="mean and std"):
-        call(mean=None, std=None)
-    with pytest.raises(ValueError, match="mean and std"):
-        call(images=good["images"].float().contiguous(memory_format=torch.channels_last))
+    normalized = good["images"].float().contiguous(memory_format=torch.channels_last)
+    for whitened in (fused.whiten, kernels.reference.whiten):
+        with pytest.raises(ValueError, match="need both; found uint8 images"):
+            whitened(**{**good, "mean": None, "std": None})
+        with pytest.raises(ValueError, match="need both; found normalized images"):
+            whitened(**{**good, "images": normalized})
     with pytest.raises(ValueError, match="hold no 3x3 patch"):
         call(images=good["images"][:, :, :2].contiguous(memory_format=torch.channels_last),
              weight=torch.randn(3, 3, 3, 3, device=DEVICE))  # fmt: skip

@@ -65,13 +65,13 @@ def list_images(root: Path, val_split: float | None = None) -> Tree:
         raise UserError(f"--val-split: {root} has test images of its own, in {test.name}/; leave it out")
     if train is None:
         raise UserError(f"{root / TRAIN} is not a folder; an image data set holds train/<class>/* and test/<class>/*")
-    found = {half: _classes(half) for half in (train, test)}
+    names = {half: [folder.name for folder in _class_folders(half)] for half in (train, test)}
     for half, other in ((test, train), (train, test)):
-        missing = [name for name in found[other] if name not in found[half]]
+        missing = [name for name in names[other] if name not in names[half]]
         if missing:
             raise UserError(f"{half} lacks the class {_quoted(missing)} that {other.name} has; every class needs both")
-    files = [list(found[half].values()) for half in (train, test)]
-    return _tree(tuple(found[train]), *files, _left_out(train, test))
+    files = [list(_classes(half).values()) for half in (train, test)]
+    return _tree(tuple(names[train]), *files, _left_out(train, test))
 
 
 def _split(root: Path, part: float) -> Tree:
@@ -153,11 +153,17 @@ def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _classes(half: Path) -> dict[str, list[Path]]:
-    """The images of each class, in its folder and those inside of it. Raises UserError."""
-    found = {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _folders(half)}
+def _class_folders(half: Path) -> list[Path]:
+    """Raises UserError for none."""
+    found = _folders(half)
     if not found:
         raise UserError(f"{half} holds no class folder; expected {half.name}/<class>/<images>")
+    return found
+
+
+def _classes(half: Path) -> dict[str, list[Path]]:
+    """The images of each class, in its folder and those inside of it. Raises UserError."""
+    found = {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _class_folders(half)}
     for name, files in found.items():
         if not files:
             raise UserError(f"{half / name} holds no image; expected files ending in {', '.join(extensions())}")
