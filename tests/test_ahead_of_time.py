@@ -28,12 +28,12 @@ from blink.kernels.registry import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 # all shapes in one dtype where the first users are; the other dtypes there, and the other targets, at each kind of
-# tile; of what compiles as sm_80 does, with less shared memory, the ops that take most of it
+# tile; for GPUs with less shared memory the ops that take most of it
 CALLS = [
     ("float16", "sm_90"),
     ("float32,bfloat16", "sm_90", "--tiles"),
-    ("float16", "sm_75,sm_80,sm_100,sm_120,gfx942", "--tiles"),
-    ("float16", "sm_86,sm_89", "--tiles", "se_gate", "muon"),
+    ("float16", "sm_80,sm_100,gfx942", "--tiles"),
+    ("float16", "sm_75,sm_86,sm_89,sm_120", "--tiles", "se_gate", "muon"),
 ]
 JOBS = [
     (dtype, target)
@@ -119,7 +119,7 @@ def test_every_kernel_fits_the_shared_memory_of_smaller_gpus(rows, reports):
     smaller = [row for row in rows if row["target"] in ("sm_75", "sm_86", "sm_89", "sm_120")]
     assert all(row["shared"] <= row["shared_limit"] <= 99 * 1024 for row in smaller)
     assert all(row["shared"] for row in smaller if row["kernel"] == "se_gate._fwd_kernel")
-    assert "sm_75: no tensor-core path" in reports[2][0]
+    assert "sm_75: no tensor-core path" in reports[-1][0]
 
 
 def test_tiles_leave_out_sizes_only(rows):
