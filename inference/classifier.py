@@ -44,9 +44,13 @@ class Classifier(nn.Module):
         brought to the network's size (see `inference.images.fitted`). Raises UserError for an image that cannot be
         read.
         """
-        with torch.inference_mode():
-            found = [self(part.to(self.device)).softmax(1).cpu() for part in batches(images, self.image_shape, batch)]
+        found = [self.probabilities(part) for part in batches(images, self.image_shape, batch)]
         return torch.cat(found) if found else torch.empty(0, len(self.classes))
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """[B, classes] float32 on the CPU, of images as a call takes them, on any device."""
+        return self(images.to(self.device)).softmax(1).cpu()
 
 
 def load(path: str | Path, device: str | torch.device | None = None, kernels: str = "auto") -> Classifier:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from blink.errors import UserError
-from blink.training.data.decoding import decode, fit
+from blink.training.data.decoding import decode, fit, pixels_of
 
 
 def fitted(image, image_shape: tuple[int, int, int]) -> Tensor:
@@ -32,7 +32,7 @@ def _pixels(image) -> np.ndarray:
     if isinstance(image, str | Path):
         return decode(Path(image))
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return pixels_of(image)
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from blink.command import positive
 from blink.errors import UserError
 from blink.inference.classifier import load
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"blink: {error}", file=sys.stderr)
                 unreadable += 1
         images = [(path, image) for path, image in found if not isinstance(image, UserError)]
-        likely = model.predict(image for _, image in images).topk(top)
+        likely = model.probabilities(torch.stack([image for _, image in images])).topk(top) if images else ((), ())
         for (path, _), values, indices in zip(images, *likely):
             write(str(path), [(model.classes[i], p) for i, p in zip(indices.tolist(), values.tolist())])
         sys.stdout.flush()

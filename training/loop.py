@@ -32,8 +32,7 @@ def train(trainer: Trainer, seed: int, listener: Listener = Listener(), validate
     """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
 
     Timed: the whitening statistics, smaller copies of the images where the recipe has them, drawing batches, every
-    training step, the final test-time-augmented logits. Raises UserError when
-    the loss stops being finite.
+    training step, the final test-time-augmented logits. Raises UserError when the loss stops being finite.
     """
     budget, dataset, device = trainer.budget, trainer.dataset, trainer.device
     generator = torch.Generator(device).manual_seed(seed)

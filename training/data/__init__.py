@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from blink.errors import UserError
 from blink.training.data import cache, image_tree
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
 from blink.training.data.layouts import LAYOUTS, Layout
-from blink.errors import UserError
 
 DEFAULT_ROOT = Path("data")
 Progress = Callable[[int, int], None]
@@ -90,9 +90,7 @@ def read(
     return dataset
 
 
-def _recognize(
-    path: Path, progress: Progress, note: Note, said: list[str], size: int | None, val_split: float | None
-):
+def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size: int | None, val_split: float | None):
     """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds.
 
     said: gets the lines that the reader notes, which a cached copy says again.

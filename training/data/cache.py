@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blink.errors import UserError
 from blink.files import replacing
 from blink.training.data.dataset import Dataset
-from blink.errors import UserError
 
 _FORMAT = "2"
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
@@ -74,7 +74,9 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
 
 
 def store(key: str, dataset: Dataset, notes: list[str]) -> str | None:
-    """Write the data set under its key, with what was noted of it. Returns None, or one line that says why it was not cached."""
+    """Write the data set under its key, with what was noted of it. Returns None, or one line that says why it was not
+    cached.
+    """
     path = folder() / f"{key}.safetensors"
     meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint)
     meta |= dict(classes=json.dumps(list(dataset.classes)), notes=json.dumps(notes))

@@ -16,9 +16,9 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, download_url
 
+from blink.errors import UserError
 from blink.training.data.dataset import Arrays
 from blink.training.data.layouts import Layout
-from blink.errors import UserError
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -66,7 +66,8 @@ def read_batches(folder: Path, layout: Layout) -> Arrays:
         labels = labels.astype(np.int64)
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UserError(
-                f"{folder} holds the label {int(labels.max())}, but names only {len(classes)} classes; download it again"
+                f"{folder} holds the label {int(labels.max())}, but names only {len(classes)} classes; "
+                "download it again"
             )
         halves += [np.ascontiguousarray(rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)), labels]
     return classes, *halves
@@ -92,9 +93,7 @@ def _python(folder: Path, layout: Layout) -> tuple[tuple[str, ...], Callable]:
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2:
             raise UserError(f"{path} lacks its uint8 image rows under 'data'; download it again")
         if not isinstance(labels, list) or len(labels) != len(data) or data.shape[1] != _PIXELS:
-            raise UserError(
-                f"{path} holds image rows of {data.shape} and labels that do not match; download it again"
-            )
+            raise UserError(f"{path} holds image rows of {data.shape} and labels that do not match; download it again")
         return data, labels
 
     return tuple(map(str, classes)), read

@@ -55,7 +55,8 @@ class Dataset:
 
     def tuning_split(self, per_class: int = 500) -> "Dataset":
         """A fixed stratified split of the training images: the first `per_class` of each class, in the fixed order, are
-        the test half (at most half of the class), the others are trained on. What is tuned on it never saw a test image.
+        the test half (at most half of the class), the others are trained on. What is tuned on it never saw a test
+        image.
         """
         held = torch.zeros_like(self.train_labels, dtype=torch.bool)
         for label in range(len(self.classes)):

@@ -31,18 +31,23 @@ def decode(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
-            if image.mode == "F":
-                raise UserError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
-            # cameras say in EXIF how they were held
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return _from_16_bits(path, np.asarray(image))
-            return np.asarray(image.convert("RGB"))
+            return pixels_of(image, path)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
 
 
-def _from_16_bits(path: Path, values: np.ndarray) -> np.ndarray:
+def pixels_of(image: Image.Image, path: Path | str = "the image") -> np.ndarray:
+    """[H, W, 3] uint8 of an opened image, which messages call `path`. Raises UserError as `decode`."""
+    if image.mode == "F":
+        raise UserError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+    # cameras say in EXIF how they were held
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(path, np.asarray(image))
+    return np.asarray(image.convert("RGB"))
+
+
+def _from_16_bits(path: Path | str, values: np.ndarray) -> np.ndarray:
     """Pillow's own conversion would clip at 255 where 255 * 257 is white."""
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} has pixels from {values.min()} to {values.max()}; save it with 8 or 16 bits")
@@ -66,14 +71,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] uint8 of [H, W, 3]: scaled, the ratio of its sides kept, until it covers that size, and cropped
-    to the middle. One of that size stays as it is.
+    """[height, width, 3] uint8 of [H, W, 3]: scaled, the ratio of its sides kept, until it covers that size, and
+    cropped to the middle. One of that size stays as it is.
     """
     if pixels.shape[:2] == (height, width):
         return pixels
-    scale = max(height / pixels.shape[0], width / pixels.shape[1])
-    rows, columns = (max(side, round(scale * length)) for side, length in zip((height, width), pixels.shape))
     # where the image shrinks, Pillow averages over all that a pixel covers
-    scaled = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return scaled[top : top + height, left : left + width]
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BICUBIC))

@@ -42,7 +42,9 @@ def locate(path: Path) -> tuple[Path, list[str]] | None:
     # the folder's real name, whatever it was called here
     whole = path.resolve()
     if whole.name in (TRAIN, *TESTS) and _half(whole.parent, (TRAIN,)) and _half(whole.parent, TESTS):
-        return path.parent if path.name == whole.name else whole.parent, [f"{path} is a part of a data set: all of it is taken"]
+        return path.parent if path.name == whole.name else whole.parent, [
+            f"{path} is a part of a data set: all of it is taken"
+        ]
     folders = _folders(path)
     if sum(any(map(is_image, folder.rglob("*"))) for folder in folders) > 1:
         return path, []
@@ -135,7 +137,7 @@ def _size_of_all(files: list[Path], size: int | None, note: Callable[[str], None
     if size is not None:
         return size, size
     with ThreadPoolExecutor(cpu_count()) as pool:
-        sizes = Counter(pool.map(size_of, files, chunksize=_CHUNK))
+        sizes = Counter(pool.map(size_of, files))
     (most, count), *others = sizes.most_common()
     if not others:
         return most
