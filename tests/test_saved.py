@@ -111,7 +111,8 @@ def test_a_photograph_stands_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "p.png", exif=exif)
-    assert np.array_equal(fitted(tmp_path / "p.png", (3, 16, 16)).permute(1, 2, 0).numpy(), upright)
+    for image in (tmp_path / "p.png", Image.open(tmp_path / "p.png")):
+        assert np.array_equal(fitted(image, (3, 16, 16)).permute(1, 2, 0).numpy(), upright)
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4), np.float32), np.zeros((0, 4), np.uint8), 3, None])
