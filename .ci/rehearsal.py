@@ -61,7 +61,7 @@ def _give_back_former_trainer():
         losses = property(lambda self: self.progress.losses)
 
         def run(self, seed, listener=None, validate=None):
-            return loop.train(self, seed, listener or loop.Listener(), validate)
+            return loop.train(self, seed, listener or loop.SILENT, validate)
 
         def replay(self, phase):
             super().do_step(phase)

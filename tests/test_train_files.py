@@ -21,14 +21,14 @@ def _settings_are_put_back(monkeypatch):
 def test_a_run_is_on_file_when_it_ends(image_folder, tmp_path, capsys, monkeypatch):
     """Whatever ends the process later, a signal or a second interrupt, finished runs are whole."""
     path, out, seen = tmp_path / "runs.json", tmp_path / "out", []
-    start_run = command.Report.start_run
+    on_start = command.Report.on_start
 
     def look(self, *arguments):
         files = (path, out / "summary.json")
         seen.append([len(json.loads(file.read_text())["runs"]) if file.exists() else 0 for file in files])
-        start_run(self, *arguments)
+        on_start(self, *arguments)
 
-    monkeypatch.setattr(command.Report, "start_run", look)
+    monkeypatch.setattr(command.Report, "on_start", look)
     code, *_ = inside(capsys, "--data", image_folder, *QUICK, "--runs", "3", "--json", path, "--out", out)
     assert code == 0 and seen == [[0, 0], [1, 1], [2, 2]]
 

@@ -16,7 +16,8 @@ from blink.kernels.environment import has_cxx_compiler
 from blink.model import backend
 from blink.training import graph, precision
 from blink.training.budget import plan_budget
-from blink.training.loop import Listener, train, train_epoch
+from blink.training.listener import Listener
+from blink.training.loop import train, train_epoch
 from blink.training.recipes import AIR, HLB, Resolution, freezing
 from blink.training.trainer import Trainer
 from tests.oracle import DEVICE

@@ -13,7 +13,7 @@ from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
 from blink.model import saved
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
-from blink.training.loop import Listener, train
+from blink.training.loop import train
 from blink.training.report import Report
 from blink.training.results import RunResult
 from blink.training.trainer import Trainer
@@ -63,7 +63,7 @@ def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]
     if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
         validate = CPU_VALIDATION_IMAGES
         job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
-    report = Report(console, job.facts)
+    report = Report(console, job.facts, options.runs)
     report.header(job.recipe, job.dataset, job.budget, job.notes)
     exit_code = 0
     try:
@@ -98,12 +98,8 @@ def train_one(
     job: Job, trainer: Trainer, number: int, options: argparse.Namespace, validate: int | None, report: Report
 ) -> None:
     """Run 0, 1, ... of the job, watched by the report; its weights go to --out."""
-    seed, result = options.seed + number, None
-    report.start_run(number + 1, options.runs, seed, job.budget)
-    try:
-        result = train(trainer, seed, Listener(report.on_step, report.on_epoch), validate)
-    finally:
-        report.end_run(result)
+    seed = options.seed + number
+    result = train(trainer, seed, report, validate)
     if job.facts["flops"] is None:
         # after a run, which need not wait for what only describes it
         job.facts["flops"] = count_flops(job.recipe, job.budget, job.dataset)

@@ -5,9 +5,6 @@
 What a step does is in step.py; what stays from run to run is in trainer.py.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -15,25 +12,28 @@ from blink.errors import UserError
 from blink.training.budget import Budget
 from blink.training.clock import Stopwatch
 from blink.training.evaluation import accuracy
+from blink.training.listener import SILENT, Listener
 from blink.training.precision import Precision
 from blink.training.results import EpochRow, RunResult
 from blink.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
-class Listener:
-    """Who watches a run: called after each step (with the count done) and each epoch. Neither may synchronize."""
-
-    on_step: Callable[[int, Tensor], None] = lambda done, losses: None
-    on_epoch: Callable[[EpochRow], None] = lambda row: None
-
-
-def train(trainer: Trainer, seed: int, listener: Listener = Listener(), validate: int | None = None) -> RunResult:
+def train(trainer: Trainer, seed: int, listener: Listener = SILENT, validate: int | None = None) -> RunResult:
     """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
 
     Timed: the whitening statistics, smaller copies of the images where the recipe has them, drawing batches, every
     training step, the final test-time-augmented logits. Raises UserError when the loss stops being finite.
     """
+    result = None
+    listener.on_start(seed)
+    try:
+        result = _train(trainer, seed, listener, validate)
+        return result
+    finally:
+        listener.on_end(result)
+
+
+def _train(trainer: Trainer, seed: int, listener: Listener, validate: int | None) -> RunResult:
     budget, dataset, device = trainer.budget, trainer.dataset, trainer.device
     generator = torch.Generator(device).manual_seed(seed)
     clock, steps_clock = Stopwatch(device), Stopwatch(device)
@@ -56,11 +56,13 @@ def train(trainer: Trainer, seed: int, listener: Listener = Listener(), validate
         weights = {name: value.detach().cpu().clone() for name, value in trainer.network.state_dict().items()}
 
     images_per_second = budget.batch_size * budget.total_steps / max(steps_clock.seconds, 1e-9)
-    final = accuracy(logits, dataset.test_labels)
-    return RunResult(seed, final, clock.seconds, images_per_second, trainer.progress.losses.tolist(), rows, weights)
+    return RunResult(
+        seed, accuracy(logits, dataset.test_labels), clock.seconds, images_per_second,
+        trainer.progress.losses.tolist(), rows, weights, logits.cpu(),
+    )  # fmt: skip
 
 
-def train_epoch(trainer: Trainer, epoch: int, generator: torch.Generator, listener: Listener = Listener()) -> None:
+def train_epoch(trainer: Trainer, epoch: int, generator: torch.Generator, listener: Listener = SILENT) -> None:
     """All steps of epoch 0, 1, ... Nothing waits for the device."""
     trainer.start_epoch(epoch, generator)
     for step in trainer.budget.steps_of(epoch):

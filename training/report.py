@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
+from blink.training.listener import Listener
 from blink.training.recipes import Recipe
 from blink.training.results import EpochRow, RunResult, spreads, with_spread
 
@@ -18,13 +19,14 @@ GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing e
 _LOGGED_STEPS = 100
 
 
-class Report:
+class Report(Listener):
     """Prints as the runs go, then `summary()`; `as_dict()` is the same as data."""
 
-    def __init__(self, console: Console, facts: dict):
-        """facts: everything known before the first run, ready for JSON (see job.py)."""
+    def __init__(self, console: Console, facts: dict, of: int = 1):
+        """facts: everything known before the first run, ready for JSON (see job.py); of: how many runs there are."""
         self.console = console
         self.facts = facts
+        self._of = of
         self.runs: list[RunResult] = []
         self._progress: Progress | None = None
 
@@ -48,9 +50,9 @@ class Report:
         for note in notes:
             say(f"note     {note}", style="yellow")
 
-    def start_run(self, number: int, of: int, seed: int, budget: Budget) -> None:
-        if of > 1:
-            self._say(f"run {number} of {of}, seed {seed}", style="bold")
+    def on_start(self, seed: int) -> None:
+        if self._of > 1:
+            self._say(f"run {len(self.runs) + 1} of {self._of}, seed {seed}", style="bold")
         ema = f"{'EMA acc':>9} " if self.facts["recipe"]["ema_fraction"] else ""
         self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {ema}{'seconds':>9}")
         # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
@@ -63,7 +65,7 @@ class Report:
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self._task = self._progress.add_task("training", total=budget.total_steps, loss="-")
+        self._task = self._progress.add_task("training", total=self.facts["budget"]["total_steps"], loss="-")
         self._progress.start()
 
     def on_step(self, done: int, losses: Tensor) -> None:
@@ -85,7 +87,7 @@ class Report:
             f"{row.seconds:9.1f}"
         )
 
-    def end_run(self, result: RunResult | None) -> None:
+    def on_end(self, result: RunResult | None) -> None:
         """Stop the bar and, unless the run was cut off, count its result."""
         if self._progress is not None:
             self._progress.stop()

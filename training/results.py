@@ -27,7 +27,8 @@ class EpochRow:
 @dataclass
 class RunResult:
     """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments;
-    losses: per image, every step; state: the weights that the accuracy is of.
+    losses: per image, every step; state: the weights that the accuracy is of; logits [test images, classes] float32:
+    what they gave for the test images.
     """
 
     seed: int
@@ -37,6 +38,7 @@ class RunResult:
     losses: list[float]
     epochs: list[EpochRow] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    logits: Tensor | None = field(default=None, repr=False)
 
 
 def spread(values: list[float]) -> dict:
