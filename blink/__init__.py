@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from blink.api import Result
     from blink.inference.classifier import Classifier
-    from blink.training.results import RunResult
 
 __version__ = "0.1.0"
 
@@ -24,16 +24,15 @@ if (_ROOT / "setup.py").is_file() and (_ROOT / "kernels").is_dir():
     __path__.append(str(_ROOT))
 
 
-def train(**options) -> "list[RunResult]":
-    """Train as `blink train` does, without its output: one result a run, with accuracy, seconds, losses and weights.
+def train(data=None, recipe="blink", **options) -> "Result":
+    """Train as `blink train` does, without its output: `blink.train("photographs/", epochs=20).accuracy`.
 
-    Options are the command's, with _ for -: `blink.train(recipe="hlb", data="photographs/", deterministic=True)`.
-    Raises blink.errors.UserError for what the command would refuse.
+    See `blink.api.train`. Raises blink.errors.UserError for what the command would refuse.
     """
     # PyTorch is imported only where something is trained
-    from blink.training.command import train_quietly
+    from blink.api import train
 
-    return train_quietly(**options)
+    return train(data, recipe, **options)
 
 
 def load(path, device=None, kernels: str = "auto") -> "Classifier":

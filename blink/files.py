@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     path = path.resolve()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{_node()}-{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -29,6 +31,29 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _node() -> str:
+    return re.sub(r"[^\w]", "_", platform.node())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `replacing` was writing to in this folder when its process on this machine was killed."""
+    for path in folder.glob(f"*.{_node()}-*.tmp"):
+        process = path.name.removesuffix(".tmp").rpartition("-")[2]
+        with suppress(OSError):
+            if process.isdecimal() and not _alive(int(process)):
+                path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -41,14 +66,16 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make it and see that files can be made in it, before hours are spent on what goes there. Raises UserError."""
+    """Make it and see that files can be made in it, before hours are spent on what goes there; what killed processes
+    left half written is removed. Raises UserError.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"could not make the folder {path} ({error.strerror}); name another") from error
     try:
         with tempfile.TemporaryFile(dir=path):
-            pass
+            remove_leftovers(path)
     except OSError as error:
         raise UserError(f"nothing can be written to {path} ({error.strerror}); name another folder") from error
 

@@ -18,6 +18,7 @@ from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.job import add_data_arguments, count_flops, describe, load_data
 from blink.training.loop import train
+from blink.training.own import named
 from blink.training.recipes import Recipe
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
@@ -32,7 +33,7 @@ _KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("what is trained").add_argument
-    add("plan", nargs="?", choices=PLANS, help="which plan; without one, the plans are listed")
+    add("plan", nargs="?", metavar="PLAN", help="a plan, or FILE.py:NAME of your own; without one, plans are listed")
     add("--only", action="append", metavar="VARIANT", help="this variant; may be given more than once")
     add_data_arguments(add)
     add("--tuning-split", action="store_true", help="test on 500 training images a class, held out from training")
@@ -56,9 +57,9 @@ def run(options: Namespace) -> int:
             console.print(f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", soft_wrap=False)
         return 0
     began = time.perf_counter()
-    plan = PLANS[options.plan]
+    plan = named(options.plan, PLANS, Plan)
     chosen = choose_variants(plan, options.plan, options.only)
-    path = options.json or Path("runs") / f"{options.plan}.jsonl"
+    path = options.json or Path("runs") / f"{options.plan.rpartition(':')[2]}.jsonl"
     check_output(path, append=True)
     setting = choose_setting(options)
     dataset, notes = load_data(options, console)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from blink.errors import UserError
-from blink.training.data.decoding import decode, fit, pixels_of
+from blink.training.data.decoding import fit, pixels_from
 
 
 def fitted(image, image_shape: tuple[int, int, int]) -> Tensor:
@@ -24,25 +23,7 @@ def fitted(image, image_shape: tuple[int, int, int]) -> Tensor:
     channels, height, width = image_shape
     if channels != 3:
         raise UserError(f"this network takes images of {channels} channels, and images here have 3")
-    return torch.from_numpy(np.array(fit(_pixels(image), height, width))).permute(2, 0, 1)
-
-
-def _pixels(image) -> np.ndarray:
-    """[H, W, 3] uint8."""
-    if isinstance(image, str | Path):
-        return decode(Path(image))
-    if isinstance(image, Image.Image):
-        return pixels_of(image)
-    if isinstance(image, Tensor):
-        image = image.cpu().numpy()
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
-        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(
-            f"an image is a path, a PIL image or uint8 pixels [H, W], [H, W, C] or [C, H, W]; found {found}"
-        )
-    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
-        image = image.transpose(1, 2, 0)
-    return np.asarray(Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB"))
+    return torch.from_numpy(np.array(fit(pixels_from(image), height, width))).permute(2, 0, 1)
 
 
 def attempted(paths: list[Path], image_shape: tuple[int, int, int]) -> list[Tensor | UserError]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from blink.kernels import dispatch, reference
 from blink.kernels.examine.cases import small_cases
@@ -34,6 +35,7 @@ def test_a_pages_code_runs(block, image_folder, monkeypatch):
     """Each by itself; what it trains is a folder of small images, for one epoch."""
     image_folder.rename(image_folder.with_name("photographs"))
     monkeypatch.chdir(image_folder.parent)
+    Image.new("RGB", (30, 20)).save("photograph.jpg")
     exec(block.replace("epochs=20", "epochs=1"), {})
 
 

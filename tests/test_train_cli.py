@@ -312,7 +312,7 @@ def refused(capsys, *arguments):
         (["--seed", "-1"], "expected 0, 1, 2"),
         (["--seed", str(2**63)], "expected 0, 1, 2"),
         (["--validate", "-1"], "expected 0, 1, 2"),
-        (["--recipe", "none"], "invalid choice"),
+        (["--recipe", "none"], "unknown recipe 'none'"),
         (["--stem", "4x4"], "invalid choice"),
         (["--dtype", "int8"], "invalid choice"),
         (["--kernels", "slow"], "invalid choice"),

@@ -82,6 +82,10 @@ class Batches:
         """The data set [N, C, h, w] uint8 at this size, channels_last."""
         return self._images[size].permute(0, 3, 1, 2)
 
+    def carried(self) -> dict[str, Tensor]:
+        """What one epoch's draw depends on of those before it."""
+        return {"mirrored": self._mirrored, **({} if self.hardness is None else {"hardness": self.hardness})}
+
     def draw(self, generator: torch.Generator, epoch: int) -> None:
         """Fill in epoch 0, 1, ... from `generator`, which lives on the images' device."""
         n, device = len(self.labels), self.labels.device

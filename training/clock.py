@@ -10,6 +10,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
+        self._before = 0.0
         self._segments: list[tuple] = []
 
     def _now(self):
@@ -25,9 +26,15 @@ class Stopwatch:
     def stop(self) -> None:
         self._segments.append((self._begin, self._now()))
 
+    def go_on_from(self, seconds: float) -> None:
+        """As if what was summed so far were these seconds, running if it ran."""
+        self._before = seconds
+        self._segments.clear()
+        self._begin = self._now()
+
     @property
     def seconds(self) -> float:
         if not self._cuda:
-            return sum(end - begin for begin, end in self._segments)
+            return self._before + sum(end - begin for begin, end in self._segments)
         torch.cuda.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in self._segments) / 1000
+        return self._before + sum(begin.elapsed_time(end) for begin, end in self._segments) / 1000

@@ -2,18 +2,25 @@
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from blink import __version__
-from blink.command import natural, parse, positive
+from blink.command import natural, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
 from blink.model import saved
+from blink.training import resume
+from blink.training.checkpoint import Checkpoints
+from blink.training.data.dataset import Dataset
+from blink.training.initial import initial_weights
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
+from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
+from blink.training.recipes import Recipe
 from blink.training.report import Report
 from blink.training.results import RunResult
 from blink.training.trainer import Trainer
@@ -32,9 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times (default: %(default)s)")
     add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
+    add = parser.add_argument_group("where it begins").add_argument
+    add("--init", type=Path, metavar="FILE", help="with the weights of an earlier run, in place of random ones")
+    add("--resume", type=Path, metavar="DIR", help="go on with what was interrupted, as its command said")
     add_job_arguments(parser)
     add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
+    add("--out", type=Path, metavar="DIR", help="save each run's network, checkpoints and the summary here")
+    add("--keep", choices=("last", "best"), default="last",
+        help="which weights: the last epoch's, or those that did best in validation (default: last)")  # fmt: skip
+    add("--checkpoint-every", type=natural, default=1, metavar="E",
+        help="epochs from one checkpoint in --out to the next (default: %(default)s; 0: none)")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace what an earlier training left in --out")
     add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
 
 
@@ -42,35 +57,59 @@ def run(options: argparse.Namespace) -> int:
     return execute(options, Console())[0]
 
 
-def train_quietly(**options) -> list[RunResult]:
-    """What `blink.train` is: `blink train` without its output. Raises UserError where that says what is wrong."""
-    words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in options.items()]
-    code, report = execute(parse("train", __name__, words)[0], Console(quiet=True))
-    if code:
-        raise KeyboardInterrupt
-    return report.runs
+def execute(
+    options: argparse.Namespace, console: Console, recipe: Recipe | None = None, dataset: Dataset | None = None,
+    listeners: Iterable[Listener] = (), keep_weights: bool = False,
+) -> tuple[int, Report, Job]:  # fmt: skip
+    """(the exit code, 130 after an interruption; the report with the runs that ended; the job).
 
-
-def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]:
-    """(the exit code, 130 after an interruption, and the report with the runs that ended)."""
+    recipe, dataset: in place of those that the options name. keep_weights: the runs keep theirs in memory.
+    """
+    if options.resume is not None:
+        options = resume.as_it_was(options)
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs both set the budget; give one of them")
+    if options.keep == "best" and options.validate == 0:
+        raise UserError("--keep best chooses by validation, which --validate 0 leaves out; give one of them")
     if options.out is not None:
         make_folder(options.out)
+        if (options.out / resume.SUMMARY).exists() and options.resume is None and not options.overwrite:
+            raise UserError(
+                f"{options.out} holds an earlier training; go on with it by --resume {options.out}, replace it by "
+                "--overwrite, or name another folder"
+            )
     check_output(options.json)
-    job = prepare("train", options, console, options.epochs, options.steps)
+    job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
+    initial = None
+    if options.init is not None:
+        initial, notes = initial_weights(options.init, job.recipe, job.dataset)
+        job.notes += notes
     validate = options.validate
     if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
         validate = CPU_VALIDATION_IMAGES
         job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
-    report = Report(console, job.facts, options.runs)
+    report = Report(
+        console, job.facts, options.runs, resume.finished(options, job) if options.resume is not None else ()
+    )
     report.header(job.recipe, job.dataset, job.budget, job.notes)
+    checkpoints = make_checkpoints(options, job, report)
     exit_code = 0
     try:
-        trainer = make_trainer(job, options.seed)
-        for number in range(options.runs):
-            train_one(job, trainer, number, options, validate, report)
+        if options.out is not None and options.resume is None:
+            # what --resume reads, should this process be killed before its first run has ended
+            write_json(options.out / resume.SUMMARY, report.as_dict())
+        trainer = make_trainer(job, options.seed, initial)
+        listener = Listeners([report, *listeners])
+        for seed in range(options.seed + len(report.runs), options.seed + options.runs):
+            result = train(trainer, seed, listener, validate, options.keep == "best", checkpoints)
+            describe_cost(job, trainer)
+            if options.out is not None:
+                keep(job, resume.network_file(options, job, seed), result)
+            if not keep_weights:
+                result.state, result.logits = {}, None
             save(options, report, last=False)
+            if checkpoints is not None:
+                checkpoints.remove(seed)
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")
         exit_code = 130
@@ -81,32 +120,41 @@ def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]
         finally:
             if report.runs or exit_code:
                 report.summary()
-    return exit_code, report
+    if exit_code and options.out is not None:
+        console.print(f"go on with: blink train --resume {options.out}", highlight=False, markup=False, soft_wrap=True)
+    return exit_code, report, job
 
 
-def make_trainer(job: Job, seed: int) -> Trainer:
+def make_checkpoints(options: argparse.Namespace, job: Job, report: Report) -> Checkpoints | None:
+    """Those of --out; what an earlier training left there of these runs is removed unless it is continued."""
+    if options.out is None:
+        return None
+    made = Checkpoints(
+        options.out, job.recipe.name, options.checkpoint_every, resume.identity(job.facts, options), report.note
+    )
+    if options.resume is None:
+        for seed in range(options.seed, options.seed + options.runs):
+            made.remove(seed)
+            resume.network_file(options, job, seed).unlink(missing_ok=True)
+    return made
+
+
+def make_trainer(job: Job, seed: int, initial: dict[str, torch.Tensor] | None) -> Trainer:
     """Warmed up where something compiles; the seconds of both go to the job's facts."""
     began = time.perf_counter()
-    trainer = job.trainer()
+    trainer = job.trainer(initial=initial)
     job.facts["start_up"]["network"] = time.perf_counter() - began
     if trainer.compiles:
         job.facts["start_up"] |= trainer.warm_up(seed)
     return trainer
 
 
-def train_one(
-    job: Job, trainer: Trainer, number: int, options: argparse.Namespace, validate: int | None, report: Report
-) -> None:
-    """Run 0, 1, ... of the job, watched by the report; its weights go to --out."""
-    seed = options.seed + number
-    result = train(trainer, seed, report, validate)
+def describe_cost(job: Job, trainer: Trainer) -> None:
+    """After a run, which need not wait for what only describes it."""
     if job.facts["flops"] is None:
-        # after a run, which need not wait for what only describes it
         job.facts["flops"] = count_flops(job.recipe, job.budget, job.dataset)
     if trainer.device.type == "cuda":
         job.facts["peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
-    if options.out is not None:
-        keep(job, options.out / f"{job.recipe.name}-seed{seed}.safetensors", result)
 
 
 def keep(job: Job, path: Path, result: RunResult) -> None:
@@ -115,7 +163,8 @@ def keep(job: Job, path: Path, result: RunResult) -> None:
     facts = {
         **{name: job.facts[name] for name in about},
         "seed": result.seed,
-        "accuracy": result.accuracy,
+        "accuracy": result.accuracy if result.kept is None else result.kept.accuracy,
+        "epoch": len(result.epochs) if result.kept is None else result.kept.epoch,
         "pixel_statistics": {"mean": job.dataset.mean.tolist(), "std": job.dataset.std.tolist()},
         "versions": {"blink": __version__, **{name: job.facts["environment"][name] for name in ("torch", "triton")}},
     }
@@ -126,7 +175,7 @@ def keep(job: Job, path: Path, result: RunResult) -> None:
 def save(options: argparse.Namespace, report: Report, last: bool) -> None:
     """After each run, so that nothing that ends this process takes a finished one with it."""
     if options.out is not None:
-        write_json(options.out / "summary.json", report.as_dict())
+        write_json(options.out / resume.SUMMARY, report.as_dict())
     # what is no file cannot be replaced: it gets all once
     if options.json is not None and (last or options.json.is_file() or not options.json.exists()):
         write_json(options.json, report.as_dict())

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from blink.command import STARTED, fraction, natural, positive
 from blink.training import data
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.overrides import with_settings
+from blink.training.own import named
 from blink.training.recipes import RECIPES, Recipe, with_flip, with_network
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
@@ -32,18 +34,16 @@ class Job:
     notes: list[str]
     facts: dict
 
-    def trainer(self, budget: Budget | None = None) -> Trainer:
-        """A trainer of this job, or of another budget of it."""
-        setting = self.setting
-        return Trainer(
-            self.recipe, self.dataset, budget or self.budget, setting.backend, setting.compute, setting.graph
-        )
+    def trainer(self, budget: Budget | None = None, initial: dict[str, Tensor] | None = None) -> Trainer:
+        """A trainer of this job, or of another budget of it, from random weights or from `initial` ones."""
+        setting, budget = self.setting, budget or self.budget
+        return Trainer(self.recipe, self.dataset, budget, setting.backend, setting.compute, setting.graph, initial)
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained and how it computes; a command adds its own budget."""
     add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", choices=RECIPES, default="blink", help="see blink recipes (default: %(default)s)")
+    add("--recipe", default="blink", help="see blink recipes, or FILE.py:NAME of your own (default: %(default)s)")
     add_data_arguments(add)
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
@@ -71,13 +71,17 @@ def se_reduction(text: str) -> int | str:
 
 
 def prepare(
-    name: str, options: argparse.Namespace, console: Console, epochs: float | None = None, steps: int | None = None
-) -> Job:
-    """The job of `blink NAME`, its data loaded. Raises UserError."""
-    recipe = customized(RECIPES[options.recipe], options)
+    name: str, options: argparse.Namespace, console: Console, epochs: float | None = None, steps: int | None = None,
+    recipe: Recipe | None = None, dataset: Dataset | None = None,
+) -> Job:  # fmt: skip
+    """The job of `blink NAME`, its data loaded. recipe, dataset: in place of those that the options name.
+
+    Raises UserError.
+    """
+    recipe = customized(recipe or named(options.recipe, RECIPES, Recipe), options)
     setting = choose_setting(options)
     imported = time.perf_counter()
-    dataset, notes = load_data(options, console)
+    dataset, notes = load_data(options, console) if dataset is None else (dataset.limited(options.limit), [])
     dataset = dataset.to(setting.device)
     budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps)
     if not recipe.network.fused_stem:

@@ -5,61 +5,102 @@
 What a step does is in step.py; what stays from run to run is in trainer.py.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from blink.errors import UserError
 from blink.training.budget import Budget
+from blink.training.checkpoint import Best, Checkpoints, RunState
 from blink.training.clock import Stopwatch
 from blink.training.evaluation import accuracy
 from blink.training.listener import SILENT, Listener
+from blink.training.metrics import balanced_accuracy, confusion
 from blink.training.precision import Precision
-from blink.training.results import EpochRow, RunResult
+from blink.training.results import EpochRow, Kept, RunResult
 from blink.training.trainer import Trainer
 
 
-def train(trainer: Trainer, seed: int, listener: Listener = SILENT, validate: int | None = None) -> RunResult:
-    """Train once from the seed's random weights. validate limits each epoch's untimed validation images.
+def train(
+    trainer: Trainer, seed: int, listener: Listener = SILENT, validate: int | None = None, keep_best: bool = False,
+    checkpoints: Checkpoints | None = None,
+) -> RunResult:  # fmt: skip
+    """Train once from the seed's random weights, or go on from the run's last checkpoint.
 
-    Timed: the whitening statistics, smaller copies of the images where the recipe has them, drawing batches, every
-    training step, the final test-time-augmented logits. Raises UserError when the loss stops being finite.
+    validate limits each epoch's untimed validation images. keep_best: the result has the weights of the epoch that did
+    best on them. Timed: the whitening statistics, smaller copies of the images where the recipe has them, drawing
+    batches, every training step, the final test-time-augmented logits. Raises UserError when the loss stops being
+    finite, and for checkpoints of another job.
     """
     result = None
     listener.on_start(seed)
     try:
-        result = _train(trainer, seed, listener, validate)
+        result = _train(trainer, seed, listener, validate, keep_best, checkpoints)
         return result
     finally:
         listener.on_end(result)
 
 
-def _train(trainer: Trainer, seed: int, listener: Listener, validate: int | None) -> RunResult:
-    budget, dataset, device = trainer.budget, trainer.dataset, trainer.device
-    generator = torch.Generator(device).manual_seed(seed)
-    clock, steps_clock = Stopwatch(device), Stopwatch(device)
-    rows: list[EpochRow] = []
+def _train(
+    trainer: Trainer, seed: int, listener: Listener, validate: int | None, keep_best: bool,
+    checkpoints: Checkpoints | None,
+) -> RunResult:  # fmt: skip
+    budget, labels = trainer.budget, trainer.dataset.test_labels
+    run = RunState.at_start(seed, trainer.device)
+    clock = run.clock
     trainer.restart(seed)
 
     clock.start()
     trainer.whiten()
-    for epoch in range(budget.epochs):
-        steps_clock.start()
-        train_epoch(trainer, epoch, generator, listener)
-        steps_clock.stop()
+    if checkpoints is not None:
+        checkpoints.resume(trainer, run)
+    for row in run.rows:
+        listener.on_epoch(row)
+    for epoch in range(len(run.rows), budget.epochs):
+        run.steps_clock.start()
+        train_epoch(trainer, epoch, run.generator, listener)
+        run.steps_clock.stop()
         clock.stop()
-        rows.append(epoch_row(trainer, epoch, clock, validate))
-        listener.on_epoch(rows[-1])
+        run.rows.append(epoch_row(trainer, epoch, clock, validate))
+        if keep_best:
+            run.best = better(run.best, run.rows[-1], trainer)
+        listener.on_epoch(run.rows[-1])
+        if checkpoints is not None:
+            checkpoints.save(trainer, run)
         clock.start()
     with trainer.final_weights():
         logits = trainer.final_logits()
         clock.stop()
-        weights = {name: value.detach().cpu().clone() for name, value in trainer.network.state_dict().items()}
+        weights = copied(trainer.network)
 
-    images_per_second = budget.batch_size * budget.total_steps / max(steps_clock.seconds, 1e-9)
-    return RunResult(
-        seed, accuracy(logits, dataset.test_labels), clock.seconds, images_per_second,
-        trainer.progress.losses.tolist(), rows, weights, logits.cpu(),
-    )  # fmt: skip
+    images_per_second = budget.batch_size * budget.total_steps / max(run.steps_clock.seconds, 1e-9)
+    final, losses = accuracy(logits, labels), trainer.progress.losses.tolist()
+    result = RunResult(seed, final, clock.seconds, images_per_second, losses, run.rows, weights, logits.cpu())
+    counts = confusion(logits.argmax(1), labels, logits.shape[1])
+    result.balanced_accuracy = balanced_accuracy(counts)
+    if run.best is not None and run.best.epoch < budget.epochs:
+        trainer.network.load_state_dict(run.best.state)
+        with trainer.precision.autocast(trainer.device):
+            logits = trainer.final_logits()
+        result.state, result.logits = run.best.state, logits.cpu()
+        result.kept = Kept(run.best.epoch, accuracy(logits, labels))
+    return result
+
+
+def better(best: Best | None, row: EpochRow, trainer: Trainer) -> Best | None:
+    """The better of the best epoch so far and the one that just ended, of two alike the later."""
+    averaged = row.ema_accuracy is not None
+    found = row.ema_accuracy if averaged else row.accuracy
+    if found is None or (best is not None and found < best.accuracy):
+        return best
+    with trainer.final_weights() if averaged else nullcontext():
+        return Best(row.epoch, found, copied(trainer.network))
+
+
+def copied(network: torch.nn.Module) -> dict[str, Tensor]:
+    """A network's state_dict on the CPU, in memory of its own."""
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
 def train_epoch(trainer: Trainer, epoch: int, generator: torch.Generator, listener: Listener = SILENT) -> None:

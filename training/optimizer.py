@@ -165,6 +165,18 @@ class WeightAverage:
         self.started = True
         torch._foreach_lerp_(self._average, live, 1 - self._decay)
 
+    def tensors(self) -> list[Tensor]:
+        """Of the average, none before its first update."""
+        return self._average if self.started else []
+
+    def load(self, tensors: list[Tensor]) -> None:
+        """Go on from what `tensors` gave; from none: as before the first update."""
+        self.started = bool(tensors)
+        if not self._average:
+            self._average = [torch.empty_like(live, dtype=torch.float32) for live in self._live if tensors]
+        if tensors:
+            torch._foreach_copy_(self._average, tensors)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the network holds the average; outside, its own values again."""

@@ -1,6 +1,6 @@
 """What a person sees of a run: header, progress bar, epoch rows, summary; and the same as JSON."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from statistics import fmean
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
 from blink.training.listener import Listener
 from blink.training.recipes import Recipe
-from blink.training.results import EpochRow, RunResult, spreads, with_spread
+from blink.training.results import EpochRow, RunResult, run_as_dict, spread, spreads, with_spread
 
 GENERATED_WARNING = "NOT CIFAR-10: a generated set; its accuracy means nothing elsewhere"
 _LOGGED_STEPS = 100
@@ -22,12 +22,14 @@ _LOGGED_STEPS = 100
 class Report(Listener):
     """Prints as the runs go, then `summary()`; `as_dict()` is the same as data."""
 
-    def __init__(self, console: Console, facts: dict, of: int = 1):
-        """facts: everything known before the first run, ready for JSON (see job.py); of: how many runs there are."""
+    def __init__(self, console: Console, facts: dict, of: int = 1, runs: Sequence[RunResult] = ()):
+        """facts: everything known before the first run, ready for JSON (see job.py); of: how many runs there will be;
+        runs: those that ended before.
+        """
         self.console = console
         self.facts = facts
         self._of = of
-        self.runs: list[RunResult] = []
+        self.runs = list(runs)
         self._progress: Progress | None = None
 
     def header(self, recipe: Recipe, dataset: Dataset, budget: Budget, notes: list[str]) -> None:
@@ -48,7 +50,11 @@ class Report(Listener):
         epochs = f"{budget.epochs} epoch{'s' if budget.epochs > 1 else ''}"
         say(f"budget   {budget.total_steps} steps of {budget.batch_size} images ({epochs}{share})")
         for note in notes:
-            say(f"note     {note}", style="yellow")
+            self.note(note)
+
+    def note(self, line: str) -> None:
+        """What a person should know."""
+        self._say(f"note     {line}", style="yellow")
 
     def on_start(self, seed: int) -> None:
         if self._of > 1:
@@ -107,6 +113,12 @@ class Report(Listener):
         if data["generated"]:
             table.add_row("warning", f"[bold red]{GENERATED_WARNING}[/]")
         table.add_row("accuracy", f"{with_spread(accuracy, 4)}  ({self._evaluated_as()}, {data['test']:,} images)")
+        balanced = [r.balanced_accuracy for r in self.runs if r.balanced_accuracy is not None]
+        if any(abs(r.accuracy - value) > 1e-6 for r, value in zip(self.runs, balanced)):
+            table.add_row("balanced", f"{with_spread(spread(balanced), 4)}  (accuracy, the mean over the classes)")
+        kept = [f"epoch {r.kept.epoch}: {r.kept.accuracy:.4f}" for r in self.runs if r.kept is not None]
+        if kept:
+            table.add_row("best kept", ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else ""))
         table.add_row("seconds", f"{with_spread(seconds, 2)}  (whitening, training, evaluation)")
         table.add_row("training", f"{rate:,.0f} images/s")
         if facts["flops"] is not None:
@@ -129,18 +141,7 @@ class Report(Listener):
 
     def as_dict(self) -> dict:
         every = 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
-        runs = [
-            {
-                "seed": r.seed,
-                "accuracy": r.accuracy,
-                "seconds": r.seconds,
-                "images_per_second": r.images_per_second,
-                "logged_steps": list(range(0, len(r.losses), every)),
-                "losses": r.losses[::every],
-                "epochs": [asdict(row) for row in r.epochs],
-            }
-            for r in self.runs
-        ]
+        runs = [run_as_dict(run, every) for run in self.runs]
         return {**self.facts, "runs": runs, "summary": spreads(self.runs) if self.runs else None}
 
     def _say(self, text: str, style: str | None = None) -> None:

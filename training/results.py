@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
@@ -25,10 +25,18 @@ class EpochRow:
 
 
 @dataclass
+class Kept:
+    """The weights of an earlier epoch. epoch: 1, 2, ...; accuracy: test-time augmented, on all test images."""
+
+    epoch: int
+    accuracy: float
+
+
+@dataclass
 class RunResult:
     """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments;
-    losses: per image, every step; state: the weights that the accuracy is of; logits [test images, classes] float32:
-    what they gave for the test images.
+    losses: per image, every step; state: the last weights, or those that `kept` tells of; logits [test images, classes]
+    float32: what these gave for the test images; balanced_accuracy: accuracy, but the mean over the classes.
     """
 
     seed: int
@@ -39,6 +47,33 @@ class RunResult:
     epochs: list[EpochRow] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict, repr=False)
     logits: Tensor | None = field(default=None, repr=False)
+    kept: Kept | None = None
+    balanced_accuracy: float | None = None
+
+
+def run_as_dict(run: RunResult, every: int) -> dict:
+    """A run ready for JSON, with the loss of each `every`-th step."""
+    return {
+        "seed": run.seed,
+        "accuracy": run.accuracy,
+        "balanced_accuracy": run.balanced_accuracy,
+        "seconds": run.seconds,
+        "images_per_second": run.images_per_second,
+        "logged_steps": list(range(0, len(run.losses), every)),
+        "losses": run.losses[::every],
+        "epochs": [asdict(row) for row in run.epochs],
+        "kept": run.kept and asdict(run.kept),
+    }
+
+
+def run_from_dict(content: dict, steps: int) -> RunResult:
+    """What `run_as_dict` made of a run of so many steps; losses that it left out are NaN."""
+    losses = [math.nan] * steps
+    for step, loss in zip(content["logged_steps"], content["losses"]):
+        losses[step] = loss
+    plain = {key: content[key] for key in ("seed", "accuracy", "balanced_accuracy", "seconds", "images_per_second")}
+    kept = content["kept"] and Kept(**content["kept"])
+    return RunResult(**plain, losses=losses, epochs=[EpochRow(**row) for row in content["epochs"]], kept=kept)
 
 
 def spread(values: list[float]) -> dict:

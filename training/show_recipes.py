@@ -4,13 +4,14 @@ import argparse
 import textwrap
 from dataclasses import asdict
 
-from blink.training.recipes import RECIPES
+from blink.training.own import named
+from blink.training.recipes import RECIPES, Recipe
 
 EXAMPLES = ("blink recipes", "blink recipes hlb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", choices=RECIPES, help="show this one's settings")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="show this one's settings; or FILE.py:NAME")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
             name = f"{recipe.name:<{width}}  "
             print(textwrap.fill(recipe.summary, 80, initial_indent=name, subsequent_indent=" " * len(name)))
         return 0
-    recipe = RECIPES[options.recipe]
+    recipe = named(options.recipe, RECIPES, Recipe)
     print(textwrap.fill(f"{recipe.name}: {recipe.summary}", 80))
     for name, value in settings(asdict(recipe)).items():
         if name not in ("name", "summary"):

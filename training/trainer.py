@@ -39,15 +39,17 @@ def build_network(recipe: Recipe, dataset: Dataset, backend: Backend, precision:
 class Trainer:
     """One object trains any number of runs, one seed after another: `loop.train(trainer, seed)`.
 
-    `dataset` is on its device; graph: whether each phase's step is a captured CUDA graph. Raises UserError for a data
-    set that the network cannot be trained on.
+    `dataset` is on its device; graph: whether each phase's step is a captured CUDA graph; initial: weights by name that
+    every run begins with in place of random ones, the stem's filters and pixel statistics among them. Raises UserError
+    for a data set that the network cannot be trained on.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool
-    ):
+        self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool,
+        initial: dict[str, Tensor] | None = None,
+    ):  # fmt: skip
         check_batch(recipe, dataset, budget)
-        self.recipe, self.dataset, self.budget = recipe, dataset, budget
+        self.recipe, self.dataset, self.budget, self.initial = recipe, dataset, budget, initial
         self.backend, self.precision, self.graph = backend, precision, graph
         self.device, self.image_shape = dataset.device, dataset.image_shape
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
@@ -65,12 +67,12 @@ class Trainer:
         self._pool = torch.cuda.graph_pool_handle() if graph else None
 
     def restart(self, seed: int, labels: Tensor | None = None) -> None:
-        """The seed's random weights, and everything else as before the first step of a run.
+        """The seed's random weights, or `initial`, and everything else as before the first step of a run.
 
         labels: in place of the data set's.
         """
         fresh = build_network(self.recipe, self.dataset, self.backend, self.precision, seed)
-        self.network.load_state_dict(fresh.state_dict())
+        self.network.load_state_dict({**fresh.state_dict(), **(self.initial or {})})
         self.batches.labels.copy_(self.dataset.train_labels if labels is None else labels)
         self.rewind()
         if self.average is not None:
@@ -83,13 +85,16 @@ class Trainer:
         self.progress.start_run()
 
     def whiten(self) -> None:
-        """Give the stem the filters that whiten the training images' patches; make the smaller images of a recipe."""
-        images, network = self.dataset.train_images[: self.recipe.whiten_images], self.recipe.network
-        varying = initialize_stem(
-            self.network.stem, images, self.dataset.mean, self.dataset.std, network.whiten_eps,
-            self.recipe.centered_whitening,
-        )  # fmt: skip
-        self.network.copy_only(varying)
+        """Give the stem the filters that whiten the training images' patches, unless it began with some; make the
+        smaller images of a recipe.
+        """
+        if self.initial is None:
+            images, network = self.dataset.train_images[: self.recipe.whiten_images], self.recipe.network
+            varying = initialize_stem(
+                self.network.stem, images, self.dataset.mean, self.dataset.std, network.whiten_eps,
+                self.recipe.centered_whitening,
+            )  # fmt: skip
+            self.network.copy_only(varying)
         self.batches.resize()
         self.network.train()
 
@@ -137,6 +142,28 @@ class Trainer:
         hardness = [] if self.batches.hardness is None else [self.batches.hardness]
         momenta = [buffer for buffers in self.optimizer.buffers for buffer in buffers]
         return [*self.network.state_dict().values(), *momenta, *self.progress.tensors, *hardness]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run carries from one epoch to the next, by name, in the memory that it lives in."""
+        momenta = {f"{i}.{j}": b for i, buffers in enumerate(self.optimizer.buffers) for j, b in enumerate(buffers)}
+        average = self.average.tensors() if self.average is not None else []
+        parts = {
+            "network": self.network.state_dict(),
+            "momentum": momenta,
+            "progress": {"losses": self.progress.losses, "step": self.progress.step},
+            "batches": self.batches.carried(),
+            "average": {str(i): tensor for i, tensor in enumerate(average)},
+        }
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave, of a run of the same recipe, data and budget."""
+        if self.average is not None:
+            count = sum(name.startswith("average.") for name in state)
+            self.average.load([state[f"average.{i}"].to(self.device) for i in range(count)])
+        for name, value in self.state().items():
+            value.copy_(state[name])
 
     def update_average(self, done: int) -> None:
         """Take the weights after `done` steps into their average, where and when the recipe keeps one."""

@@ -80,6 +80,13 @@ def fixed_order(count: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(count)
 
 
+def held_back(count: int, part: float) -> np.ndarray:
+    """[count] bool: which of a class's images are for testing, this part of them but at least one, and not all."""
+    held = np.zeros(count, dtype=bool)
+    held[fixed_order(count)[: min(max(1, round(part * count)), count - 1)]] = count > 1
+    return held
+
+
 def pixel_statistics(images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Per-channel mean and standard deviation in units of 0..1, exact from the integer histogram."""
     levels = np.arange(256, dtype=np.float64) / 255

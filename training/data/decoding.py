@@ -54,6 +54,27 @@ def _from_16_bits(path: Path | str, values: np.ndarray) -> np.ndarray:
     return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
+def pixels_from(image) -> np.ndarray:
+    """[H, W, 3] uint8 of a path, a PIL image, or a uint8 array or tensor [H, W], [H, W, C] or [C, H, W].
+
+    Raises UserError for a file that is no readable image, and for anything else.
+    """
+    if isinstance(image, str | Path):
+        return decode(Path(image))
+    if isinstance(image, Image.Image):
+        return pixels_of(image)
+    if hasattr(image, "cpu"):
+        image = image.cpu().numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+        found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(
+            f"an image is a path, a PIL image or uint8 pixels [H, W], [H, W, C] or [C, H, W]; found {found}"
+        )
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = image.transpose(1, 2, 0)
+    return np.asarray(Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB"))
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width as `decode` would give them, from the file's head alone. Raises UserError."""
     try:

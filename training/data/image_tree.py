@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from blink.errors import UserError
-from blink.training.data.dataset import Arrays, fixed_order
+from blink.training.data.dataset import Arrays, held_back
 from blink.training.data.decoding import decode, extensions, fit, is_image, size_of
 
 _CHUNK = 500
@@ -83,10 +83,9 @@ def _split(root: Path, part: float) -> Tree:
         raise UserError(f"{root / single[0]} holds one image; expected two or more, one to train on and one to test")
     train, test = [], []
     for files in found.values():
-        count = min(max(1, round(part * len(files))), len(files) - 1)
-        held = set(fixed_order(len(files))[:count].tolist())
-        train.append([path for i, path in enumerate(files) if i not in held])
-        test.append([path for i, path in enumerate(files) if i in held])
+        held = held_back(len(files), part)
+        train.append([path for path, for_testing in zip(files, held) if not for_testing])
+        test.append([path for path, for_testing in zip(files, held) if for_testing])
     note = f"no test images of its own: {part:.0%} of each class's images are held back for testing (--val-split)"
     return _tree(tuple(found), train, test, [note, *_left_out(root)])
 

@@ -1,0 +1,69 @@
+"""`--resume DIR`: what a training that was interrupted left there, and what of it can be gone on with."""
+
+import argparse
+import json
+from pathlib import Path
+
+from blink.command import parse
+from blink.errors import UserError
+from blink.training.job import Job
+from blink.training.results import RunResult, run_from_dict
+
+SUMMARY = "summary.json"
+
+
+def network_file(options: argparse.Namespace, job: Job, seed: int) -> Path:
+    return options.out / f"{job.recipe.name}-seed{seed}.safetensors"
+
+
+def as_it_was(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of the training in --resume DIR, with what is given beside it. Raises UserError."""
+    folder, given = options.resume, iter(options.arguments)
+    added = []
+    for word in given:
+        if word == "--resume":
+            next(given)
+        elif not word.startswith("--resume="):
+            added.append(word)
+    words = [*summary_of(folder)["command"][2:], *added]
+    options = parse("train", "blink.training.command", words)[0]
+    options.resume = options.out = folder
+    return options
+
+
+def summary_of(folder: Path) -> dict:
+    """What a training wrote last to its folder. Raises UserError."""
+    path = folder / SUMMARY
+    try:
+        content = json.loads(path.read_text())
+        if content["command"][:2] != ["blink", "train"] or not isinstance(content["runs"], list):
+            raise ValueError("other content")
+        return content
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; --resume takes a folder that blink train --out wrote to") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no summary of blink train ({reason}); --resume takes its --out folder") from error
+
+
+def identity(facts: dict, options: argparse.Namespace) -> dict:
+    """What two parts of one training share, ready for JSON."""
+    same = {key: facts[key] for key in ("recipe", "data", "budget", "dtype", "deterministic")}
+    return {**same, "kernels": facts["kernels"]["name"], "keep": options.keep, "init": str(options.init)}
+
+
+def finished(options: argparse.Namespace, job: Job) -> list[RunResult]:
+    """The runs in --resume DIR that ended, in the order of their seeds. Raises UserError for those of another job."""
+    before = summary_of(options.resume)
+    mine = json.loads(json.dumps(identity(job.facts, options)))
+    differing = [key for key, value in identity(before, options).items() if value != mine[key]]
+    if differing:
+        raise UserError(f"{options.resume} holds a training with other {', '.join(differing)}; continue it as it was")
+    job.facts["flops"] = before["flops"]
+    runs = []
+    for number, content in enumerate(before["runs"][: options.runs]):
+        seed = options.seed + number
+        if content["seed"] != seed or not network_file(options, job, seed).is_file():
+            break
+        runs.append(run_from_dict(content, job.budget.total_steps))
+    return runs
