@@ -6,13 +6,13 @@ first paragraph describes it. It raises UserError for what the user must change.
 
 import argparse
 import os
-import sys
 import textwrap
 import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from blink import ending
 from blink.errors import UserError
 
 # the first of the process: what it takes to import the rest counts as start-up
@@ -57,22 +57,24 @@ def parse(name: str, module: str, arguments: list[str]) -> tuple[argparse.Namesp
 
 
 def call(name: str, module: str, arguments: list[str]) -> int:
-    """Run the command `blink NAME`: its exit code, 2 for a user's mistake, 130 when interrupted."""
-    try:
-        options, command = parse(name, module, arguments)
-        code = command.run(options)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print(f"blink: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("blink: interrupted; what is finished is kept", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader (head, less) has seen enough; nothing more may be written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    """Run the command `blink NAME`: its exit code, 2 for a user's mistake and for output that could not be written, 130
+    when interrupted, 143 and 129 when ended by SIGTERM and SIGHUP. A reader that has seen enough (head) ends nothing.
+    """
+    with ending.as_ctrl_c(), ending.lasting_output() as output:
+        try:
+            options, command = parse(name, module, arguments)
+            code = command.run(options)
+            output.flush()
+        except UserError as error:
+            ending.complain(f"blink: {error}")
+            return 2
+        except KeyboardInterrupt as stop:
+            ending.complain(f"blink: {ending.name(stop)}; what is finished is kept")
+            return ending.exit_code(stop)
+    if output.error is not None and not isinstance(output.error, BrokenPipeError):
+        ending.complain(f"blink: the output could not be written ({output.error}); what goes to files is kept")
+        return code or 2
+    return code
 
 
 def positive(kind: type):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from blink import __version__
+from blink import __version__, ending
 from blink.command import natural, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
@@ -61,7 +61,7 @@ def execute(
     options: argparse.Namespace, console: Console, recipe: Recipe | None = None, dataset: Dataset | None = None,
     listeners: Iterable[Listener] = (), keep_weights: bool = False,
 ) -> tuple[int, Report, Job]:  # fmt: skip
-    """(the exit code, 130 after an interruption; the report with the runs that ended; the job).
+    """(the exit code, not 0 after an interruption; the report with the runs that ended; the job).
 
     recipe, dataset: in place of those that the options name. keep_weights: the runs keep theirs in memory.
     """
@@ -110,9 +110,9 @@ def execute(
             save(options, report, last=False)
             if checkpoints is not None:
                 checkpoints.remove(seed)
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        exit_code = 130
+    except KeyboardInterrupt as stop:
+        console.print(ending.name(stop), style="yellow")
+        exit_code = ending.exit_code(stop)
     finally:
         try:
             if report.runs:

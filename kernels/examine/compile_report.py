@@ -12,6 +12,7 @@ made of multiply-adds, whose operands take registers.
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -76,7 +77,13 @@ def _compile(jobs: list) -> Iterator[dict]:
         ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
         Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
-        for rows in progress.track(pool.map(examine, jobs), total=len(jobs), description="compiling"):
+        # Ctrl-C reaches the whole group; the workers, begun here, ignore it and end with this process
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            found = pool.map(examine, jobs)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        for rows in progress.track(found, total=len(jobs), description="compiling"):
             yield from rows
 
 
