@@ -108,7 +108,7 @@ def test_matches_float64(case, dtype):
     judge(case, dtype, tolerance_of(case, dtype), versus_pytorch=case in LARGE)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     make=st.sampled_from([whiten, whiten_project_norm_act]),
     batch=st.integers(1, 3),

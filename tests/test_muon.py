@@ -89,7 +89,7 @@ def test_matches_float64_at_the_networks_shapes(dtype):
     judge_lists(case, case.make(DEVICE, dtype), dtype, TOLERANCES[dtype], times_pytorch=2)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple), min_size=1, max_size=3),
     weight_decay=st.sampled_from([0.0, 0.3]),

@@ -53,7 +53,7 @@ def test_matches_float64_at_the_networks_shapes(dtype):
     judged(case, dtype)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
     steps=st.integers(1, 4),
