@@ -8,12 +8,14 @@ import argparse
 import os
 import textwrap
 import time
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from blink import ending
 from blink.errors import UserError
+from blink.files import STANDARD_OUTPUT
 
 # the first of the process: what it takes to import the rest counts as start-up
 STARTED = time.perf_counter()
@@ -63,7 +65,8 @@ def call(name: str, module: str, arguments: list[str]) -> int:
     with ending.as_ctrl_c(), ending.lasting_output() as output:
         try:
             options, command = parse(name, module, arguments)
-            code = command.run(options)
+            with ending.only_json(output) if getattr(options, "json", None) == STANDARD_OUTPUT else nullcontext():
+                code = command.run(options)
             output.flush()
         except UserError as error:
             ending.complain(f"blink: {error}")
@@ -75,6 +78,12 @@ def call(name: str, module: str, arguments: list[str]) -> int:
         ending.complain(f"blink: the output could not be written ({output.error}); what goes to files is kept")
         return code or 2
     return code
+
+
+def add_json_argument(add, what: str, overwritten: str = "--json") -> None:
+    """`--json` and `--overwrite`, for `files.check_json`."""
+    add("--json", type=Path, metavar="FILE", help=f"{what}; -: to standard output, and all else to the other one")
+    add("--overwrite", action="store_true", help=f"replace what an earlier call left in {overwritten}")
 
 
 def positive(kind: type):

@@ -117,6 +117,17 @@ def lasting_output() -> Iterator[Lasting]:
         sys.stdout = before
 
 
+@contextmanager
+def only_json(output: Lasting) -> Iterator[None]:
+    """Inside, what is printed goes to standard error; `files.write_json` finds `output` as sys.stdout.json."""
+    sys.stdout = Lasting(sys.stderr)
+    sys.stdout.json = output
+    try:
+        yield
+    finally:
+        sys.stdout = output
+
+
 def complain(line: str) -> None:
     """One line on standard error, if anybody is there to read it."""
     with suppress(OSError, ValueError):

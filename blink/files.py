@@ -1,15 +1,21 @@
 """Output files: found unwritable before the work, written whole or not at all."""
 
+import io
 import json
 import os
 import platform
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from blink import __version__
 from blink.errors import UserError
+
+# as the name of a file
+STANDARD_OUTPUT = Path("-")
 
 
 @contextmanager
@@ -57,12 +63,40 @@ def _alive(process: int) -> bool:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
+    """Write atomically: the old file stays whole if the disk fills up. `STANDARD_OUTPUT` is that. Raises UserError."""
+    content = {"blink": __version__, **content}
+    if path == STANDARD_OUTPUT:
+        print(json.dumps(content, allow_nan=False), file=getattr(sys.stdout, "json", sys.stdout), flush=True)
+        return
     try:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
+
+
+def replaceable(path: Path) -> bool:
+    """Whether it is, or would be, a file; others take what they get when they get it."""
+    return path != STANDARD_OUTPUT and (path.is_file() or not path.exists())
+
+
+def check_json(options) -> None:
+    """See, before the work, that --json can be written, and replaces what `write_json` wrote only, if --overwrite says
+    so. Raises UserError.
+    """
+    path = options.json
+    if path is None or path == STANDARD_OUTPUT:
+        return
+    check_output(path)
+    try:
+        with open(path, "rb") if path.is_file() else nullcontext(io.BytesIO()) as file:
+            head = file.read(64).lstrip()
+    except OSError as error:
+        raise UserError(f"could not read {path} ({error.strerror}); name another file") from error
+    if head and not re.match(rb'\{\s*"(blink|command)":', head):
+        raise UserError(f"{path} holds something else than results; name another file")
+    if head and not options.overwrite:
+        raise UserError(f"{path} holds earlier results; replace them by --overwrite, or name another file")
 
 
 def make_folder(path: Path) -> None:

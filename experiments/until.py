@@ -5,13 +5,12 @@ trained anew, its whole schedule compressed to it.
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
 
-from blink.command import fraction, positive
+from blink.command import add_json_argument, fraction, positive
 from blink.errors import UserError
-from blink.files import check_output, write_json
+from blink.files import check_json, write_json
 from blink.training.budget import plan_budget
 from blink.training.job import add_job_arguments, count_flops, prepare
 from blink.training.loop import train
@@ -87,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs", type=positive(int), default=1, metavar="N", help="train each budget N times (default: %(default)s)")
     add_job_arguments(parser)
     add = parser.add_argument_group("what is written").add_argument
-    add("--json", type=Path, metavar="FILE", help="write every budget that was tried as JSON")
+    add_json_argument(add, "write every budget that was tried as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
-    check_output(options.json)
+    check_json(options)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     job = prepare("until", options, console, options.epochs)
     tried: list[Trial] = []

@@ -3,15 +3,16 @@
 import argparse
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from blink import __version__, ending
-from blink.command import natural, positive
+from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
-from blink.files import check_output, make_folder, write_json
+from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
 from blink.training import resume
 from blink.training.checkpoint import Checkpoints
@@ -20,6 +21,7 @@ from blink.training.initial import initial_weights
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
 from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
+from blink.training.outputs import Outputs
 from blink.training.recipes import Recipe
 from blink.training.report import Report
 from blink.training.results import RunResult
@@ -49,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which weights: the last epoch's, or those that did best in validation (default: last)")  # fmt: skip
     add("--checkpoint-every", type=natural, default=1, metavar="E",
         help="epochs from one checkpoint in --out to the next (default: %(default)s; 0: none)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace what an earlier training left in --out")
-    add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
+    add_json_argument(add, "write the summary and all runs as JSON", overwritten="--out and --json")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,7 +79,7 @@ def execute(
                 f"{options.out} holds an earlier training; go on with it by --resume {options.out}, replace it by "
                 "--overwrite, or name another folder"
             )
-    check_output(options.json)
+    check_json(options)
     job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
     initial = None
     if options.init is not None:
@@ -88,38 +89,46 @@ def execute(
     if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
         validate = CPU_VALIDATION_IMAGES
         job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
-    report = Report(
-        console, job.facts, options.runs, resume.finished(options, job) if options.resume is not None else ()
-    )
+    ended = resume.finished(options, job) if options.resume is not None else []
+    for result in ended if keep_weights else ():
+        _, result.state = saved.read(resume.network_file(options, job, result.seed))
+    report = Report(console, job.facts, options.runs, ended)
     report.header(job.recipe, job.dataset, job.budget, job.notes)
-    checkpoints = make_checkpoints(options, job, report)
-    exit_code = 0
+    checkpoints, outputs = make_checkpoints(options, job, report), Outputs(report.note)
+    exit_code, failure = 0, None
     try:
         if options.out is not None and options.resume is None:
             # what --resume reads, should this process be killed before its first run has ended
-            write_json(options.out / resume.SUMMARY, report.as_dict())
+            write_summary(outputs, options.out / resume.SUMMARY, report)
         trainer = make_trainer(job, options.seed, initial)
         listener = Listeners([report, *listeners])
         for seed in range(options.seed + len(report.runs), options.seed + options.runs):
             result = train(trainer, seed, listener, validate, options.keep == "best", checkpoints)
             describe_cost(job, trainer)
-            if options.out is not None:
-                keep(job, resume.network_file(options, job, seed), result)
-            if not keep_weights:
+            path = None if options.out is None else resume.network_file(options, job, seed)
+            kept = path is None or outputs.write(path, partial(keep, job, path, result))
+            save(outputs, options, report, last=False)
+            if kept and not keep_weights:
                 result.state, result.logits = {}, None
-            save(options, report, last=False)
-            if checkpoints is not None:
+            if kept and checkpoints is not None:
                 checkpoints.remove(seed)
     except KeyboardInterrupt as stop:
         console.print(ending.name(stop), style="yellow")
         exit_code = ending.exit_code(stop)
-    finally:
-        try:
-            if report.runs:
-                save(options, report, last=True)
-        finally:
-            if report.runs or exit_code:
-                report.summary()
+    except Exception as error:
+        failure = error
+    try:
+        if report.runs:
+            save(outputs, options, report, last=True)
+        outputs.finish()
+    except UserError as error:
+        if failure is not None:
+            ending.complain(f"blink: {error}")
+        failure = failure or error
+    if report.runs or exit_code:
+        report.summary()
+    if failure is not None:
+        raise failure
     if exit_code and options.out is not None:
         console.print(f"go on with: blink train --resume {options.out}", highlight=False, markup=False, soft_wrap=True)
     return exit_code, report, job
@@ -172,10 +181,14 @@ def keep(job: Job, path: Path, result: RunResult) -> None:
     saved.save(path, result.state, job.recipe.network, dataset.classes, dataset.image_shape, facts)
 
 
-def save(options: argparse.Namespace, report: Report, last: bool) -> None:
+def save(outputs: Outputs, options: argparse.Namespace, report: Report, last: bool) -> None:
     """After each run, so that nothing that ends this process takes a finished one with it."""
     if options.out is not None:
-        write_json(options.out / resume.SUMMARY, report.as_dict())
+        write_summary(outputs, options.out / resume.SUMMARY, report)
     # what is no file cannot be replaced: it gets all once
-    if options.json is not None and (last or options.json.is_file() or not options.json.exists()):
-        write_json(options.json, report.as_dict())
+    if options.json is not None and (last or replaceable(options.json)):
+        write_summary(outputs, options.json, report)
+
+
+def write_summary(outputs: Outputs, path: Path, report: Report) -> None:
+    outputs.write(path, lambda: write_json(path, report.as_dict()))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from blink.command import positive
+from blink.command import add_json_argument, positive
 from blink.experiments.profile import measure, report
-from blink.files import check_output, make_folder, write_json
+from blink.files import check_json, make_folder, write_json
 from blink.model import backend as backends
 from blink.training.job import add_job_arguments, prepare
 from blink.training.report import Report
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive(int), metavar="N", help="steps of the run that is profiled (default: the recipe's)")
     add = parser.add_argument_group("what is written").add_argument
     add("--traces", type=Path, default=Path("runs/profile"), metavar="DIR", help="chrome traces (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write every number as JSON")
+    add_json_argument(add, "write every number as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     make_folder(options.traces)
-    check_output(options.json)
+    check_json(options)
     console = Console()
     job = prepare("profile", options, console, steps=options.steps)
     Report(console, job.facts).header(job.recipe, job.dataset, job.budget, job.notes)

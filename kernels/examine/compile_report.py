@@ -20,15 +20,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from blink.command import listed
+from blink.command import add_json_argument, listed
 from blink.errors import UserError
-from blink.files import check_output, write_json
+from blink.files import check_json, write_json
 from blink.training.recipes import RECIPES
 
 from .. import HAS_TRITON
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
     add = parser.add_argument_group("what is written").add_argument
     add("--sass", action="store_true", help="print the machine code too")
-    add("--json", type=Path, metavar="FILE", help="write every number")
+    add_json_argument(add, "write every number")
 
 
 def _compile(jobs: list) -> Iterator[dict]:
@@ -181,7 +180,7 @@ def run(options: argparse.Namespace) -> int:
         if op not in OPS:
             raise UserError(f"unknown op {op!r}; expected one of {', '.join(OPS)}")
     options.target = options.target or (["sm_90"] if options.quick else list(ahead_of_time.TARGETS))
-    check_output(options.json)
+    check_json(options)
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, which makes kernels plain functions; unset it")
     cases = recipe_cases(options.recipe) if options.recipe else network_cases()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from blink.command import listed, positive
+from blink.command import add_json_argument, listed, positive
 from blink.errors import UserError
-from blink.files import check_output, make_folder, write_json
+from blink.files import check_json, make_folder, write_json
 from blink.training.recipes import RECIPES
 
 from ... import environment, interpreting, registry
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(lines))
         print(f"{regressions} regressions beyond {options.band:g} %")
         return 1 if regressions else 0
-    check_output(options.json)
+    check_json(options)
     if options.plot is not None:
         make_folder(options.plot)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -198,7 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
     add("--list", action="store_true", help="print the cases and stop")
     add = parser.add_argument_group("what is written").add_argument
-    add("--json", type=Path, metavar="FILE", help="write everything, with GPU, power limit, versions, commit")
+    add_json_argument(add, "write everything, with GPU, power limit, versions, commit")
     add("--plot", type=Path, metavar="DIR", help="write a roofline plot and a bar chart per op")
     add = parser.add_argument_group("two results").add_argument
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json; exit with 1 "
