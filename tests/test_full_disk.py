@@ -54,6 +54,8 @@ def test_every_moment(image_folder, tmp_path, capsys, monkeypatch):
     """One write after another fails for a full disk, once: it is made up for at the end."""
     replace = os.replace
     words = ["--data", image_folder, *QUICK, *NARROW, "--runs", "2", "--out"]
+    # from here on the images are cached
+    assert inside(capsys, *words[:-3])[0] == 0
     for moment in range(5):
         count = iter(range(100))
 
