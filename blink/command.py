@@ -71,6 +71,18 @@ def call(name: str, module: str, arguments: list[str]) -> int:
         except UserError as error:
             ending.complain(f"blink: {error}")
             return 2
+        except MemoryError as error:
+            ending.complain(f"blink: out of memory ({error}); use fewer images (--limit) or smaller ones (--size)")
+            return 2
+        except RuntimeError as error:
+            # PyTorch's own, which is imported where there is one
+            if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+                raise
+            reason = str(error).split(". ")[0].splitlines()[0]
+            ending.complain(
+                f"blink: out of memory ({reason}); use a smaller --batch-size, fewer images or smaller ones"
+            )
+            return 2
         except KeyboardInterrupt as stop:
             ending.complain(f"blink: {ending.name(stop)}; what is finished is kept")
             return ending.exit_code(stop)

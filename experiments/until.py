@@ -96,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
     tried: list[Trial] = []
 
     def train_all(epochs: float) -> Trial:
-        budget = plan_budget(job.recipe, len(job.dataset.train_images), options.batch_size, epochs)
+        budget = plan_budget(
+            job.recipe, len(job.dataset.train_images), options.batch_size, epochs, None, options.micro_batch
+        )
         trainer = job.trainer(budget)
         if trainer.compiles:
             trainer.warm_up(options.seed)

@@ -35,6 +35,11 @@ class Gather:
     cutout: Tensor | None = None
     cutout_size: int = 0
 
+    def part(self, images: slice) -> "Gather":
+        """What it takes for these images of the batch."""
+        fields = (self.index, self.translation, self.flip, self.jitter, self.cutout)
+        return Gather(*(None if field is None else field[images] for field in fields), self.cutout_size)
+
 
 def unflatten(index: Tensor | None, *rest) -> Gather | None:
     """The fields in order, as operators take them; no index, no gather."""

@@ -13,11 +13,19 @@ MIN_STEPS_PER_EPOCH = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """batch_size: images a step; total_steps: of a whole run, the last epoch may be cut short."""
+    """batch_size: images a step; total_steps: of a whole run, the last epoch may be cut short; micro_batch: images of a
+    step that are on the device at a time; None: all.
+    """
 
     batch_size: int
     steps_per_epoch: int
     total_steps: int
+    micro_batch: int | None = None
+
+    @property
+    def at_a_time(self) -> int:
+        """How many images of a step are on the device at a time."""
+        return min(self.micro_batch or self.batch_size, self.batch_size)
 
     @property
     def epochs(self) -> int:
@@ -30,8 +38,9 @@ class Budget:
 
 
 def plan_budget(
-    recipe: Recipe, images: int, batch_size: int | None = None, epochs: float | None = None, steps: int | None = None
-) -> Budget:
+    recipe: Recipe, images: int, batch_size: int | None = None, epochs: float | None = None, steps: int | None = None,
+    micro_batch: int | None = None,
+) -> Budget:  # fmt: skip
     """The batch size is clamped to the images that an epoch takes: a stated one to their number, the recipe's own to 16
     steps an epoch.
     """
@@ -42,7 +51,7 @@ def plan_budget(
     batch_size = min(batch_size, images)
     per_epoch = images // batch_size
     total = steps if steps is not None else max(1, round((epochs or recipe.epochs) * per_epoch))
-    return Budget(batch_size, per_epoch, total)
+    return Budget(batch_size, per_epoch, total, micro_batch)
 
 
 def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
@@ -51,8 +60,11 @@ def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
     _, *whole = dataset.image_shape
     height, width = min(recipe.image_sizes(tuple(whole)))
     lost = recipe.network.minimum_image_size - poolings
-    if budget.batch_size == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
+    # the last part of a step may be smaller than the others
+    smallest = budget.batch_size % budget.at_a_time or budget.at_a_time
+    if smallest == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
         raise UserError(
             f"batches of 1 image of {height}x{width} leave 1 value per channel, which has no variance to normalize "
-            "with; expected at least 2: use --batch-size 2 and at least 2 training images, or larger images"
+            "with; expected at least 2: use a --batch-size, or --micro-batch, of 2, and at least 2 training images, or "
+            "larger images"
         )

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import traceback
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
-from blink.training import resume
+from blink.training import memory, resume
 from blink.training.checkpoint import Checkpoints
 from blink.training.data.dataset import Dataset
 from blink.training.initial import initial_weights
@@ -95,7 +96,7 @@ def execute(
     report = Report(console, job.facts, options.runs, ended)
     report.header(job.recipe, job.dataset, job.budget, job.notes)
     checkpoints, outputs = make_checkpoints(options, job, report), Outputs(report.note)
-    exit_code, failure = 0, None
+    exit_code, failure, trainer = 0, None, None
     try:
         if options.out is not None and options.resume is None:
             # what --resume reads, should this process be killed before its first run has ended
@@ -117,6 +118,11 @@ def execute(
         exit_code = ending.exit_code(stop)
     except Exception as error:
         failure = error
+    if failure is not None and memory.is_exhausted(failure):
+        # its traceback holds the step's tensors
+        traceback.clear_frames(failure.__traceback__)
+        trainer, failure.__traceback__ = None, None
+        failure = memory.refusal(job)
     try:
         if report.runs:
             save(outputs, options, report, last=True)

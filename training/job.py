@@ -52,6 +52,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="any setting of the recipe, as blink recipes RECIPE lists it; may be given again")  # fmt: skip
     add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
+    add("--micro-batch", type=positive(int), metavar="N", help="images of a batch on the device at a time, whose "
+        "gradients add up; BatchNorm is by these (default: all)")  # fmt: skip
     add("--seed", type=natural, default=0, metavar="S", help="of the first run; the next one has the next (default: 0)")
     add_setting_arguments(parser)
 
@@ -83,7 +85,7 @@ def prepare(
     imported = time.perf_counter()
     dataset, notes = load_data(options, console) if dataset is None else (dataset.limited(options.limit), [])
     dataset = dataset.to(setting.device)
-    budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps)
+    budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps, options.micro_batch)
     if not recipe.network.fused_stem:
         notes.append("this stem runs the plain convolution, whatever the kernels")
     facts = {
@@ -164,7 +166,7 @@ def describe(setting: Setting, recipe: Recipe, budget: Budget, dataset: Dataset)
         "dtype": setting.compute.name,
         "graph": setting.graph,
         "deterministic": setting.deterministic,
-        "budget": asdict(budget),
+        "budget": {name: value for name, value in asdict(budget).items() if value is not None},
         "environment": setting.environment,
     }
 

@@ -77,22 +77,41 @@ def training_step(
     loss_of: Callable[..., tuple[Tensor, ...]],
     precision: Precision,
     phase: Phase,
+    micro_batch: int,
 ) -> None:
-    """The next step, on the next batch of the epoch that `batches` holds. Nothing in it waits for the device."""
+    """The next step, on the next batch of the epoch that `batches` holds, a micro-batch of images at a time, whose
+    gradients add up. Nothing in it waits for the device.
+    """
     optimizer.freeze_all_but(phase.active)
     gather, labels = batches.take(progress.batch, phase.size)
-    with precision.autocast(labels.device):
-        # a compiled function takes tensors, not what holds them
-        fields = (getattr(gather, field.name) for field in dataclasses.fields(gather))
-        logits, loss, correct = loss_of(batches.images(phase.size), labels, *fields)
-    grads = torch.autograd.grad(loss, optimizer.parameters(phase.active))
-    optimizer.update(list(grads), phase.active, progress.step)
+    parameters = optimizer.parameters(phase.active)
+    slices = [slice(first, first + micro_batch) for first in range(0, len(labels), micro_batch)]
+    parts = []
+    for images in slices:
+        own, own_labels = (gather, labels) if len(slices) == 1 else (gather.part(images), labels[images])
+        with precision.autocast(labels.device):
+            # a compiled function takes tensors, not what holds them
+            fields = (getattr(own, field.name) for field in dataclasses.fields(own))
+            logits, loss, correct = loss_of(batches.images(phase.size), own_labels, *fields)
+        found = torch.autograd.grad(loss, parameters)
+        if not parts:
+            grads = list(found)
+        else:
+            torch._foreach_add_(grads, found)
+        parts.append((logits.detach(), loss.detach(), correct))
+    optimizer.update(grads, phase.active, progress.step)
     with torch.no_grad():
-        progress.losses.index_copy_(0, progress.step, loss.detach()[None] / len(labels))
+        logits, loss, correct = parts[0] if len(parts) == 1 else summed(parts)
+        progress.losses.index_copy_(0, progress.step, loss[None] / len(labels))
         progress.correct += correct
         if batches.hardness is not None:
-            scaled = logits.detach().float() * network.config.logit_scale
-            losses = F.cross_entropy(scaled, labels, reduction="none")
+            losses = F.cross_entropy(logits.float() * network.config.logit_scale, labels, reduction="none")
             batches.hardness.index_copy_(0, gather.index, losses)
         progress.step += 1
         progress.batch += 1
+
+
+def summed(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, loss, right answers) of a batch from those of its parts."""
+    logits, losses, correct = zip(*parts)
+    return torch.cat(logits), torch.stack(losses).sum(), torch.stack(correct).sum()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blink.errors import UserError
 from blink.model.backend import Backend
+from blink.model.layers import NormAct
 from blink.model.network import Network
 from blink.model.whitening import initialize_stem
 from blink.training.batches import Batches
@@ -57,6 +58,10 @@ class Trainer:
             dataset.train_images, dataset.train_labels, budget.batch_size, recipe.translation, recipe.flip,
             recipe.cutout, recipe.jitter, recipe.image_sizes(dataset.image_shape[1:]), recipe.keep,
         )  # fmt: skip
+        # the running statistics follow a batch as far as they would if it came whole
+        for module in self.network.modules() if budget.at_a_time < budget.batch_size else ():
+            if isinstance(module, NormAct):
+                module.momentum = 1 - (1 - module.momentum) ** (budget.at_a_time / budget.batch_size)
         self.optimizer = Optimizer(self.network, recipe, budget, backend)
         self.progress = Progress(budget.total_steps, self.device)
         self.average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
@@ -134,7 +139,7 @@ class Trainer:
         # of the parts and not of this object, which could not be freed while a graph of its own kept it
         return partial(
             training_step, self.network, self.optimizer, self.batches, self.progress, self._loss_of, self.precision,
-            phase,
+            phase, self.budget.at_a_time,
         )  # fmt: skip
 
     def _changed(self) -> list[Tensor]:
