@@ -12,7 +12,9 @@ from blink.command import natural, parse, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
 from blink.model import saved
+from blink.training import loggers
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
+from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
 from blink.training.report import Report
 from blink.training.results import RunResult
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, metavar="DIR", help="save each run's weights and the summary here")
     add("--json", type=Path, metavar="FILE", help="write the summary and all runs as JSON")
+    loggers.add_arguments(add)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,18 +61,20 @@ def execute(options: argparse.Namespace, console: Console) -> tuple[int, Report]
     if options.out is not None:
         make_folder(options.out)
     check_output(options.json)
+    loggers.check(options)
     job = prepare("train", options, console, options.epochs, options.steps)
     validate = options.validate
     if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
         validate = CPU_VALIDATION_IMAGES
         job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
     report = Report(console, job.facts, options.runs)
+    listener = Listeners([report, *loggers.loggers(options, job.facts)])
     report.header(job.recipe, job.dataset, job.budget, job.notes)
     exit_code = 0
     try:
         trainer = make_trainer(job, options.seed)
         for number in range(options.runs):
-            train_one(job, trainer, number, options, validate, report)
+            train_one(job, trainer, number, options, validate, listener)
             save(options, report, last=False)
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")
@@ -95,11 +100,11 @@ def make_trainer(job: Job, seed: int) -> Trainer:
 
 
 def train_one(
-    job: Job, trainer: Trainer, number: int, options: argparse.Namespace, validate: int | None, report: Report
+    job: Job, trainer: Trainer, number: int, options: argparse.Namespace, validate: int | None, listener: Listener
 ) -> None:
-    """Run 0, 1, ... of the job, watched by the report; its weights go to --out."""
+    """Run 0, 1, ... of the job, watched by the listener; its weights go to --out."""
     seed = options.seed + number
-    result = train(trainer, seed, report, validate)
+    result = train(trainer, seed, listener, validate)
     if job.facts["flops"] is None:
         # after a run, which need not wait for what only describes it
         job.facts["flops"] = count_flops(job.recipe, job.budget, job.dataset)
