@@ -12,7 +12,7 @@ from blink.command import natural, parse, positive
 from blink.errors import UserError
 from blink.files import check_output, make_folder, write_json
 from blink.model import saved
-from blink.training import loggers
+from blink.training import gallery, loggers
 from blink.training.job import Job, add_job_arguments, count_flops, prepare
 from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
@@ -104,14 +104,17 @@ def train_one(
 ) -> None:
     """Run 0, 1, ... of the job, watched by the listener; its weights go to --out."""
     seed = options.seed + number
-    result = train(trainer, seed, listener, validate)
+    views = gallery.Views(trainer)
+    result = train(trainer, seed, Listeners([listener, views]) if options.out is not None else listener, validate)
     if job.facts["flops"] is None:
         # after a run, which need not wait for what only describes it
         job.facts["flops"] = count_flops(job.recipe, job.budget, job.dataset)
     if trainer.device.type == "cuda":
         job.facts["peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
     if options.out is not None:
-        keep(job, options.out / f"{job.recipe.name}-seed{seed}.safetensors", result)
+        name = f"{job.recipe.name}-seed{seed}"
+        keep(job, options.out / f"{name}.safetensors", result)
+        gallery.save(options.out / f"{name}.gallery.safetensors", result, job.dataset, views, job.recipe.name)
 
 
 def keep(job: Job, path: Path, result: RunResult) -> None:
