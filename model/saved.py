@@ -71,12 +71,15 @@ def model_card(content: dict) -> str:
     return "\n".join(lines).encode(errors="replace").decode()
 
 
-def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(what `save` was told, the state_dict); nothing in the file is executed. Raises UserError for no such file."""
+def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
+    """(what `save` was told, the state_dict); nothing in the file is executed. Raises UserError for no such file.
+
+    weights: False leaves them where they are, and the state_dict empty.
+    """
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {})[_KEY])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in (file.keys() if weights else ())}
         later = content["format"] > FORMAT
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; {EXPECTED}") from error

@@ -3,6 +3,7 @@
 import argparse
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from rich.console import Console
 
@@ -84,6 +85,7 @@ def prepare(
         notes.append("this stem runs the plain convolution, whatever the kernels")
     facts = {
         "command": ["blink", name, *options.arguments],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe(setting, recipe, budget, dataset),
         "steps_given": steps is not None,
         "start_up": {"imports": imported - STARTED, "data": time.perf_counter() - imported},
