@@ -78,6 +78,9 @@ def draw(axes, panel: Panel, trainings: list[Training], ink: str, grid: str, col
             at, half = training.total_steps / training.steps_per_epoch, final["ci95"]
             axes.errorbar([at], [scale * final["mean"]], None if half is None else [[scale * half]] * 2, color=colour,
                 marker="*", markersize=9, capsize=3, clip_on=False, zorder=3)  # fmt: skip
+    if panel.percent:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low), min(100, high))
     axes.set_title(panel.name, color=ink, fontsize=10, loc="left", fontweight="bold")
     axes.set_xlabel("epoch", color=ink)
     axes.set_ylabel(panel.unit, color=ink)
@@ -139,6 +142,7 @@ def picture(trainings: list[Training], file, form: str) -> None:
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(_SIZE[0] * len(PANELS), _SIZE[1] + 0.6), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS):
         draw(axes, panel, trainings, "black", "#dddddd", COLOURS)
     drawn = list(zip(trainings, cycle(COLOURS), cycle(MARKERS)))

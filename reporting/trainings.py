@@ -89,7 +89,7 @@ def read_all(paths: Iterable[Path]) -> list[Training]:
     found = [read(path) for path in dict.fromkeys(paths)]
     for candidates in (
         [str(training.recipe["name"]) for training in found],
-        [(t.path.parent if t.path.name == "summary.json" else t.path).resolve().name for t in found],
+        [t.path.resolve().parent.name if t.path.name == "summary.json" else t.path.stem for t in found],
         [str(training.path) for training in found],
     ):
         counts = Counter(candidates)
