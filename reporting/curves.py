@@ -69,6 +69,12 @@ def draw(axes, panel: Panel, trainings: list[Training], ink: str, grid: str, col
     """One panel on matplotlib's axes."""
     scale = 100 if panel.percent else 1
     for training, colour, marker in zip(trainings, cycle(colours), cycle(MARKERS)):
+        if panel.name == "training loss":
+            batches = over_runs(
+                [((step + 1) / training.steps_per_epoch, loss) for step, loss in zip(run.steps, run.losses)]
+                for run in training.runs
+            )
+            axes.plot(batches.x, batches.mean, color=colour, linewidth=0.8, alpha=0.45)
         found = curve(training, panel.value)
         _line(axes, found, scale, colour, marker, linestyle="-")
         if panel.percent:

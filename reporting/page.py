@@ -80,7 +80,7 @@ def overview(training: Training) -> dict:
         device += f", {threads} thread{'s' if threads != '1' else ''}"
     return {
         "label": training.label,
-        "started": training.started.strftime("%Y-%m-%d %H:%M %Z"),
+        "started": training.started,
         "data": training.data,
         "size": f"{height}x{width}",
         "recipe": str(training.recipe["name"]),

@@ -47,7 +47,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """One summary. label: what tells it from the others. started: when, or when its file was written.
+    """One summary. label: what tells it from the others. started: when, or of when its file is.
 
     start_up: seconds by part; environment: facts by name. missing: what a page lacks for it, in lines; damaged: what
     lies beside it and is not what its name says, in lines.
@@ -55,7 +55,7 @@ class Training:
 
     path: Path
     label: str
-    started: datetime
+    started: str
     command: tuple[str, ...]
     data: Data
     recipe: dict
@@ -148,7 +148,8 @@ def finite(value) -> float:
 def assembled(file: Path, content: dict, written: datetime) -> Training:
     """Raises KeyError, TypeError, ValueError or AttributeError for what is no summary."""
     data, kernels, budget, recipe = (content[name] for name in ("data", "kernels", "budget", "recipe"))
-    flops, peak = content["flops"], content["peak_bytes"]
+    # what earlier versions did not tell is not known
+    flops, peak = content.get("flops"), content.get("peak_bytes")
     name = str(recipe["name"])
     if "/" in name:
         raise ValueError(f"{name!r} is no recipe's name")
@@ -172,17 +173,19 @@ def assembled(file: Path, content: dict, written: datetime) -> Training:
     return Training(
         path=file,
         label=name,
-        started=datetime.fromisoformat(content["started"]) if "started" in content else written,
+        started=said(datetime.fromisoformat(content["started"]))
+        if "started" in content
+        else f"file of {said(written)}",
         command=tuple(map(str, content["command"])),
         data=about,
         recipe=dict(recipe),
         kernels=str(kernels["name"]),
         stem=str(kernels["stem"]),
         dtype=str(content["dtype"]),
-        graph=bool(content["graph"]),
+        graph=bool(content.get("graph", False)),
         deterministic=bool(content["deterministic"]),
         **{key: max(1, int(budget[key])) for key in ("batch_size", "steps_per_epoch", "total_steps")},
-        start_up={str(part): finite(seconds) for part, seconds in content["start_up"].items()},
+        start_up={str(part): finite(seconds) for part, seconds in content.get("start_up", {}).items()},
         pflop=None if flops is None else finite(flops["total"]) / 1e15,
         peak_bytes=None if peak is None else int(peak),
         environment={str(key): "-" if v is None else str(v) for key, v in content["environment"].items()},
@@ -192,11 +195,15 @@ def assembled(file: Path, content: dict, written: datetime) -> Training:
     )
 
 
+def said(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z")
+
+
 def epoch_row(row: dict) -> EpochRow:
     """Raises KeyError, TypeError or ValueError."""
     accuracies = (None if row[key] is None else finite(row[key]) for key in ("accuracy", "ema_accuracy"))
-    losses = (float(row[key]) for key in ("train_loss", "train_accuracy", "lr"))
-    return EpochRow(int(row["epoch"]), int(row["step"]), *losses, *accuracies, finite(row["seconds"]))
+    values = (float(row["train_loss"]), float(row.get("train_accuracy", math.nan)), float(row["lr"]))
+    return EpochRow(int(row["epoch"]), int(row["step"]), *values, *accuracies, finite(row["seconds"]))
 
 
 def beside(path: Path, accuracy: float, data: Data, missing: list[str], damaged: list[str]) -> Gallery | Path | None:

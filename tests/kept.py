@@ -9,7 +9,7 @@ from PIL import Image
 
 from blink.__main__ import main
 
-CLASSES = ("<script>alert(1)</script>".replace("/", "\\"), "cat & dog", 'a "bird"')
+CLASSES = ("<script>alert(1)</script>".replace("/", "\\"), "cat & dog", 'a "bird" \udce9')
 TINY = [
     *("--recipe", "hlb", "--batch-size", "8", "--steps", "9", "--device", "cpu", "--dtype", "fp32"),
     *(word for i in range(3) for word in ("--set", f"network.conv_groups.{i}.channels=8")),
