@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 _ROOT = Path(__file__).resolve().parent
-_FOLDERS = ("kernels", "model", "training", "inference", "experiments")
+_FOLDERS = ("kernels", "model", "training", "inference", "reporting", "experiments")
 _VERSION = next(
     line.split('"')[1] for line in (_ROOT / "blink/__init__.py").read_text().splitlines() if "__version__" in line
 )
@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.11",
     package_dir={f"blink.{folder}": folder for folder in _FOLDERS},
     packages=["blink", *(name for folder in _FOLDERS for name in _packages(folder))],
-    package_data={"blink": ["py.typed"]},
+    package_data={"blink": ["py.typed"], "blink.reporting": ["*.jinja"]},
     entry_points={"console_scripts": ["blink = blink.__main__:main"]},
     install_requires=[
         "torch>=2.11",
@@ -49,8 +49,11 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib>=3.9"],
+        "log": ["tensorboard>=2.17", "wandb>=0.19"],
+        "report": ["jinja2>=3.1", "matplotlib>=3.9"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "timm>=1"),
+            *("tensorboard>=2.17", "jinja2>=3.1"),
             # what the interpreter of triton 3.6 works with, for a suite that is the same on all allowed versions
             "numpy<2.4",
         ],

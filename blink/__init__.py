@@ -4,6 +4,7 @@ blink.kernels       the ops, each with a plain PyTorch reference
 blink.model         the network
 blink.training      one training, from a data set to an accuracy
 blink.inference     what uses a trained network
+blink.reporting     what shows trainings that have ended
 blink.experiments   what measures and compares trainings
 blink.train(...)    the command `blink train` as a function
 blink.load(path)    a network that it kept, to be called with images

@@ -14,6 +14,10 @@ GROUPS = {
     "use": {
         "predict": ("blink.inference.predict", "what images show, by a network that a run kept"),
     },
+    "look": {
+        "report": ("blink.reporting.command", "a page of trainings that have ended: curves, confusion, pictures"),
+        "plot": ("blink.reporting.plot", "their curves as a picture"),
+    },
     "compare": {
         "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
         "race": ("blink.experiments.race.command", "this project and others' training scripts"),

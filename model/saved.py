@@ -26,8 +26,6 @@ def save(
     facts: ready for JSON: what else a reader should know, such as recipe, data, accuracy, versions and command.
     Raises UserError where it cannot be written.
     """
-    from safetensors.torch import save as serialized
-
     content = {
         "format": FORMAT,
         "network": asdict(config),
@@ -35,11 +33,18 @@ def save(
         "image_shape": list(image_shape),
         **facts,
     }
-    metadata = {"format": "pt", _KEY: json.dumps(content), "model_card": model_card(content)}
+    write_tensors(path, state, {_KEY: json.dumps(content), "model_card": model_card(content)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file of these, written atomically. Raises UserError where it cannot be written."""
+    from safetensors.torch import save as serialized
+
+    metadata = {"format": "pt", **metadata}
     try:
         with replacing(path) as temporary:
             # written here, because safetensors' own files can be read by their owner only, whatever the umask
-            temporary.write_bytes(serialized({name: value.contiguous() for name, value in state.items()}, metadata))
+            temporary.write_bytes(serialized({name: value.contiguous() for name, value in tensors.items()}, metadata))
     except (OSError, SafetensorError) as error:
         raise UserError(f"could not write {path} ({error}); free some space or name another folder") from error
 
@@ -66,12 +71,15 @@ def model_card(content: dict) -> str:
     return "\n".join(lines).encode(errors="replace").decode()
 
 
-def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(what `save` was told, the state_dict); nothing in the file is executed. Raises UserError for no such file."""
+def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
+    """(what `save` was told, the state_dict); nothing in the file is executed. Raises UserError for no such file.
+
+    weights: False leaves them where they are, and the state_dict empty.
+    """
     try:
         with safe_open(path, "pt") as file:
             content = json.loads((file.metadata() or {})[_KEY])
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in (file.keys() if weights else ())}
         later = content["format"] > FORMAT
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; {EXPECTED}") from error

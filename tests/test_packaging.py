@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("blink", "kernels", "model", "training", "experiments")
+FOLDERS = ("blink", "kernels", "model", "training", "inference", "reporting", "experiments")
 
 
 def run(*command: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess:
@@ -32,7 +32,8 @@ def test_an_install_holds_every_module(built):
         for file in (ROOT / folder).rglob("*.py"):
             inside = file.relative_to(ROOT) if folder == "blink" else Path("blink") / file.relative_to(ROOT)
             assert (built / inside).is_file(), f"setup.py leaves out {inside}"
-    assert (built / "blink" / "py.typed").is_file()
+    for file in ("py.typed", "reporting/page.html.jinja"):
+        assert (built / "blink" / file).is_file()
 
 
 def test_an_installed_copy_finds_its_own_packages(built, tmp_path):

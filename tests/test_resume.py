@@ -63,7 +63,8 @@ def results(folder: Path) -> tuple[list, dict]:
             row.pop("seconds")
     files = sorted(path.name for path in folder.iterdir())
     networks = [f"mine-seed{run['seed']}.safetensors" for run in runs]
-    assert files == sorted([*networks, "summary.json"])
+    galleries = [name.replace(".safe", ".gallery.safe") for name in networks]
+    assert files == sorted([*networks, *galleries, "summary.json"])
     return runs, {name: load_file(folder / name) for name in networks}
 
 
@@ -188,5 +189,6 @@ def test_overwritten_when_asked_to(arguments, tmp_path):
     assert main(arguments) == 0
     before = results(tmp_path / "out")
     assert main([*arguments, "--seed", "1", "--overwrite"]) == 0
-    (tmp_path / "out" / "mine-seed0.safetensors").unlink()
+    for path in (tmp_path / "out").glob("mine-seed0.*"):
+        path.unlink()
     assert results(tmp_path / "out") != before

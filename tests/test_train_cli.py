@@ -129,8 +129,8 @@ def test_output_of_two_runs(two_runs):
 def test_weights_of_every_run_load(two_runs):
     *_, out = two_runs
     assert sorted(p.name for p in out.iterdir()) == [
-        "hlb-seed5.safetensors",
-        "hlb-seed6.safetensors",
+        *("hlb-seed5.gallery.safetensors", "hlb-seed5.safetensors"),
+        *("hlb-seed6.gallery.safetensors", "hlb-seed6.safetensors"),
         "summary.json",
     ]
     first, second = (load_file(out / f"hlb-seed{seed}.safetensors") for seed in (5, 6))

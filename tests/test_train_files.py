@@ -82,7 +82,8 @@ def test_interrupt_keeps_the_finished_runs(capsys, monkeypatch, tmp_path, image_
     content = json.loads(target.read_text())
     assert [run["seed"] for run in content["runs"]] == [0]
     assert content["summary"]["accuracy"]["n"] == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["hlb-seed0.safetensors", "summary.json"]
+    files = ["hlb-seed0.gallery.safetensors", "hlb-seed0.safetensors", "summary.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
 
 
 def test_interrupt_of_the_first_run_says_that_none_finished(capsys, monkeypatch, tmp_path, image_folder):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blink.errors import UserError
-from blink.files import replacing
+from blink.model.saved import write_tensors
 from blink.training.clock import Stopwatch
 from blink.training.results import EpochRow
 from blink.training.trainer import Trainer
@@ -82,8 +82,8 @@ class Checkpoints:
             content["best"] = {"epoch": run.best.epoch, "accuracy": run.best.accuracy}
             tensors |= {f"best.{name}": value for name, value in run.best.state.items()}
         try:
-            _write(path, tensors, {_KEY: json.dumps(content)})
-        except (OSError, SafetensorError) as error:
+            write_tensors(path, {name: value.cpu() for name, value in tensors.items()}, {_KEY: json.dumps(content)})
+        except UserError as error:
             self._note(f"no checkpoint of epoch {epoch} ({error}); the run goes on")
             return
         for old in self._files(run.seed)[_KEPT:]:
@@ -127,16 +127,6 @@ class Checkpoints:
         """Of a run that has ended and is kept."""
         for path in self._files(seed):
             path.unlink(missing_ok=True)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors.torch import save
-
-    with replacing(path) as temporary:
-        # the weights' memory may be in another order than their shape's
-        temporary.write_bytes(
-            save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
-        )
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:

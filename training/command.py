@@ -15,7 +15,7 @@ from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
-from blink.training import memory, resume
+from blink.training import gallery, loggers, memory, resume
 from blink.training.checkpoint import Checkpoints
 from blink.training.data.dataset import Dataset
 from blink.training.initial import initial_weights
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=natural, default=1, metavar="E",
         help="epochs from one checkpoint in --out to the next (default: %(default)s; 0: none)")  # fmt: skip
     add_json_argument(add, "write the summary and all runs as JSON", overwritten="--out and --json")
+    loggers.add_arguments(add)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,6 +70,39 @@ def execute(
     """
     if options.resume is not None:
         options = resume.as_it_was(options)
+    check(options)
+    job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
+    training = Training(options, job, console, tuple(listeners), keep_weights)
+    exit_code, failure = 0, None
+    try:
+        training.run_all()
+    except KeyboardInterrupt as stop:
+        console.print(ending.name(stop), style="yellow")
+        exit_code = ending.exit_code(stop)
+    except Exception as error:
+        failure = error
+    if failure is not None and memory.is_exhausted(failure):
+        # its traceback holds the step's tensors
+        traceback.clear_frames(failure.__traceback__)
+        failure.__traceback__ = None
+        failure = memory.refusal(job)
+    try:
+        training.save(last=True)
+    except UserError as error:
+        if failure is not None:
+            ending.complain(f"blink: {error}")
+        failure = failure or error
+    if training.report.runs or exit_code:
+        training.report.summary()
+    if failure is not None:
+        raise failure
+    if exit_code and options.out is not None:
+        console.print(f"go on with: blink train --resume {options.out}", highlight=False, markup=False, soft_wrap=True)
+    return exit_code, training.report, job
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be seen before the work. Raises UserError."""
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs both set the budget; give one of them")
     if options.keep == "best" and options.validate == 0:
@@ -81,77 +115,96 @@ def execute(
                 "--overwrite, or name another folder"
             )
     check_json(options)
-    job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
-    initial = None
-    if options.init is not None:
-        initial, notes = initial_weights(options.init, job.recipe, job.dataset)
-        job.notes += notes
-    validate = options.validate
-    if validate is None and job.setting.device.type == "cpu" and len(job.dataset.test_images) > CPU_VALIDATION_IMAGES:
-        validate = CPU_VALIDATION_IMAGES
-        job.notes.append(f"each epoch's accuracy is of the first {validate:,} test images, the final one of all")
-    ended = resume.finished(options, job) if options.resume is not None else []
-    for result in ended if keep_weights else ():
-        _, result.state = saved.read(resume.network_file(options, job, result.seed))
-    report = Report(console, job.facts, options.runs, ended)
-    report.header(job.recipe, job.dataset, job.budget, job.notes)
-    checkpoints, outputs = make_checkpoints(options, job, report), Outputs(report.note)
-    exit_code, failure, trainer = 0, None, None
-    try:
-        if options.out is not None and options.resume is None:
-            # what --resume reads, should this process be killed before its first run has ended
-            write_summary(outputs, options.out / resume.SUMMARY, report)
-        trainer = make_trainer(job, options.seed, initial)
-        listener = Listeners([report, *listeners])
-        for seed in range(options.seed + len(report.runs), options.seed + options.runs):
-            result = train(trainer, seed, listener, validate, options.keep == "best", checkpoints)
+    loggers.check(options)
+
+
+class Training:
+    """The runs of one call, and what is written of them. Raises UserError for what cannot be begun or gone on with."""
+
+    def __init__(
+        self, options: argparse.Namespace, job: Job, console: Console, listeners: tuple[Listener, ...],
+        keep_weights: bool,
+    ):  # fmt: skip
+        self._options, self._job, self._listeners, self._keep_weights = options, job, listeners, keep_weights
+        self._initial = None
+        if options.init is not None:
+            self._initial, notes = initial_weights(options.init, job.recipe, job.dataset)
+            job.notes += notes
+        self._validate, tests = options.validate, len(job.dataset.test_images)
+        if self._validate is None and job.setting.device.type == "cpu" and tests > CPU_VALIDATION_IMAGES:
+            self._validate = CPU_VALIDATION_IMAGES
+            job.notes.append(
+                f"each epoch's accuracy is of the first {self._validate:,} test images, the final one of all"
+            )
+        self._ended = resume.finished(options, job) if options.resume is not None else []
+        for result in self._ended if keep_weights else ():
+            _, result.state = saved.read(resume.network_file(options, job, result.seed))
+        self.report = Report(console, job.facts, options.runs, self._ended)
+        self.report.header(job.recipe, job.dataset, job.budget, job.notes)
+        self._outputs, self._checkpoints = Outputs(self.report.note), None
+        if options.out is not None:
+            every, same = options.checkpoint_every, resume.identity(job.facts, options)
+            self._checkpoints = Checkpoints(options.out, job.recipe.name, every, same, self.report.note)
+            for result in self._ended:
+                self._checkpoints.remove(result.seed)
+            if options.resume is None:
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Remove what an earlier training left of these runs, and write what --resume reads, should this process be
+        killed before its first run has ended.
+        """
+        for seed in range(self._options.seed, self._options.seed + self._options.runs):
+            self._checkpoints.remove(seed)
+            network = resume.network_file(self._options, self._job, seed)
+            for path in (network, resume.gallery_file(network)):
+                path.unlink(missing_ok=True)
+        self._write(self._options.out / resume.SUMMARY)
+
+    def run_all(self) -> None:
+        """Train the runs that have not ended yet."""
+        options, job = self._options, self._job
+        trainer = make_trainer(job, options.seed, self._initial)
+        views = [] if options.out is None else [gallery.Views(trainer)]
+        listener = Listeners([self.report, *loggers.loggers(options, job.facts), *views, *self._listeners])
+        for result in self._ended:
+            listener.on_earlier(result)
+        best = options.keep == "best"
+        for seed in range(options.seed + len(self._ended), options.seed + options.runs):
+            result = train(trainer, seed, listener, self._validate, best, self._checkpoints)
             describe_cost(job, trainer)
-            path = None if options.out is None else resume.network_file(options, job, seed)
-            kept = path is None or outputs.write(path, partial(keep, job, path, result))
-            save(outputs, options, report, last=False)
-            if kept and not keep_weights:
+            kept = all([self._keep(result, one.views) for one in views])
+            self.save()
+            if kept and not self._keep_weights:
                 result.state, result.logits = {}, None
-            if kept and checkpoints is not None:
-                checkpoints.remove(seed)
-    except KeyboardInterrupt as stop:
-        console.print(ending.name(stop), style="yellow")
-        exit_code = ending.exit_code(stop)
-    except Exception as error:
-        failure = error
-    if failure is not None and memory.is_exhausted(failure):
-        # its traceback holds the step's tensors
-        traceback.clear_frames(failure.__traceback__)
-        trainer, failure.__traceback__ = None, None
-        failure = memory.refusal(job)
-    try:
-        if report.runs:
-            save(outputs, options, report, last=True)
-        outputs.finish()
-    except UserError as error:
-        if failure is not None:
-            ending.complain(f"blink: {error}")
-        failure = failure or error
-    if report.runs or exit_code:
-        report.summary()
-    if failure is not None:
-        raise failure
-    if exit_code and options.out is not None:
-        console.print(f"go on with: blink train --resume {options.out}", highlight=False, markup=False, soft_wrap=True)
-    return exit_code, report, job
+            if kept and self._checkpoints is not None:
+                self._checkpoints.remove(seed)
 
+    def _keep(self, result: RunResult, views: dict) -> bool:
+        """Write the run's network and gallery; whether that could be done."""
+        job, network = self._job, resume.network_file(self._options, self._job, result.seed)
+        shown = resume.gallery_file(network)
+        done = self._outputs.write(network, partial(keep, job, network, result))
+        return done & self._outputs.write(
+            shown, partial(gallery.save, shown, result, job.dataset, views, job.recipe.name)
+        )
 
-def make_checkpoints(options: argparse.Namespace, job: Job, report: Report) -> Checkpoints | None:
-    """Those of --out; what an earlier training left there of these runs is removed unless it is continued."""
-    if options.out is None:
-        return None
-    made = Checkpoints(
-        options.out, job.recipe.name, options.checkpoint_every, resume.identity(job.facts, options), report.note
-    )
-    if options.resume is None:
-        for seed in range(options.seed, options.seed + options.runs):
-            made.remove(seed)
-            resume.network_file(options, job, seed).unlink(missing_ok=True)
-    return made
+    def save(self, last: bool = False) -> None:
+        """After each run, so that nothing that ends this process takes a finished one with it.
+
+        Raises UserError, at last, where something could not be written.
+        """
+        options = self._options
+        if self.report.runs and options.out is not None:
+            self._write(options.out / resume.SUMMARY)
+        # what is no file cannot be replaced: it gets all once
+        if self.report.runs and options.json is not None and (last or replaceable(options.json)):
+            self._write(options.json)
+        if last:
+            self._outputs.finish()
+
+    def _write(self, path: Path) -> None:
+        self._outputs.write(path, lambda: write_json(path, self.report.as_dict()))
 
 
 def make_trainer(job: Job, seed: int, initial: dict[str, torch.Tensor] | None) -> Trainer:
@@ -185,16 +238,3 @@ def keep(job: Job, path: Path, result: RunResult) -> None:
     }
     dataset = job.dataset
     saved.save(path, result.state, job.recipe.network, dataset.classes, dataset.image_shape, facts)
-
-
-def save(outputs: Outputs, options: argparse.Namespace, report: Report, last: bool) -> None:
-    """After each run, so that nothing that ends this process takes a finished one with it."""
-    if options.out is not None:
-        write_summary(outputs, options.out / resume.SUMMARY, report)
-    # what is no file cannot be replaced: it gets all once
-    if options.json is not None and (last or replaceable(options.json)):
-        write_summary(outputs, options.json, report)
-
-
-def write_summary(outputs: Outputs, path: Path, report: Report) -> None:
-    outputs.write(path, lambda: write_json(path, report.as_dict()))

@@ -16,8 +16,16 @@ class Listener:
     def __init__(self, **methods):
         vars(self).update(methods)
 
+    def on_earlier(self, result: RunResult) -> None:
+        """Another process trained this run; what is resumed goes on after it."""
+
     def on_start(self, seed: int) -> None:
         """A run begins."""
+
+    def on_resume(self, rows: list[EpochRow]) -> None:
+        """The run goes on from a checkpoint, after the epochs of these rows."""
+        for row in rows:
+            self.on_epoch(row)
 
     def on_step(self, done: int, losses: Tensor) -> None:
         """`done` steps of the run were issued; losses [total steps] float32, on the device, NaN where still to come."""
@@ -35,9 +43,17 @@ class Listeners(Listener):
     def __init__(self, listeners: Iterable[Listener]):
         self._all = tuple(listeners)
 
+    def on_earlier(self, result: RunResult) -> None:
+        for listener in self._all:
+            listener.on_earlier(result)
+
     def on_start(self, seed: int) -> None:
         for listener in self._all:
             listener.on_start(seed)
+
+    def on_resume(self, rows: list[EpochRow]) -> None:
+        for listener in self._all:
+            listener.on_resume(rows)
 
     def on_step(self, done: int, losses: Tensor) -> None:
         for listener in self._all:

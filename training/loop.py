@@ -55,8 +55,8 @@ def _train(
     trainer.whiten()
     if checkpoints is not None:
         checkpoints.resume(trainer, run)
-    for row in run.rows:
-        listener.on_epoch(row)
+    if run.rows:
+        listener.on_resume(run.rows)
     for epoch in range(len(run.rows), budget.epochs):
         run.steps_clock.start()
         train_epoch(trainer, epoch, run.generator, listener)

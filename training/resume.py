@@ -16,6 +16,10 @@ def network_file(options: argparse.Namespace, job: Job, seed: int) -> Path:
     return options.out / f"{job.recipe.name}-seed{seed}.safetensors"
 
 
+def gallery_file(network: Path) -> Path:
+    return network.with_suffix(".gallery.safetensors")
+
+
 def as_it_was(options: argparse.Namespace) -> argparse.Namespace:
     """The options of the training in --resume DIR, with what is given beside it. Raises UserError."""
     folder, given = options.resume, iter(options.arguments)

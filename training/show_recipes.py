@@ -30,10 +30,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def settings(value, name: str = "") -> dict[str, object]:
-    """Every setting of a recipe, as nested dictionaries, by its dotted name; tuples of parts are numbered."""
+    """Every setting of a recipe, as nested dictionaries, by its dotted name; lists of parts are numbered."""
     if isinstance(value, dict):
         parts = value.items()
-    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+    elif isinstance(value, tuple | list) and value and isinstance(value[0], dict):
         parts = enumerate(value)
     else:
         return {name: value}

@@ -14,6 +14,7 @@ import torch
 from blink.command import add_json_argument, listed, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, write_json
+from blink.optional import needed
 from blink.training.recipes import RECIPES
 
 from ... import environment, interpreting, registry
@@ -236,12 +237,11 @@ def read_json(path: Path) -> dict:
 
 
 def draw_plots(rows: list[dict], title: str, folder: Path) -> None:
-    try:
-        from .plot import draw
+    needed("matplotlib", "--plot")
+    from .plot import draw
 
+    try:
         for path in draw(rows, title, folder):
             print(f"wrote {path}")
-    except ImportError as error:
-        raise UserError(f"--plot needs matplotlib ({error}); pip install matplotlib") from error
     except OSError as error:
         raise UserError(f"--plot {folder}: {error.strerror}; name another folder") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from blink.errors import UserError
+from blink.optional import needed
 
 from ... import reference
 from ...optimizers import split_parameters
@@ -70,10 +70,7 @@ MODELS: dict[str, Callable[[nn.Module, int], Iterator[Call]]] = {
 
 def calls_of_model(name: str, batch: int) -> list[Call]:
     """Raises UserError where torchvision is missing."""
-    try:
-        from torchvision.models import get_model
-    except ImportError as error:
-        raise UserError(f"--shapes {name} needs torchvision ({error}); pip install torchvision") from error
+    get_model = needed("torchvision.models", f"--shapes {name}").get_model
     # random weights are drawn, of which nobody else takes notice; on no device RegNet cannot compute its widths
     with torch.random.fork_rng(devices=[]):
         model = get_model(name)

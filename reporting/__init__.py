@@ -1,0 +1,1 @@
+"""What shows trainings that have ended: a page, a picture of their curves."""
