@@ -65,6 +65,6 @@ def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
     if smallest == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
         raise UserError(
             f"batches of 1 image of {height}x{width} leave 1 value per channel, which has no variance to normalize "
-            "with; expected at least 2: use --batch-size 2 (or --micro-batch 2) and at least 2 training images, or larger "
-            "images"
+            "with; expected at least 2: use --batch-size 2 (or --micro-batch 2) and 2 training images or more, or "
+            "larger images"
         )
