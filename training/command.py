@@ -15,7 +15,7 @@ from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
-from blink.training import gallery, loggers, memory, resume
+from blink.training import duration, gallery, loggers, memory, resume
 from blink.training.checkpoint import Checkpoints
 from blink.training.data.dataset import Dataset
 from blink.training.initial import initial_weights
@@ -136,6 +136,8 @@ class Training:
             job.notes.append(
                 f"each epoch's accuracy is of the first {self._validate:,} test images, the final one of all"
             )
+        long = duration.warning(job)
+        job.notes += [] if long is None else [long]
         self._ended = resume.finished(options, job) if options.resume is not None else []
         for result in self._ended if keep_weights else ():
             _, result.state = saved.read(resume.network_file(options, job, result.seed))
