@@ -18,7 +18,8 @@ Arrays = tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class Dataset:
     """Images [N, H, W, 3] uint8 and labels [N] int64 for training and test; mean, std [3] float32 in units of 0..1.
 
-    fingerprint: of the decoded pixels and labels, so the same on every machine. generated: not a real data set.
+    fingerprint: of the decoded pixels and labels, so the same on every machine. generated: not a real data set. mirror:
+    whether an image's mirror image is one of the same class, unlike a digit's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Dataset:
     mean: Tensor
     std: Tensor
     generated: bool = False
+    mirror: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +109,7 @@ def assemble(
     test_labels: np.ndarray,
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     generated: bool = False,
+    mirror: bool = True,
 ) -> Dataset:
     """Put both halves in the fixed order, take the fingerprint and, unless given, the pixel statistics."""
     parts = []
@@ -122,4 +125,5 @@ def assemble(
         mean, std = pixel_statistics(parts[0].numpy())
     else:
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in statistics)
-    return Dataset(name, digest.hexdigest()[:12], classes, *parts, mean=mean, std=std, generated=generated)
+    facts = dict(mean=mean, std=std, generated=generated, mirror=mirror)
+    return Dataset(name, digest.hexdigest()[:12], classes, *parts, **facts)
