@@ -64,7 +64,12 @@ def add_data_arguments(add) -> None:
         "one size, else that of most, else 32)")  # fmt: skip
     add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
         "folder has no test images (default: 0.1)")  # fmt: skip
-    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
+    add(
+        "--limit",
+        type=positive(int),
+        metavar="N",
+        help="use no more than N training and N test images, always the same",
+    )
 
 
 def se_reduction(text: str) -> int | str:
@@ -133,8 +138,8 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
             notes.append(line)
             bar.update(task, description=line, visible=True)
 
-        dataset = data.load(options.data, progress, note, options.size, options.val_split)
-        return dataset.limited(options.limit), notes
+        dataset = data.load(options.data, progress, note, options.size, options.val_split, options.limit)
+        return dataset, notes
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:

@@ -41,21 +41,26 @@ class _Found:
 
 
 def load(
-    source: str | None, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
-) -> Dataset:
+    source: str | None, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None,
+    limit: int | None = None,
+) -> Dataset:  # fmt: skip
     """The data set that `source` names: a path, one of `NAMES`, or None for the default.
 
     The default is a local CIFAR-10, else a download, else the generated set. progress(done, total) is called while
     images are decoded; note(line) when something worth a line happens. size, val_split: of an image folder, see
-    `image_tree.read_image_tree`. Raises UserError for anything unusable.
+    `image_tree.read_image_tree`. limit: no more training and test images than these first ones of the fixed order, of
+    which alone the fingerprint is; of an image folder only these are decoded, and the pixel statistics are theirs too.
+    Raises UserError for anything unusable.
     """
-    if source == "synthetic":
-        _only_for_folders(size, val_split)
-        return generated()
     name = source or "cifar10"
     if name not in NAMES:
-        return read(Path(name), progress, note, size, val_split)
+        return read(Path(name), progress, note, size, val_split, limit)
     _only_for_folders(size, val_split)
+    return (generated() if source == "synthetic" else _by_name(name, source is None, note)).limited(limit)
+
+
+def _by_name(name: str, else_generated: bool, note: Note) -> Dataset:
+    """A published data set, downloaded if it is not there; what a download that fails comes to."""
     layouts = [layout for layout in LAYOUTS if layout.name == name]
     for layout in layouts:
         if layout.found(DEFAULT_ROOT / layout.folder):
@@ -64,7 +69,7 @@ def load(
     try:
         _reader(layouts[0]).download(DEFAULT_ROOT, name)
     except UserError as error:
-        if source is not None:
+        if not else_generated:
             raise
         note(str(error))
         return generated()
@@ -86,15 +91,16 @@ def generated() -> Dataset:
 
 
 def read(
-    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
-) -> Dataset:
-    """Read the data set at `path`, from the cache if it was decoded before. Raises UserError."""
+    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None,
+    limit: int | None = None,
+) -> Dataset:  # fmt: skip
+    """Read the data set at `path`, from the cache if it was decoded before; see `load`. Raises UserError."""
     try:
         if not path.exists():
             raise UserError(f"there is no {path}; --data takes a folder, or {', '.join(NAMES)}")
         if not path.is_dir():
             raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
-        return _cached(_recognize(path, progress, note, size, val_split), note)
+        return _cached(_recognize(path, progress, note, size, val_split, limit), note).limited(limit)
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
 
@@ -119,7 +125,9 @@ def _cached(found: _Found, note: Note) -> Dataset:
     return dataset
 
 
-def _recognize(path: Path, progress: Progress, note: Note, size: int | None, val_split: float | None) -> _Found:
+def _recognize(
+    path: Path, progress: Progress, note: Note, size: int | None, val_split: float | None, limit: int | None
+) -> _Found:
     """Whichever data set `path` holds. Raises UserError for none."""
     halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
     published = recognize(path) if not halves or any(path.glob("cifar-*")) else None
@@ -139,8 +147,8 @@ def _recognize(path: Path, progress: Progress, note: Note, size: int | None, val
 
         # a name that is no text is shown as far as it is
         name = os.fsencode(root.resolve().name).decode(errors="replace")
-        reader = partial(image_tree.read_image_tree, root, progress, noted, size, val_split)
-        return _Found(root, name, reader, said, f"{size} {val_split}")
+        reader = partial(image_tree.read_image_tree, root, progress, noted, size, val_split, limit)
+        return _Found(root, name, reader, said, f"{size} {val_split} {limit}")
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
