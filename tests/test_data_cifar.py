@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from blink.errors import UserError
 from blink.training import data
-from blink.training.data import cifar
+from blink.training.data import cifar, downloading
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, fixed_order
 from blink.training.data.layouts import LAYOUTS, Layout
 
@@ -106,7 +106,7 @@ def pixels_of(rows: np.ndarray) -> np.ndarray:
 def test_python_batches_give_every_pixel_and_label(tmp_path, monkeypatch, name, module):
     layout, halves = make_python(monkeypatch, tmp_path, name, module)
     assert f"c{module}\n_reconstruct".encode() in (tmp_path / layout.train[0]).read_bytes()
-    classes, *arrays = cifar.read_batches(tmp_path, layout)
+    classes, *arrays = cifar.read(tmp_path, layout)
     assert classes == tuple(f"class {i}" for i in range(CLASSES[name]))
     for images, labels, (rows, numbers) in zip(arrays[::2], arrays[1::2], halves, strict=True):
         assert images.dtype == np.uint8 and labels.dtype == np.int64
@@ -121,14 +121,14 @@ def test_wrong_md5_names_the_file(tmp_path, monkeypatch):
     raw[-100] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match=r"data_batch_3 does not match its published md5"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 def test_missing_file_is_named(tmp_path, monkeypatch):
     layout, _ = make_python(monkeypatch, tmp_path)
     (tmp_path / "test_batch").unlink()
     with pytest.raises(UserError, match="lacks test_batch"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 class Malicious:
@@ -144,7 +144,7 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, monkeypatch):
     layout, _ = make_python(monkeypatch, folder)
     with_file(monkeypatch, folder, dump({"data": Malicious(f"touch {mark}")}))
     with pytest.raises(UserError, match=r"data_batch_1.*system"):
-        cifar.read_batches(folder, layout)
+        cifar.read(folder, layout)
     assert not mark.exists()
 
 
@@ -169,7 +169,7 @@ def test_malformed_python_batch_is_named(tmp_path, monkeypatch, raw):
     layout, _ = make_python(monkeypatch, tmp_path)
     with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="data_batch_1"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 @pytest.mark.parametrize("label", [10, -1])
@@ -178,7 +178,7 @@ def test_python_label_out_of_range(tmp_path, monkeypatch, label):
     raw = dump({"data": np.zeros((1, 3072), np.uint8), "labels": [label]})
     with_file(monkeypatch, tmp_path, raw)
     with pytest.raises(UserError, match="label"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 def make_binary(folder: Path, name: str):
@@ -203,7 +203,7 @@ def make_binary(folder: Path, name: str):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_binary_batches_give_every_pixel_and_label(tmp_path, name):
     layout, halves = make_binary(tmp_path, name)
-    classes, *arrays = cifar.read_batches(tmp_path, layout)
+    classes, *arrays = cifar.read(tmp_path, layout)
     assert classes == tuple(f"class {i}" for i in range(CLASSES[name]))
     for images, labels, (rows, numbers) in zip(arrays[::2], arrays[1::2], halves, strict=True):
         np.testing.assert_array_equal(images, pixels_of(rows))
@@ -217,7 +217,7 @@ def test_truncated_binary_batch_is_named(tmp_path, name, keep):
     path = tmp_path / layout.train[-1]
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=f"{path.name} is truncated"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -228,7 +228,7 @@ def test_binary_label_out_of_range(tmp_path, name):
     raw[layout.label_bytes - 1] = CLASSES[name]
     path.write_bytes(raw)
     with pytest.raises(UserError, match=f"label {CLASSES[name]}, but names only {CLASSES[name]} classes"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 @pytest.mark.parametrize("missing", ["data_batch_2.bin", "batches.meta.txt"])
@@ -236,7 +236,7 @@ def test_missing_binary_file_is_named(tmp_path, missing):
     layout, _ = make_binary(tmp_path, "cifar10")
     (tmp_path / missing).unlink()
     with pytest.raises(UserError, match=f"lacks {missing}"):
-        cifar.read_batches(tmp_path, layout)
+        cifar.read(tmp_path, layout)
 
 
 @pytest.mark.parametrize("parent", [False, True], ids=["folder itself", "its parent"])
@@ -344,7 +344,7 @@ def point_at(monkeypatch, server):
 
 @pytest.mark.parametrize("before", [None, 77.0], ids=["no default timeout", "a default timeout"])
 def test_silent_network_times_out_and_default_is_kept(monkeypatch, small_generated, listener, before):
-    monkeypatch.setattr(cifar, "SOCKET_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(downloading, "SOCKET_TIMEOUT_SECONDS", 0.2)
     point_at(monkeypatch, listener)
     kept = socket.getdefaulttimeout()
     socket.setdefaulttimeout(before)
@@ -379,7 +379,7 @@ def offer(monkeypatch, archive: Path):
 
     def copy(url, root, filename, md5):
         assert (url, filename, md5) == (CIFAR10.url, CIFAR10.filename, CIFAR10.tgz_md5)
-        assert socket.getdefaulttimeout() == cifar.SOCKET_TIMEOUT_SECONDS
+        assert socket.getdefaulttimeout() == downloading.SOCKET_TIMEOUT_SECONDS
         shutil.copy(archive, Path(root) / filename)
 
     monkeypatch.setattr(cifar, "download_url", copy)
@@ -419,3 +419,4 @@ def test_truncated_archive_is_one_line(tmp_path, monkeypatch):
     offer(monkeypatch, tmp_path / "cut.tar.gz")
     with pytest.raises(UserError, match="could not download cifar10"):
         load("cifar10")
+    assert not (data.DEFAULT_ROOT / "cifar-10-batches-py").exists()

@@ -49,7 +49,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
     add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
     add("--flip", choices=("none", "random", "alternating"),
-        help="mirroring of training images; none: of test images neither (default: the recipe's)")  # fmt: skip
+        help="mirroring of training images; none: of test images neither (default: the recipe's; digits: "
+        "none)")  # fmt: skip
     add("--set", action="append", default=[], metavar="NAME=VALUE",
         help="any setting of the recipe, as blink recipes RECIPE lists it; may be given again")  # fmt: skip
     add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
@@ -60,13 +61,18 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(add) -> None:
-    add("--data", metavar="PATH", help="an image or CIFAR folder, or cifar10, cifar100, synthetic (default: CIFAR-10 "
-        "below data/, else downloaded, else synthetic)")  # fmt: skip
+    add("--data", metavar="PATH", help="a folder of images or of a published data set, or cifar10, cifar100, mnist, "
+        "fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else synthetic)")  # fmt: skip
     add("--size", type=positive(int), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
         "one size, else that of most, else 32)")  # fmt: skip
     add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
         "folder has no test images (default: 0.1)")  # fmt: skip
-    add("--limit", type=positive(int), metavar="N", help="use the first N training and first N test images")
+    add(
+        "--limit",
+        type=positive(int),
+        metavar="N",
+        help="use no more than N training and N test images, always the same",
+    )
 
 
 def se_reduction(text: str) -> int | str:
@@ -81,10 +87,16 @@ def prepare(
 
     Raises UserError.
     """
-    recipe = customized(recipe or named(options.recipe, RECIPES, Recipe), options)
+    whole = recipe or named(options.recipe, RECIPES, Recipe)
+    recipe = customized(whole, options)
     setting = choose_setting(options)
     imported = time.perf_counter()
     dataset, notes = load_data(options, console) if dataset is None else (dataset.limited(options.limit), [])
+    if not dataset.mirror and options.flip is None:
+        upright = customized(with_flip(whole, "none"), options)
+        if upright != recipe:
+            notes.append("mirror images are of other classes here: the recipe's mirroring is off (--flip)")
+        recipe = upright
     dataset = dataset.to(setting.device)
     budget = plan_budget(recipe, len(dataset.train_images), options.batch_size, epochs, steps, options.micro_batch)
     if not recipe.network.fused_stem:
@@ -129,8 +141,8 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
             notes.append(line)
             bar.update(task, description=line, visible=True)
 
-        dataset = data.load(options.data, progress, note, options.size, options.val_split)
-        return dataset.limited(options.limit), notes
+        dataset = data.load(options.data, progress, note, options.size, options.val_split, options.limit)
+        return dataset, notes
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:

@@ -5,50 +5,75 @@ torchvision, which reads the published data sets, is imported only when there is
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from blink.errors import UserError
 from blink.training.data import cache, image_tree
-from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Dataset, assemble
-from blink.training.data.layouts import LAYOUTS, Layout
+from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Arrays, Dataset, assemble
+from blink.training.data.layouts import LAYOUTS, Layout, recognize
 
 DEFAULT_ROOT = Path("data")
+NAMES = (*dict.fromkeys(layout.name for layout in LAYOUTS), "synthetic")
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
 
 
+@dataclass
+class _Found:
+    """A data set before it is read.
+
+    read: gives its arrays. said: the lines that it notes while it reads, which a cached copy says again. options: how
+    it is read. files: the names of its files in `root`; None: all that are there. statistics: fixed ones of its pixels,
+    or None. mirror: see `Dataset`.
+    """
+
+    root: Path
+    name: str
+    read: Callable[[], Arrays]
+    said: list[str]
+    options: str = ""
+    files: tuple[str, ...] | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mirror: bool = True
+
+
 def load(
-    source: str | None, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
-) -> Dataset:
-    """The data set that `source` names: a path, `cifar10`, `cifar100`, `synthetic`, or None for the default.
+    source: str | None, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None,
+    limit: int | None = None,
+) -> Dataset:  # fmt: skip
+    """The data set that `source` names: a path, one of `NAMES`, or None for the default.
 
     The default is a local CIFAR-10, else a download, else the generated set. progress(done, total) is called while
     images are decoded; note(line) when something worth a line happens. size, val_split: of an image folder, see
-    `image_tree.read_image_tree`. Raises UserError for anything unusable.
+    `image_tree.read_image_tree`. limit: no more training and test images than these first ones of the fixed order, of
+    which alone the fingerprint is; of an image folder only these are decoded, and the pixel statistics are theirs too.
+    Raises UserError for anything unusable.
     """
-    if source == "synthetic":
-        _only_for_folders(size, val_split)
-        return generated()
     name = source or "cifar10"
-    folders = [DEFAULT_ROOT / layout.folder for layout in LAYOUTS if layout.name == name]
-    if not folders:
-        return read(Path(name), progress, note, size, val_split)
+    if name not in NAMES:
+        return read(Path(name), progress, note, size, val_split, limit)
     _only_for_folders(size, val_split)
-    for folder in folders:
-        if folder.is_dir():
-            return read(folder, progress, note)
-    from blink.training.data import cifar
+    return (generated() if source == "synthetic" else _by_name(name, source is None, note)).limited(limit)
 
+
+def _by_name(name: str, else_generated: bool, note: Note) -> Dataset:
+    """A published data set, downloaded if it is not there; what a download that fails comes to."""
+    layouts = [layout for layout in LAYOUTS if layout.name == name]
+    for layout in layouts:
+        if layout.found(DEFAULT_ROOT / layout.folder):
+            return _cached(_published(DEFAULT_ROOT / layout.folder, layout), note)
     note(f"downloading {name} ...")
     try:
-        folder = cifar.download(DEFAULT_ROOT, name)
+        _reader(layouts[0]).download(DEFAULT_ROOT, name)
     except UserError as error:
-        if source is not None:
+        if not else_generated:
             raise
         note(str(error))
         return generated()
-    return read(folder, progress, note)
+    return _cached(_published(DEFAULT_ROOT / layouts[0].folder, layouts[0]), note)
 
 
 def _only_for_folders(size: int | None, val_split: float | None) -> None:
@@ -66,47 +91,55 @@ def generated() -> Dataset:
 
 
 def read(
-    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
-) -> Dataset:
-    """Read the data set at `path`, from the cache if it was decoded before. Raises UserError."""
+    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None,
+    limit: int | None = None,
+) -> Dataset:  # fmt: skip
+    """Read the data set at `path`, from the cache if it was decoded before; see `load`. Raises UserError."""
     try:
         if not path.exists():
-            raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
+            raise UserError(f"there is no {path}; --data takes a folder, or {', '.join(NAMES)}")
         if not path.is_dir():
             raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
-        root, name, reader, statistics = _recognize(path, progress, note, said := [], size, val_split)
-        key = cache.source_key(root, f"{size} {val_split}")
+        return _cached(_recognize(path, progress, note, size, val_split, limit), note).limited(limit)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
+
+
+def _cached(found: _Found, note: Note) -> Dataset:
+    """From the cache if it was decoded before."""
+    try:
+        key = cache.source_key(found.root, found.options, found.files)
         dataset, notes = cache.load(key)
         for line in notes:
             note(line)
-        decoded = None if dataset is not None else reader()
+        arrays = None if dataset is not None else found.read()
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
-    if decoded is not None:
-        dataset = assemble(name, *decoded, statistics=statistics)
-        warning = cache.store(key, dataset, said)
+        raise UserError(
+            f"{error.filename or found.root} cannot be read ({error.strerror}); make it readable"
+        ) from error
+    if arrays is not None:
+        dataset = assemble(found.name, *arrays, statistics=found.statistics, mirror=found.mirror)
+        warning = cache.store(key, dataset, found.said)
         if warning:
             note(warning)
     return dataset
 
 
-def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size: int | None, val_split: float | None):
-    """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds.
-
-    said: gets the lines that the reader notes, which a cached copy says again.
-    """
+def _recognize(
+    path: Path, progress: Progress, note: Note, size: int | None, val_split: float | None, limit: int | None
+) -> _Found:
+    """Whichever data set `path` holds. Raises UserError for none."""
     halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
-    for layout in LAYOUTS if not halves or any(path.glob("cifar-*")) else ():
-        statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
-        for root in (path, path / layout.folder):
-            if (root / layout.train[0]).is_file() or (root / layout.classes).is_file():
-                _only_for_folders(size, val_split)
-                return root, layout.name, partial(_read_published, root, layout), statistics
+    published = recognize(path) if not halves or any(path.glob("cifar-*")) else None
+    if published:
+        _only_for_folders(size, val_split)
+        return _published(*published)
     tree = image_tree.locate(path)
     if tree:
         root, notes = tree
         for line in notes:
             note(line)
+        said = []
 
         def noted(line: str) -> None:
             said.append(line)
@@ -114,15 +147,22 @@ def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size
 
         # a name that is no text is shown as far as it is
         name = os.fsencode(root.resolve().name).decode(errors="replace")
-        return root, name, partial(image_tree.read_image_tree, root, progress, noted, size, val_split), None
+        reader = partial(image_tree.read_image_tree, root, progress, noted, size, val_split, limit)
+        return _Found(root, name, reader, said, f"{size} {val_split} {limit}")
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
-        f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor CIFAR batches; it holds {listed}"
+        f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor a published data set's files; it "
+        f"holds {listed}"
     )
 
 
-def _read_published(root: Path, layout: Layout):
-    from blink.training.data import cifar
+def _published(root: Path, layout: Layout) -> _Found:
+    statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
+    return _Found(
+        root, layout.name, lambda: _reader(layout).read(root, layout), [], "", layout.files, statistics, layout.mirror
+    )
 
-    return cifar.read_batches(root, layout)
+
+def _reader(layout: Layout):
+    return import_module(f"blink.training.data.{layout.reader}")

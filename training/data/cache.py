@@ -7,7 +7,7 @@ moved source has another key and is decoded anew. Writes are atomic: another pro
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from blink.errors import UserError
 from blink.files import replacing
 from blink.training.data.dataset import Dataset
 
-_FORMAT = "2"
+_FORMAT = "3"
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
 
 
@@ -30,14 +30,19 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
 
 
-def source_key(root: Path, options: str = "") -> str:
-    """A digest of where `root` is, of every file under it: relative name, size, modification time; and of how it is
-    read.
+def source_key(root: Path, options: str = "", files: Sequence[str] | None = None) -> str:
+    """A digest of where `root` is, of every file under it (or of `files`, as far as they are there, packed or not):
+    relative name, size, modification time; and of how it is read.
     """
     digest = hashlib.sha256(f"{_FORMAT} {options} ".encode() + os.fsencode(root.resolve()))
-    for relative, stat in sorted(_walk(root, "")):
+    found = _walk(root, "") if files is None else ((name, (root / name).stat()) for name in _present(root, files))
+    for relative, stat in sorted(found):
         digest.update(os.fsencode(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
+
+
+def _present(root: Path, files: Sequence[str]) -> Iterable[str]:
+    return (name for file in files for name in (file, f"{file}.gz") if (root / name).exists())
 
 
 def _walk(root: Path, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
@@ -66,7 +71,8 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
             raise ValueError(f"it was made for the source {meta.get('key')}, expected {key}")
         if len(tensors["train_images"]) != len(tensors["train_labels"]):
             raise ValueError("its images and labels differ in number")
-        dataset = Dataset(meta["name"], meta["fingerprint"], tuple(json.loads(meta["classes"])), **tensors)
+        told = dict(classes=tuple(json.loads(meta["classes"])), mirror=json.loads(meta["mirror"]))
+        dataset = Dataset(meta["name"], meta["fingerprint"], **told, **tensors)
         return dataset, json.loads(meta["notes"])
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -79,7 +85,7 @@ def store(key: str, dataset: Dataset, notes: list[str]) -> str | None:
     """
     path = folder() / f"{key}.safetensors"
     meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint)
-    meta |= dict(classes=json.dumps(list(dataset.classes)), notes=json.dumps(notes))
+    meta |= dict(classes=json.dumps(list(dataset.classes)), mirror=json.dumps(dataset.mirror), notes=json.dumps(notes))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

@@ -5,12 +5,9 @@ File names, md5 sums and addresses come from torchvision's data set classes; tor
 
 import io
 import pickle
-import socket
 import tarfile
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -18,12 +15,11 @@ from torchvision.datasets.utils import check_integrity, download_url
 
 from blink.errors import UserError
 from blink.training.data.dataset import Arrays
+from blink.training.data.downloading import downloading
 from blink.training.data.layouts import Layout
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
-SOCKET_TIMEOUT_SECONDS = 5
-
 
 # what torchvision knows of each: (file name, md5) pairs, the keys inside, where it comes from
 PUBLISHED: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -57,7 +53,7 @@ def restricted_load(path: Path) -> dict:
     return content
 
 
-def read_batches(folder: Path, layout: Layout) -> Arrays:
+def read(folder: Path, layout: Layout) -> Arrays:
     """Read `folder` (layout.folder itself). Raises UserError for a file that is missing, damaged or malformed."""
     classes, read = (_binary if layout.label_bytes else _python)(folder, layout)
     halves = []
@@ -123,22 +119,11 @@ def _binary(folder: Path, layout: Layout) -> tuple[tuple[str, ...], Callable]:
     return classes, read
 
 
-def download(root: Path, name: str) -> Path:
-    """Download and unpack; the folder. Raises UserError within seconds when there is no network."""
-    source, before = PUBLISHED[name], socket.getdefaulttimeout()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # torchvision sets no timeout of its own, and a silent network would hang for minutes
-        socket.setdefaulttimeout(SOCKET_TIMEOUT_SECONDS)
+def download(root: Path, name: str) -> None:
+    """Download and unpack below `root`. Raises UserError within seconds when there is no network."""
+    source = PUBLISHED[name]
+    with downloading(root, name) as folder:
         download_url(source.url, str(root), source.filename, source.tgz_md5)
         with tarfile.open(root / source.filename) as archive:
-            archive.extractall(root, filter="data")
-    except (URLError, HTTPException, OSError, EOFError, RuntimeError, tarfile.TarError) as error:
-        lines = str(getattr(error, "reason", error)).splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(
-            f"could not download {name} ({reason}); put it under {root}, or name other data with --data"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
-    return root / source.base_folder
+            archive.extractall(folder, filter="data")
+        (folder / source.base_folder).rename(root / source.base_folder)

@@ -18,7 +18,8 @@ Arrays = tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 class Dataset:
     """Images [N, H, W, 3] uint8 and labels [N] int64 for training and test; mean, std [3] float32 in units of 0..1.
 
-    fingerprint: of the decoded pixels and labels, so the same on every machine. generated: not a real data set.
+    fingerprint: of the decoded pixels and labels, so the same on every machine. generated: not a real data set. mirror:
+    whether an image's mirror image is one of the same class, unlike a digit's.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Dataset:
     mean: Tensor
     std: Tensor
     generated: bool = False
+    mirror: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -47,11 +49,15 @@ class Dataset:
         return replace(self, **moved)
 
     def limited(self, count: int | None) -> "Dataset":
-        """The first `count` training and the first `count` test images."""
-        if count is None:
+        """The first `count` training and the first `count` test images, with a fingerprint of their own; the pixel
+        statistics stay those of the whole.
+        """
+        if count is None or count >= max(len(self.train_images), len(self.test_images)):
             return self
         cut = {key: value[:count] for key, value in vars(self).items() if key.startswith(("train_", "test_"))}
-        return replace(self, **cut)
+        return replace(
+            self, **cut, fingerprint=fingerprint(self.classes, *(part.cpu().numpy() for part in cut.values()))
+        )
 
     def tuning_split(self, per_class: int = 500) -> "Dataset":
         """A fixed stratified split of the training images: the first `per_class` of each class, in the fixed order, are
@@ -78,6 +84,25 @@ def fixed_order(count: int) -> np.ndarray:
     RandomState, because its stream is frozen by numpy's compatibility policy, unlike Generator's and torch's.
     """
     return np.random.RandomState(0).permutation(count)
+
+
+def beginning(count: int, limit: int | None) -> np.ndarray:
+    """[at most limit] int: which of `count` images to take so that these alone, put in their fixed order, are the
+    beginning of all of them in theirs.
+    """
+    first = fixed_order(count)[:limit]
+    chosen = np.empty_like(first)
+    chosen[fixed_order(len(first))] = first
+    return chosen
+
+
+def fingerprint(classes: tuple[str, ...], *arrays: np.ndarray) -> str:
+    """Of the classes' names and of images and labels, which are in their fixed order: 12 hexadecimal digits."""
+    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
+    for array in arrays:
+        digest.update(str(array.shape).encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
 
 
 def held_back(count: int, part: float) -> np.ndarray:
@@ -107,19 +132,16 @@ def assemble(
     test_labels: np.ndarray,
     statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     generated: bool = False,
+    mirror: bool = True,
 ) -> Dataset:
     """Put both halves in the fixed order, take the fingerprint and, unless given, the pixel statistics."""
     parts = []
-    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
         order = fixed_order(len(images))
-        images, labels = np.ascontiguousarray(images[order]), np.ascontiguousarray(labels[order], dtype=np.int64)
-        for array in (images, labels):
-            digest.update(str(array.shape).encode())
-            digest.update(array)
-        parts += [torch.from_numpy(images), torch.from_numpy(labels)]
+        parts += [np.ascontiguousarray(images[order]), np.ascontiguousarray(labels[order], dtype=np.int64)]
     if statistics is None:
-        mean, std = pixel_statistics(parts[0].numpy())
+        mean, std = pixel_statistics(parts[0])
     else:
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in statistics)
-    return Dataset(name, digest.hexdigest()[:12], classes, *parts, mean=mean, std=std, generated=generated)
+    facts = dict(mean=mean, std=std, generated=generated, mirror=mirror)
+    return Dataset(name, fingerprint(classes, *parts), classes, *map(torch.from_numpy, parts), **facts)

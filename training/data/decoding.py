@@ -1,5 +1,7 @@
 """One image file as pixels, upright, in RGB, of the size that is wanted."""
 
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from blink.errors import UserError
 
 # of EXIF's orientations those that turn an image by a quarter
 _TURNED, _ORIENTATION = (5, 6, 7, 8), 0x0112
+# what images of many sizes are brought to, unless most have one that is no larger than this
+_SIZE, _LARGEST = (32, 32), 128
 
 
 @cache
@@ -84,6 +88,19 @@ def size_of(path: Path) -> tuple[int, int]:
             return (width, height) if turned else (height, width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
+
+
+def common_size(sizes: Iterable[tuple[int, int]], note: Callable[[str], None]) -> tuple[int, int]:
+    """The height and width that images of these sizes are brought to: the one that they have, else that of most of
+    them if it is no larger than 128, else 32; note(line) is told of the latter two.
+    """
+    counts = Counter(sizes)
+    (most, count), *others = counts.most_common()
+    if not others:
+        return most
+    chosen = most if 2 * count > counts.total() and max(most) <= _LARGEST else _SIZE
+    note(f"images of {len(counts)} sizes are scaled and cropped to {chosen[0]}x{chosen[1]} (--size)")
+    return chosen
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

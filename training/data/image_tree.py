@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from blink.errors import UserError
-from blink.training.data.dataset import Arrays, held_back
-from blink.training.data.decoding import decode, extensions, fit, is_image, size_of
+from blink.training.data.dataset import Arrays, beginning, held_back
+from blink.training.data.decoding import common_size, decode, extensions, fit, is_image, size_of
 
 _CHUNK = 500
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
 # of each class, where a data set has no test images of its own
 VAL_SPLIT = 0.1
-# what images of many sizes are brought to, unless most have one that is no larger than this
-_SIZE, _LARGEST = (32, 32), 128
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,13 @@ def list_images(root: Path, val_split: float | None = None) -> Tree:
         missing = [name for name in names[other] if name not in names[half]]
         if missing:
             raise UserError(f"{half} lacks the class {_quoted(missing)} that {other.name} has; every class needs both")
-    files = [list(_classes(half).values()) for half in (train, test)]
-    return _tree(tuple(names[train]), *files, _left_out(train, test))
+    others = Counter()
+    files = [list(_classes(half, others).values()) for half in (train, test)]
+    return _tree(tuple(names[train]), *files, _left_out(others))
 
 
 def _split(root: Path, part: float) -> Tree:
-    found = _classes(root)
+    found = _classes(root, others := Counter())
     single = [name for name, files in found.items() if len(files) < 2]
     if single:
         raise UserError(f"{root / single[0]} holds one image; expected two or more, one to train on and one to test")
@@ -87,7 +86,7 @@ def _split(root: Path, part: float) -> Tree:
         train.append([path for path, for_testing in zip(files, held) if not for_testing])
         test.append([path for path, for_testing in zip(files, held) if for_testing])
     note = f"no test images of its own: {part:.0%} of each class's images are held back for testing (--val-split)"
-    return _tree(tuple(found), train, test, [note, *_left_out(root)])
+    return _tree(tuple(found), train, test, [note, *_left_out(others)])
 
 
 def _tree(classes: tuple[str, ...], train: list[list[Path]], test: list[list[Path]], notes: list[str]) -> Tree:
@@ -102,18 +101,21 @@ def read_image_tree(
     note: Callable[[str], None] = lambda line: None,
     size: int | None = None,
     val_split: float | None = None,
+    limit: int | None = None,
 ) -> Arrays:
-    """Decode every image of a data set, calling progress(done, total) as it goes and note(line) for what is to be said.
+    """Decode the images of a data set, calling progress(done, total) as it goes and note(line) for what is to be said.
 
-    size: the side that all are brought to (`decoding.fit`); None: the one size that they have, else that of most of
-    them if it is no larger than 128, else 32. val_split: see `list_images`. Raises UserError, which names the first
-    image that cannot be decoded.
+    size: the side that all are brought to (`decoding.fit`); None: the `decoding.common_size` of all that are there.
+    val_split: see `list_images`. limit: decode no more images of a half than these first ones of the fixed order; None:
+    all. Raises UserError, which names the first image that cannot be decoded.
     """
     tree = list_images(root, val_split)
     for line in tree.notes:
         note(line)
-    files = [*tree.files[0], *tree.files[1]]
-    height, width = _size_of_all(files, size, note)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        height, width = (size, size) if size else common_size(pool.map(size_of, [*tree.files[0], *tree.files[1]]), note)
+    chosen = [beginning(len(half), limit) for half in tree.files]
+    files = [half[i] for half, some in zip(tree.files, chosen) for i in some]
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
 
     def decode_chunk(start: int) -> int:
@@ -127,22 +129,9 @@ def read_image_tree(
         for decoded in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
             done += decoded
             progress(done, len(files))
-    cut = len(tree.files[0])
-    return tree.classes, images[:cut], tree.labels[0], images[cut:], tree.labels[1]
-
-
-def _size_of_all(files: list[Path], size: int | None, note: Callable[[str], None]) -> tuple[int, int]:
-    """The height and width that all images are brought to."""
-    if size is not None:
-        return size, size
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        sizes = Counter(pool.map(size_of, files))
-    (most, count), *others = sizes.most_common()
-    if not others:
-        return most
-    chosen = most if 2 * count > len(files) and max(most) <= _LARGEST else _SIZE
-    note(f"images of {len(sizes)} sizes are scaled and cropped to {chosen[0]}x{chosen[1]} (--size)")
-    return chosen
+    labels = [own[some] for own, some in zip(tree.labels, chosen)]
+    cut = len(chosen[0])
+    return tree.classes, images[:cut], labels[0], images[cut:], labels[1]
 
 
 def _half(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -162,24 +151,26 @@ def _class_folders(half: Path) -> list[Path]:
     return found
 
 
-def _classes(half: Path) -> dict[str, list[Path]]:
-    """The images of each class, in its folder and those inside of it. Raises UserError."""
-    found = {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _class_folders(half)}
-    for name, files in found.items():
+def _classes(half: Path, others: Counter) -> dict[str, list[Path]]:
+    """The images of each class, in its folder and those inside of it; the endings of what is no image are counted in
+    `others`. Raises UserError.
+    """
+    found = {}
+    for folder in _class_folders(half):
+        files = found[folder.name] = []
+        for path in folder.rglob("*"):
+            if is_image(path):
+                files.append(path)
+            elif not path.name.startswith(".") and path.is_file():
+                others[path.suffix.lower() or path.name] += 1
         if not files:
-            raise UserError(f"{half / name} holds no image; expected files ending in {', '.join(extensions())}")
+            raise UserError(f"{folder} holds no image; expected files ending in {', '.join(extensions())}")
+        files.sort()
     return found
 
 
-def _left_out(*halves: Path) -> list[str]:
+def _left_out(others: Counter) -> list[str]:
     """A line on files in class folders that are no images, if there are any."""
-    others = Counter(
-        path.suffix.lower() or path.name
-        for half in halves
-        for folder in _folders(half)
-        for path in folder.rglob("*")
-        if path.is_file() and not is_image(path) and not path.name.startswith(".")
-    )
     endings = ", ".join(ending for ending, _ in others.most_common(5))
     return [f"{others.total()} files are no images and left out ({endings})"] if others else []
 
