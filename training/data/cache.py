@@ -1,12 +1,14 @@
 """Decoded data sets on disk, so that a second start loads in under a second.
 
-A cache file is named by a key taken over the source's place, file names, sizes and modification times: a changed or
-moved source has another key and is decoded anew. Writes are atomic: another process never sees half a file.
+A cache file is named by a key taken over the source's place, file names, sizes, times and inodes, and a sample of what
+is in the files: a changed or moved source has another key and is decoded anew, as is one whose cache is of no use.
+Writes are atomic: another process never sees half a file.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,30 +17,49 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blink.errors import UserError
-from blink.files import replacing
+from blink.files import remove_leftovers, replacing
 from blink.training.data.dataset import Dataset
 
-_FORMAT = "3"
+_FORMAT = "4"
+# how many files a key looks into, and how many bytes at each end of them
+_SAMPLED, _BYTES = 16, 4096
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
 
 
-def folder() -> Path:
-    """$BLINK_CACHE, else blink under the user's cache folder."""
+def folder() -> Path | None:
+    """$BLINK_CACHE, else blink under the user's cache folder; None for a user without a home."""
     if os.environ.get("BLINK_CACHE"):
         return Path(os.environ["BLINK_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
+    except RuntimeError:
+        return None
 
 
 def source_key(root: Path, options: str = "", files: Sequence[str] | None = None) -> str:
     """A digest of where `root` is, of every file under it (or of `files`, as far as they are there, packed or not):
-    relative name, size, modification time; and of how it is read.
+    relative name, size, times, inode; of the ends of some of them; and of how it is read.
     """
     digest = hashlib.sha256(f"{_FORMAT} {options} ".encode() + os.fsencode(root.resolve()))
     found = _walk(root, "") if files is None else ((name, (root / name).stat()) for name in _present(root, files))
-    for relative, stat in sorted(found):
-        digest.update(os.fsencode(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+    listed = sorted(found)
+    for relative, stat in listed:
+        numbers = f"{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}\n"
+        digest.update(os.fsencode(f"{relative}\0{numbers}"))
+    for relative, _ in listed[:: max(1, len(listed) // _SAMPLED)]:
+        digest.update(_ends(root / relative))
     return digest.hexdigest()[:24]
+
+
+def _ends(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_BYTES)
+            file.seek(-min(_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return head + file.read()
+    except OSError:
+        # the reader names it
+        return b""
 
 
 def _present(root: Path, files: Sequence[str]) -> Iterable[str]:
@@ -56,12 +77,12 @@ def _walk(root: Path, prefix: str) -> Iterable[tuple[str, os.stat_result]]:
 
 
 def load(key: str) -> tuple[Dataset | None, list[str]]:
-    """The cached data set, or None if there is none, and what was noted when it was read.
+    """(the cached data set, what was noted when it was read); where there is none of use, None and a line that says so.
 
-    Raises UserError when the file is damaged or does not belong to the source its name says.
+    What is read is held against the checksums that were written with it.
     """
-    path = folder() / f"{key}.safetensors"
-    if not os.path.isfile(path):  # False too where the folder cannot be entered
+    path = folder() and folder() / f"{key}.safetensors"
+    if path is None or not os.path.isfile(path):  # False too where the folder cannot be entered
         return None, []
     try:
         with safe_open(path, framework="pt") as file:
@@ -69,27 +90,40 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if meta.get("key") != key or set(tensors) != set(_TENSORS):
             raise ValueError(f"it was made for the source {meta.get('key')}, expected {key}")
-        if len(tensors["train_images"]) != len(tensors["train_labels"]):
-            raise ValueError("its images and labels differ in number")
+        if json.loads(meta["crc32"]) != _checksums(tensors):
+            raise ValueError("its checksums differ")
         told = dict(classes=tuple(json.loads(meta["classes"])), mirror=json.loads(meta["mirror"]))
         dataset = Dataset(meta["name"], meta["fingerprint"], **told, **tensors)
         return dataset, json.loads(meta["notes"])
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the cache {path} does not match its data set ({reason}); delete it and run again") from error
+    except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None, [f"the cached images in {path} are of no use ({reason}): decoded anew"]
+
+
+def _checksums(tensors: dict[str, Tensor]) -> dict[str, int]:
+    # against damage; as fast as a disk reads
+    return {name: zlib.crc32(tensor.contiguous().numpy()) for name, tensor in sorted(tensors.items())}
 
 
 def store(key: str, dataset: Dataset, notes: list[str]) -> str | None:
-    """Write the data set under its key, with what was noted of it. Returns None, or one line that says why it was not
-    cached.
+    """Write the data set under its key, with what was noted of it, to be read by whom the umask allows to.
+
+    Returns None, or one line that says why it was not cached.
     """
-    path = folder() / f"{key}.safetensors"
-    meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint)
+    if folder() is None:
+        return "the decoded images were not cached (no home folder); BLINK_CACHE names another"
+    path, tensors = folder() / f"{key}.safetensors", {name: getattr(dataset, name) for name in _TENSORS}
+    meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint, crc32=json.dumps(_checksums(tensors)))
     meta |= dict(classes=json.dumps(list(dataset.classes)), mirror=json.dumps(dataset.mirror), notes=json.dumps(notes))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         with replacing(path) as temporary:
-            save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata=meta)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, metadata=meta)
+            # safetensors' own can be read by their owner only
+            temporary.chmod(mode)
         return None
     except (OSError, SafetensorError) as error:
         return f"the decoded images were not cached in {path.parent} ({error}); the next start decodes them again"
