@@ -49,8 +49,11 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib>=3.9"],
+        # before 15 a file could bring code that is run
+        "parquet": ["pyarrow>=15"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "timm>=1"),
+            "pyarrow>=15",
             # what the interpreter of triton 3.6 works with, for a suite that is the same on all allowed versions
             "numpy<2.4",
         ],
