@@ -50,10 +50,12 @@ setup(
     extras_require={
         "bench": ["matplotlib>=3.9"],
         "log": ["tensorboard>=2.17", "wandb>=0.19"],
+        # before 15 a file could bring code that is run
+        "parquet": ["pyarrow>=15"],
         "report": ["jinja2>=3.1", "matplotlib>=3.9"],
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "timm>=1"),
-            *("tensorboard>=2.17", "jinja2>=3.1"),
+            *("tensorboard>=2.17", "jinja2>=3.1", "pyarrow>=15"),
             # what the interpreter of triton 3.6 works with, for a suite that is the same on all allowed versions
             "numpy<2.4",
         ],

@@ -72,7 +72,7 @@ def test_tree_gives_every_pixel_and_label(tmp_path, size):
 def test_more_images_than_one_chunk_are_all_decoded_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(image_tree, "_CHUNK", 5)
     made = make_tree(tmp_path / "set")
-    classes, train_images, train_labels, test_images, test_labels = image_tree.read_image_tree(
+    classes, train_images, train_labels, test_images, test_labels = image_tree.read(
         tmp_path / "set", lambda done, total: None
     )
     expected = made["train"] + made["test"]
@@ -94,7 +94,7 @@ def test_other_colour_modes_come_out_rgb(tree, mode):
         pixels = picture(12, 7, channels=len(mode))
         Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode).save(path)
         expected = pixels[..., :3] if mode == "RGBA" else np.repeat(pixels[..., :1], 3, axis=2)
-    _, train_images, *_ = image_tree.read_image_tree(tree, lambda done, total: None)
+    _, train_images, *_ = image_tree.read(tree, lambda done, total: None)
     assert train_images.dtype == np.uint8
     np.testing.assert_array_equal(train_images[0], expected)
 
@@ -248,7 +248,7 @@ def test_limited_takes_the_prefix_of_the_one_order(tree):
     torch.manual_seed(1)
     dataset = load(tree)
     torch.manual_seed(2)
-    again = assemble("set", *image_tree.read_image_tree(tree, lambda done, total: None))
+    again = assemble("set", *image_tree.read(tree, lambda done, total: None))
     assert torch.equal(dataset.train_images, again.train_images)
     assert dataset.fingerprint == again.fingerprint
     part = dataset.limited(5)
@@ -317,7 +317,7 @@ def no_reader(monkeypatch):
     def explode(*args):
         raise AssertionError("decoded again")
 
-    return lambda: monkeypatch.setattr(image_tree, "read_image_tree", explode)
+    return lambda: monkeypatch.setattr(image_tree, "read", explode)
 
 
 def cache_files(tmp_path):

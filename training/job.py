@@ -61,18 +61,14 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(add) -> None:
-    add("--data", metavar="PATH", help="a folder of images or of a published data set, or cifar10, cifar100, mnist, "
-        "fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else synthetic)")  # fmt: skip
+    add("--data", metavar="PATH", help="a folder of images, of Parquet files or of a published data set, or cifar10, "
+        "cifar100, mnist, fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else "
+        "synthetic)")  # fmt: skip
     add("--size", type=positive(int), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
         "one size, else that of most, else 32)")  # fmt: skip
     add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
         "folder has no test images (default: 0.1)")  # fmt: skip
-    add(
-        "--limit",
-        type=positive(int),
-        metavar="N",
-        help="use no more than N training and N test images, always the same",
-    )
+    add("--limit", type=positive(int), metavar="N", help="no more than N training and N test images, always the same")
 
 
 def se_reduction(text: str) -> int | str:
@@ -92,6 +88,8 @@ def prepare(
     setting = choose_setting(options)
     imported = time.perf_counter()
     dataset, notes = load_data(options, console) if dataset is None else (dataset.limited(options.limit), [])
+    if options.limit is None:
+        notes += unequal_classes(dataset)
     if not dataset.mirror and options.flip is None:
         upright = customized(with_flip(whole, "none"), options)
         if upright != recipe:
@@ -143,6 +141,18 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
 
         dataset = data.load(options.data, progress, note, options.size, options.val_split, options.limit)
         return dataset, notes
+
+
+def unequal_classes(dataset: Dataset) -> list[str]:
+    """A line where the largest class has more than three times the training images of the smallest."""
+    counts = dataset.train_labels.bincount(minlength=len(dataset.classes))
+    (least, smallest), (most, largest) = (tuple(map(int, found)) for found in (counts.min(0), counts.max(0)))
+    if most <= 3 * least:
+        return []
+    return [
+        f"unequal classes: {dataset.classes[largest]!r} has {most:,} training images, {dataset.classes[smallest]!r} "
+        f"{least:,}"
+    ]
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from blink.errors import UserError
-from blink.training.data import cache, image_tree
+from blink.training.data import cache, image_tree, parquet
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Arrays, Dataset, assemble
 from blink.training.data.layouts import LAYOUTS, Layout, recognize
 
@@ -48,7 +48,7 @@ def load(
 
     The default is a local CIFAR-10, else a download, else the generated set. progress(done, total) is called while
     images are decoded; note(line) when something worth a line happens. size, val_split: of an image folder, see
-    `image_tree.read_image_tree`. limit: no more training and test images than these first ones of the fixed order, of
+    `image_tree.read`. limit: no more training and test images than these first ones of the fixed order, of
     which alone the fingerprint is; of an image folder only these are decoded, and the pixel statistics are theirs too.
     Raises UserError for anything unusable.
     """
@@ -134,27 +134,33 @@ def _recognize(
     if published:
         _only_for_folders(size, val_split)
         return _published(*published)
-    tree = image_tree.locate(path)
-    if tree:
-        root, notes = tree
-        for line in notes:
-            note(line)
-        said = []
+    for reads in (image_tree, parquet):
+        located = reads.locate(path)
+        if located:
+            root, notes = located
+            for line in notes:
+                note(line)
+            said = []
 
-        def noted(line: str) -> None:
-            said.append(line)
-            note(line)
+            def noted(line: str, said=said) -> None:
+                said.append(line)
+                note(line)
 
-        # a name that is no text is shown as far as it is
-        name = os.fsencode(root.resolve().name).decode(errors="replace")
-        reader = partial(image_tree.read_image_tree, root, progress, noted, size, val_split, limit)
-        return _Found(root, name, reader, said, f"{size} {val_split} {limit}")
+            reader = partial(reads.read, root, progress, noted, size, val_split, limit)
+            return _Found(root, _name_of(root), reader, said, f"{size} {val_split} {limit}")
     found = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "") if found else "nothing"
     raise UserError(
-        f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor a published data set's files; it "
-        f"holds {listed}"
+        f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor Parquet files, nor a published "
+        f"data set's; it holds {listed}"
     )
+
+
+def _name_of(root: Path) -> str:
+    whole = root.resolve()
+    name = whole.parent.name if whole.name == parquet.INNER else whole.name
+    # a name that is no text is shown as far as it is
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _published(root: Path, layout: Layout) -> _Found:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blink.errors import UserError
+
 # the per-channel statistics that CIFAR-10 recipes were tuned with
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -109,6 +111,17 @@ def held_back(count: int, part: float) -> np.ndarray:
     """[count] bool: which of a class's images are for testing, this part of them but at least one, and not all."""
     held = np.zeros(count, dtype=bool)
     held[fixed_order(count)[: min(max(1, round(part * count)), count - 1)]] = count > 1
+    return held
+
+
+def held_back_by_class(labels: np.ndarray, classes: tuple[str, ...], part: float) -> np.ndarray:
+    """[N] bool: which images are for testing, of each class as `held_back`. Raises UserError for a class of one."""
+    held = np.zeros(len(labels), dtype=bool)
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) == 1:
+            raise UserError(f"class {name!r} has one image; expected two or more, one to train on and one to test")
+        held[members[held_back(len(members), part)]] = True
     return held
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,15 +30,18 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
 
 
-def decode(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8. Raises UserError for what is not one readable image, or has values that 8 bits cannot hold."""
+def decode(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
+    """[H, W, 3] uint8 of a file, which messages call `name` or by its path.
+
+    Raises UserError for what is not one readable image, or has values that 8 bits cannot hold.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{path} is an animation, expected one still image; replace or remove it")
-            return pixels_of(image, path)
+                raise UserError(f"{name or file} is an animation, expected one still image; replace or remove it")
+            return pixels_of(image, name or file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name or file, error) from error
 
 
 def pixels_of(image: Image.Image, path: Path | str = "the image") -> np.ndarray:
@@ -79,15 +83,15 @@ def pixels_from(image) -> np.ndarray:
     return np.asarray(Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image).convert("RGB"))
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
     """Height and width as `decode` would give them, from the file's head alone. Raises UserError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION) in _TURNED
             return (width, height) if turned else (height, width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(name or file, error) from error
 
 
 def common_size(sizes: Iterable[tuple[int, int]], note: Callable[[str], None]) -> tuple[int, int]:
@@ -103,7 +107,7 @@ def common_size(sizes: Iterable[tuple[int, int]], note: Callable[[str], None]) -
     return chosen
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path | str, error: Exception) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"{path} is not a readable image ({reason}); replace or remove it")
 

@@ -85,8 +85,11 @@ def _split(root: Path, part: float) -> Tree:
         held = held_back(len(files), part)
         train.append([path for path, for_testing in zip(files, held) if not for_testing])
         test.append([path for path, for_testing in zip(files, held) if for_testing])
-    note = f"no test images of its own: {part:.0%} of each class's images are held back for testing (--val-split)"
-    return _tree(tuple(found), train, test, [note, *_left_out(others)])
+    return _tree(tuple(found), train, test, [held_back_note(part), *_left_out(others)])
+
+
+def held_back_note(part: float) -> str:
+    return f"no test images of its own: {part:.0%} of each class's images are held back for testing (--val-split)"
 
 
 def _tree(classes: tuple[str, ...], train: list[list[Path]], test: list[list[Path]], notes: list[str]) -> Tree:
@@ -95,7 +98,7 @@ def _tree(classes: tuple[str, ...], train: list[list[Path]], test: list[list[Pat
     return Tree(classes, files, labels, notes)
 
 
-def read_image_tree(
+def read(
     root: Path,
     progress: Callable[[int, int], None],
     note: Callable[[str], None] = lambda line: None,

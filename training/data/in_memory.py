@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from blink.errors import UserError
-from blink.training.data.dataset import Dataset, assemble, held_back
+from blink.training.data.dataset import Dataset, assemble, held_back_by_class
 from blink.training.data.decoding import fit, pixels_from
 from blink.training.data.image_tree import VAL_SPLIT
 
@@ -45,7 +45,9 @@ def from_memory(
     if highest >= len(names):
         raise UserError(f"there is a label {highest}, and classes are {len(names)}; labels are 0, 1, 2, ...")
     if len(read) == 1:
-        read = _split(*read[0], names, VAL_SPLIT if val_split is None else val_split)
+        (images, labels), part = read[0], VAL_SPLIT if val_split is None else val_split
+        held = held_back_by_class(labels, names, part)
+        read = [(images[~held], labels[~held]), (images[held], labels[held])]
     (images, labels), (test_images, test_labels) = read
     return assemble(name, names, images, labels, test_images, test_labels)
 
@@ -97,14 +99,3 @@ def _read(images, labels, size: int | None) -> tuple[np.ndarray, np.ndarray]:
             (h, w, _), (h0, w0, _) = pixels[-1].shape, pixels[0].shape
             raise UserError(f"image {i} is of {h}x{w}, those before of {h0}x{w0}; give them one size, or size=N")
     return np.stack(pixels), labels
-
-
-def _split(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], part: float) -> list[tuple]:
-    """Training and test halves, stratified, as image folders without halves are split."""
-    held = np.zeros(len(labels), dtype=bool)
-    for label, name in enumerate(classes):
-        members = np.flatnonzero(labels == label)
-        if len(members) == 1:
-            raise UserError(f"class {name!r} has one image; expected two or more, one to train on and one to test")
-        held[members[held_back(len(members), part)]] = True
-    return [(images[~held], labels[~held]), (images[held], labels[held])]
