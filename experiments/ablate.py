@@ -14,9 +14,11 @@ from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
+from blink.training.bars import RunBars
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.job import add_data_arguments, count_flops, describe, load_data
+from blink.training.listener import SILENT, Listener
 from blink.training.loop import train
 from blink.training.own import named
 from blink.training.recipes import Recipe
@@ -71,21 +73,24 @@ def run(options: Namespace) -> int:
     runner = Runner(options, setting, dataset.to(setting.device), plan.stems is not None)
     queue = [(seed, name) for seed in range(options.seed, options.seed + options.runs) for name in chosen]
     longest = 0.0
-    for number, (seed, name) in enumerate(queue, 1):
-        record = runner.describe(name, chosen[name], seed)
-        if any(same_run(record, old, path) for old in records.read(path, _KEYS)):
-            continue
-        spent = time.perf_counter() - began
-        if options.minutes is not None and spent + longest > 60 * options.minutes:
-            console.print(f"stopped before run {number} of {len(queue)}: {options.minutes:g} minutes would not hold it")
-            break
-        record |= runner.run(name, chosen[name], seed)
-        longest = max(longest, time.perf_counter() - began - spent)
-        records.append(path, record)
-        console.print(
-            f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
-            f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
-        )
+    with RunBars(console, len(queue)) as bars:
+        for number, (seed, name) in enumerate(queue, 1):
+            record = runner.describe(name, chosen[name], seed)
+            if any(same_run(record, old, path) for old in records.read(path, _KEYS)):
+                continue
+            spent = time.perf_counter() - began
+            if options.minutes is not None and spent + longest > 60 * options.minutes:
+                minutes = f"{options.minutes:g} minutes would not hold it"
+                console.print(f"stopped before run {number} of {len(queue)}: {minutes}")
+                break
+            bars.begin(number, f"seed {seed}  {name}")
+            record |= runner.run(name, chosen[name], seed, bars)
+            longest = max(longest, time.perf_counter() - began - spent)
+            records.append(path, record)
+            console.print(
+                f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
+                f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
+            )
     written = [r for r in records.read(path, _KEYS) if r["plan"] == options.plan]
     for shared, group in compare.comparable(written):
         for line in compare.lines(shared, group, plan):
@@ -119,7 +124,7 @@ class Runner:
         # as it will be read back: tuples become lists
         return json.loads(json.dumps(record))
 
-    def run(self, name: str, recipe: Recipe, seed: int) -> dict:
+    def run(self, name: str, recipe: Recipe, seed: int, listener: Listener = SILENT) -> dict:
         """Train it: what is known of the record only afterwards."""
         recipe, budget = self.scaled(recipe)
         setting, dataset = self._setting, self._dataset
@@ -136,7 +141,7 @@ class Runner:
                 from blink.experiments.stem import cost_of
 
                 self._costs[name]["stem"] = cost_of(trainer)
-        result = train(trainer, seed, validate=0)
+        result = train(trainer, seed, listener, validate=0)
         return {
             "accuracy": result.accuracy,
             "seconds": result.seconds,

@@ -12,6 +12,7 @@ from rich.console import Console
 from blink.command import fraction, positive
 from blink.errors import UserError
 from blink.files import check_output, write_json
+from blink.training.bars import RunBars
 from blink.training.budget import plan_budget
 from blink.training.job import add_job_arguments, count_flops, prepare
 from blink.training.loop import train
@@ -101,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
         trainer = job.trainer(budget)
         if trainer.compiles:
             trainer.warm_up(options.seed)
-        results = [train(trainer, options.seed + number, validate=0) for number in range(options.runs)]
+        with RunBars(console, options.runs, f"runs of {epochs:g} epochs") as bars:
+            results = [train(trainer, options.seed + number, bars, validate=0) for number in range(options.runs)]
         pflop = count_flops(job.recipe, budget, job.dataset)["total"] / 1e15
         tried.append(Trial(epochs, budget.total_steps, **spreads(results), pflop=pflop))
         # after each, so that nothing that ends this process takes a finished one with it

@@ -5,11 +5,11 @@ import time
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from blink.command import STARTED, fraction, natural, positive
 from blink.training import data
+from blink.training.bars import bars
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.overrides import with_settings
@@ -115,8 +115,7 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
     Raises UserError.
     """
     notes: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with bars(console) as bar:
         task = bar.add_task("decoding", total=None, visible=False)
 
         def progress(done: int, total: int) -> None:

@@ -5,10 +5,11 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from blink.training.bars import bars
 from blink.training.budget import Budget
 from blink.training.data.dataset import Dataset
 from blink.training.listener import Listener
@@ -63,14 +64,7 @@ class Report(Listener):
         self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {ema}{'seconds':>9}")
         # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
         self._live_loss = "-"
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._progress = bars(self.console, "loss {task.fields[loss]}")
         self._task = self._progress.add_task("training", total=self.facts["budget"]["total_steps"], loss="-")
         self._progress.start()
 

@@ -17,6 +17,7 @@ from blink.experiments.race import data, table
 from blink.experiments.race.contest import OURS, Block, Contestant, run_block
 from blink.experiments.race.peers import PEERS, find_script
 from blink.files import check_output, make_folder
+from blink.training.bars import bars
 from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.job import add_data_arguments, count_flops, load_data
@@ -76,18 +77,23 @@ def run(options: Namespace) -> int:
     caches = options.scratch.resolve() / "caches" / str(os.getpid())
     jobs = [("cold", first), ("again", first)] if options.cold else []
     jobs += [("block", number) for number in range(first, first + options.blocks)]
-    for kind, number in jobs:
-        # who goes first changes from block to block
-        turn = number % len(contestants)
-        for contestant in contestants[turn:] + contestants[:turn]:
-            asked = options.runs if kind == "block" else 1
-            seed = options.seed + number * options.runs
-            block = run_block(contestant, asked, seed, setting.device, caches / contestant.name)
-            records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
-            console.print(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
-            if block.error is not None:
-                print(f"blink: {contestant.name} {block.error}", file=sys.stderr)
-                failed = True
+    with bars(console) as bar:
+        blocks, within = bar.add_task("blocks", total=len(jobs) * len(contestants)), bar.add_task("runs", total=None)
+        show = None if bar.disable else lambda ended: bar.update(within, completed=ended)
+        for kind, number in jobs:
+            # who goes first changes from block to block
+            turn = number % len(contestants)
+            for contestant in contestants[turn:] + contestants[:turn]:
+                asked = options.runs if kind == "block" else 1
+                seed = options.seed + number * options.runs
+                bar.update(within, description=f"runs of {contestant.name}", completed=0, total=asked)
+                block = run_block(contestant, asked, seed, setting.device, caches / contestant.name, show)
+                records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
+                console.print(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
+                if block.error is not None:
+                    print(f"blink: {contestant.name} {block.error}", file=sys.stderr)
+                    failed = True
+                bar.advance(blocks)
     found = records.read(path)
     for line in table.text(found) if table.rows(found) else ():
         console.print(line)

@@ -6,16 +6,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from blink.command import python_path
+from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.race.peers import Peer
 
 OURS = "blink"
+# seconds
+_LOOK_EVERY = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,14 @@ def visible(device: torch.device) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": listed.split(",")[device.index] if listed else str(device.index)}
 
 
-def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device, caches: Path) -> Block:
-    """Train `runs` runs in a new process, with its compilers' caches under `caches`. Never raises for what it does."""
+def run_block(
+    contestant: Contestant, runs: int, seed: int, device: torch.device, caches: Path,
+    on_runs: Callable[[int], None] | None = None,
+) -> Block:  # fmt: skip
+    """Train `runs` runs in a new process, with its compilers' caches under `caches`. Never raises for what it does.
+
+    on_runs is told every second how many runs have ended; without it nothing looks while the process is timed.
+    """
     contestant.folder.mkdir(parents=True, exist_ok=True)
     own = {
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
@@ -72,7 +83,7 @@ def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "runs.json"
         began = time.perf_counter()
-        done = subprocess.run(
+        process = subprocess.Popen(
             contestant.command(runs, seed, out, device.type),
             cwd=contestant.folder,
             env=os.environ | own | visible(device),
@@ -80,14 +91,33 @@ def run_block(contestant: Contestant, runs: int, seed: int, device: torch.device
             stderr=subprocess.PIPE,
             text=True,
         )
+        read = _own_runs if contestant.peer is None else _peer_runs
+        said = _watched(process, None if on_runs is None else lambda: on_runs(len(read(out)[0])))
         seconds = time.perf_counter() - began
-        found, peak = (_own_runs if contestant.peer is None else _peer_runs)(out)
+        found, peak = read(out)
     error = None
     # a script may fail after its last run by a fault of its own, which takes nothing from the runs
     if len(found) < runs:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed no run")
-        error = f"ended with exit code {done.returncode} after {len(found)} of {runs} runs: {last.strip()}"
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "it printed no run")
+        error = f"ended with exit code {process.returncode} after {len(found)} of {runs} runs: {last.strip()}"
     return Block(found, seconds, peak, error)
+
+
+def _watched(process: subprocess.Popen, look: Callable[[], None] | None) -> str:
+    """What the process said on standard error, once it ended; `look`, if given, is called every second until then."""
+    with process:
+        try:
+            while True:
+                try:
+                    return process.communicate(timeout=None if look is None else _LOOK_EVERY)[1]
+                except subprocess.TimeoutExpired:
+                    # a line that is just being written is there the next time
+                    with suppress(UserError):
+                        look()
+        except BaseException:
+            # an interruption ends what it waits for
+            process.kill()
+            raise
 
 
 def _own_runs(out: Path) -> tuple[list[dict], int | None]:
