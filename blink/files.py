@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blink.errors import UserError
+from blink.processes import alive
 
 
 @contextmanager
@@ -42,18 +43,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"*.{_node()}-*.tmp"):
         process = path.name.removesuffix(".tmp").rpartition("-")[2]
         with suppress(OSError):
-            if process.isdecimal() and not _alive(int(process)):
+            if process.isdecimal() and not alive(int(process)):
                 path.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_json(path: Path, content: dict) -> None:
