@@ -1,11 +1,11 @@
 """A training that was interrupted, by a signal or by kill -9, ends as the unbroken one: bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from blink.__main__ import main
 from blink.training import command
 from blink.training.listener import Listener
+from tests.forked import started
 from tests.test_train_cli import refused
 
 # everything that an epoch carries to the next: weight average, images of two sizes, groups that stop, alternating
@@ -115,26 +116,23 @@ def train_in_a_process(arguments: list[str]) -> None:
 def test_killed_at_random_moments(arguments, tmp_path):
     """kill -9 at 20 moments, from the first import to the last write."""
     arguments = [*arguments, *recipe(tmp_path, "MUON"), "--runs", "2", "--validate", "4"]
-    context, moments, out = multiprocessing.get_context("forkserver"), random.Random(0), tmp_path / "out"
-    # a process starts with what the training imports
-    context.set_forkserver_preload(["blink.training.command", "tests.test_resume"])
+    moments, out = random.Random(0), tmp_path / "out"
 
-    def started(folder: Path) -> multiprocessing.Process:
+    def begun(folder: Path) -> BaseProcess:
         anew = [*arguments, "--out", str(folder)]
-        words = ["train", "--resume", str(folder)] if (folder / "summary.json").exists() else anew
-        process = context.Process(target=train_in_a_process, args=(words,))
-        process.start()
-        return process
+        return started(
+            train_in_a_process, ["train", "--resume", str(folder)] if (folder / "summary.json").exists() else anew
+        )
 
-    def finished(process: multiprocessing.Process) -> None:
+    def finished(process: BaseProcess) -> None:
         process.join()
         assert process.exitcode == 0
 
     began = time.perf_counter()
-    finished(started(tmp_path / "whole"))
+    finished(begun(tmp_path / "whole"))
     lasted, kills = time.perf_counter() - began, 0
     while kills < 20:
-        process = started(out)
+        process = begun(out)
         process.join(moments.uniform(0, lasted / 2))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
@@ -146,7 +144,7 @@ def test_killed_at_random_moments(arguments, tmp_path):
         assert_alike(tmp_path / "whole", out)
         for path in out.iterdir():
             path.unlink()
-    finished(started(out))
+    finished(begun(out))
     assert_alike(tmp_path / "whole", out)
 
 
