@@ -20,6 +20,7 @@ GROUPS = {
     },
     "compare": {
         "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
+        "merge": ("blink.experiments.merge", "files of such runs into one"),
         "race": ("blink.experiments.race.command", "this project and others' training scripts"),
         "tabulate": ("blink.experiments.tabulate", "the tables of results, from the files in results/"),
     },

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from blink import __version__
 from blink.errors import UserError
+from blink.processes import alive
 
 # as the name of a file
 STANDARD_OUTPUT = Path("-")
@@ -48,18 +49,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"*.{_node()}-*.tmp"):
         process = path.name.removesuffix(".tmp").rpartition("-")[2]
         with suppress(OSError):
-            if process.isdecimal() and not _alive(int(process)):
+            if process.isdecimal() and not alive(int(process)):
                 path.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def write_json(path: Path, content: dict) -> None:

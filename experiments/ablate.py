@@ -1,17 +1,21 @@
 """Train every variant of a plan with the same seeds, interleaved, and compare them with the first. Each run is written
-when it ends; a later call with the same file goes on where one stopped. Without a plan, the plans are listed.
+when it ends; a later call with the same file goes on where one stopped, and calls at the same time share the runs.
+Without a plan, the plans are listed.
 """
 
 import json
+import re
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from blink.command import natural, positive
 from blink.errors import UserError
-from blink.experiments import compare, records
+from blink.experiments import compare, records, runs
+from blink.experiments.claims import Claims
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
 from blink.training.bars import RunBars
@@ -29,8 +33,8 @@ EXAMPLES = (
     "blink ablate recipes --runs 10",
     "blink ablate se --width 0.25 --epochs-factor 0.5 --runs 3 --json se.jsonl",
 )
-# what a run on file has at least
-_KEYS = ("plan", "variant", "seed", "recipe", "budget", "environment", "data")
+# seconds between two looks at what other processes have done, at most
+_LOOK_EVERY = 5.0
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,6 +51,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--epochs-factor", type=positive(float), default=1.0, metavar="F",
         help="times the recipe's epochs (default: %(default)g)")  # fmt: skip
     add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
+    add("--shard", type=shard, metavar="I/N",
+        help="only part 1 <= I <= N of the runs, for machines without a common disk; see blink merge")  # fmt: skip
+    add("--no-wait", action="store_true", help="end when other processes train all that is left")
     add_setting_arguments(parser)
     add = parser.add_argument_group("what is written").add_argument
     add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: runs/PLAN.jsonl)")
@@ -61,72 +68,111 @@ def run(options: Namespace) -> int:
     began = time.perf_counter()
     plan = named(options.plan, PLANS, Plan)
     chosen = choose_variants(plan, options.plan, options.only)
-    path = options.json or Path("runs") / f"{options.plan.rpartition(':')[2]}.jsonl"
+    part = "" if options.shard is None else ".{}-of-{}".format(*options.shard)
+    path = options.json or Path("runs") / f"{options.plan.rpartition(':')[2]}{part}.jsonl"
     check_output(path, append=True)
     setting = choose_setting(options)
     dataset, notes = load_data(options, console)
     if options.tuning_split:
         dataset = dataset.tuning_split()
-    for note in notes:
-        console.print(f"note     {note}", style="yellow", soft_wrap=False)
+    told: set[str] = set()
+
+    def note(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            console.print(f"note     {line}", style="yellow", soft_wrap=False)
+
+    for line in notes:
+        note(line)
     console.print(f"{options.plan}: {plan.summary}")
-    runner = Runner(options, setting, dataset.to(setting.device), plan.stems is not None)
-    queue = [(seed, name) for seed in range(options.seed, options.seed + options.runs) for name in chosen]
-    longest = 0.0
-    with RunBars(console, len(queue)) as bars:
-        for number, (seed, name) in enumerate(queue, 1):
-            record = runner.describe(name, chosen[name], seed)
-            if any(same_run(record, old, path) for old in records.read(path, _KEYS)):
-                continue
-            spent = time.perf_counter() - began
-            if options.minutes is not None and spent + longest > 60 * options.minutes:
-                minutes = f"{options.minutes:g} minutes would not hold it"
-                console.print(f"stopped before run {number} of {len(queue)}: {minutes}")
-                break
-            bars.begin(number, f"seed {seed}  {name}")
-            record |= runner.run(name, chosen[name], seed, bars)
-            longest = max(longest, time.perf_counter() - began - spent)
-            records.append(path, record)
-            console.print(
-                f"{number:4} of {len(queue)}  seed {seed}  {record['accuracy']:.4f}  {record['seconds']:8.2f} s  "
-                f"{record['flops']['total'] / 1e15:.4f} PFLOP  {name}"
-            )
-    written = [r for r in records.read(path, _KEYS) if r["plan"] == options.plan]
+    runner = Runner(options, chosen, setting, dataset.to(setting.device), plan.stems is not None)
+    queue = [
+        runner.describe(name, seed) for seed in range(options.seed, options.seed + options.runs) for name in chosen
+    ]
+    if options.shard is not None:
+        queue = part_of(queue, *options.shard)
+        console.print(f"part {options.shard[0]} of {options.shard[1]}: {len(queue)} runs")
+    with records.locked(path):
+        # seen to be possible before hours are spent on what will need it
+        pass
+    train_missing(queue, path, runner, console, note, began)
+    written = [run for run in runs.read(path, note, wait=True) if run["plan"] == options.plan]
     for shared, group in compare.comparable(written):
         for line in compare.lines(shared, group, plan):
             console.print(line)
     return 0
 
 
+def train_missing(
+    queue: list[dict], path: Path, runner: "Runner", console: Console, note: Callable[[str], None], began: float
+) -> None:
+    """Until every run of the queue is on file, or what the options bound: train one that nobody trains, or wait."""
+    options, claims, longest, looks = runner.options, Claims(path), 0.0, 0
+    with RunBars(console, len(queue)) as bars:
+        while left := missing(queue, path, note):
+            if options.minutes is not None and time.perf_counter() - began + longest > 60 * options.minutes:
+                number, minutes = queue.index(left[0]) + 1, f"{options.minutes:g} minutes would not hold it"
+                console.print(f"stopped before run {number} of {len(queue)}: {minutes}")
+                break
+            claim = next(filter(None, map(claims.take, left)), None)
+            if claim is None:
+                owners = claims.owners(left)
+                if owners and (options.no_wait or not looks):
+                    what = f"{len(left)} of {len(queue)} runs are {'left to' if options.no_wait else 'waited for:'}"
+                    console.print(f"{what} {', '.join(owners)}", soft_wrap=False)
+                    if options.no_wait:
+                        break
+                time.sleep(min(_LOOK_EVERY, 0.1 * 2**looks))
+                looks += bool(owners)
+                continue
+            with claim:
+                looks = 0
+                if not missing([claim.run], path, note):
+                    # its last owner wrote it between the look and the claim
+                    continue
+                bars.begin(len(queue) - len(left) + 1, f"seed {claim.run['seed']}  {claim.run['variant']}")
+                before = time.perf_counter()
+                run = claim.run | runner.run(claim.run["variant"], claim.run["seed"], bars)
+                longest = max(longest, time.perf_counter() - before)
+                if not records.append(path, run, runs.identity):
+                    note(f"another process wrote seed {run['seed']} of {run['variant']!r} meanwhile; that one counts")
+            console.print(
+                f"{queue.index(claim.run) + 1:4} of {len(queue)}  seed {run['seed']}  {run['accuracy']:.4f}  "
+                f"{run['seconds']:8.2f} s  {run['flops']['total'] / 1e15:.4f} PFLOP  {run['variant']}"
+            )
+    claims.remove_void()
+
+
 class Runner:
     """Trains one variant with one seed; on a GPU each variant is warmed up, untimed, the first time."""
 
-    def __init__(self, options: Namespace, setting: Setting, dataset: Dataset, stem: bool):
-        self._options, self._setting, self._dataset, self._stem = options, setting, dataset, stem
+    def __init__(self, options: Namespace, variants: dict[str, Recipe], setting: Setting, dataset: Dataset, stem: bool):
+        self.options, self._setting, self._dataset, self._stem = options, setting, dataset, stem
+        self._scaled = {name: self._scale(recipe) for name, recipe in variants.items()}
         self._trainers: dict[str, Trainer] = {}
         # what every run of a variant costs
         self._costs: dict[str, dict] = {}
 
-    def scaled(self, recipe: Recipe) -> tuple[Recipe, Budget]:
-        recipe = stretched(narrowed(recipe, self._options.width), self._options.epochs_factor)
-        return recipe, plan_budget(recipe, len(self._dataset.train_images), self._options.batch_size)
+    def _scale(self, recipe: Recipe) -> tuple[Recipe, Budget]:
+        recipe = stretched(narrowed(recipe, self.options.width), self.options.epochs_factor)
+        return recipe, plan_budget(recipe, len(self._dataset.train_images), self.options.batch_size)
 
-    def describe(self, name: str, recipe: Recipe, seed: int) -> dict:
+    def describe(self, name: str, seed: int) -> dict:
         """All of the record that is known before the run."""
         record = {
-            "plan": self._options.plan,
+            "plan": self.options.plan,
             "variant": name,
             "seed": seed,
-            "width": self._options.width,
-            "epochs_factor": self._options.epochs_factor,
-            **describe(self._setting, *self.scaled(recipe), self._dataset),
+            "width": self.options.width,
+            "epochs_factor": self.options.epochs_factor,
+            **describe(self._setting, *self._scaled[name], self._dataset),
         }
         # as it will be read back: tuples become lists
         return json.loads(json.dumps(record))
 
-    def run(self, name: str, recipe: Recipe, seed: int, listener: Listener = SILENT) -> dict:
+    def run(self, name: str, seed: int, listener: Listener = SILENT) -> dict:
         """Train it: what is known of the record only afterwards."""
-        recipe, budget = self.scaled(recipe)
+        recipe, budget = self._scaled[name]
         setting, dataset = self._setting, self._dataset
         trainer = self._trainers.get(name)
         if trainer is None:
@@ -151,18 +197,29 @@ class Runner:
         }
 
 
-def same_run(record: dict, old: dict, path: Path) -> bool:
-    """Whether a run on file is this one: variant, seed, data and machine alike, whatever the commit.
+def missing(queue: list[dict], path: Path, note: Callable[[str], None]) -> list[dict]:
+    """The runs of the queue that are not on file. Raises UserError where a variant's recipe was another then."""
+    written = runs.read(path, note, wait=True)
+    trials, found = {runs.trial(run): run for run in written}, set(map(runs.identity, written))
+    for run in queue:
+        if not compare.same_recipe(trials.get(runs.trial(run), run), run):
+            raise UserError(
+                f"{path} holds runs of {run['variant']!r} with another recipe or budget; name another --json"
+            )
+    return [run for run in queue if runs.identity(run) not in found]
 
-    Raises UserError when the variant's recipe was another then.
-    """
-    if record["variant"] != old["variant"] or compare.conditions(record) != compare.conditions(old):
-        return False
-    if not compare.same_recipe(record, old):
-        raise UserError(
-            f"{path} holds runs of {record['variant']!r} with another recipe or budget; name another --json"
-        )
-    return record["seed"] == old["seed"]
+
+def shard(text: str) -> tuple[int, int]:
+    """Of an argument: I/N, 1 <= I <= N."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ArgumentTypeError(f"expected I/N with 1 <= I <= N, such as 2/8, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def part_of(queue: list[dict], i: int, n: int) -> list[dict]:
+    """Part i of n, i from 1 on: neighbours, so that a seed's runs stay together; sizes differ by 1 at most."""
+    return queue[(i - 1) * len(queue) // n : i * len(queue) // n]
 
 
 def choose_variants(plan: Plan, name: str, only: list[str] | None) -> dict[str, Recipe]:

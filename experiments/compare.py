@@ -69,17 +69,15 @@ def comparable(records: Iterable[dict]) -> list[tuple[dict, list[dict]]]:
 def compare(records: list[dict], plan: Plan) -> list[Row]:
     """Rows of one comparable group in the plan's order; the first is the baseline.
 
-    Raises UserError when a variant's runs are of different recipes, or a seed occurs twice.
+    Of a seed that occurs twice the first run counts. Raises UserError when a variant's runs are of different recipes.
     """
     runs: dict[str, dict[int, dict]] = {name: {} for name in plan.variants}
     for record in records:
         name, seed = record["variant"], record["seed"]
         seen = runs.setdefault(name, {})
-        if seed in seen:
-            raise UserError(f"the runs hold seed {seed} of {name!r} twice; keep one")
         if seen and not same_recipe(next(iter(seen.values())), record):
             raise UserError(f"the runs of {name!r} are of two recipes or budgets; keep those of one")
-        seen[seed] = record
+        seen.setdefault(seed, record)
     runs = {name: seen for name, seen in runs.items() if seen}
     baseline = next(iter(runs.values()))
     rows = []

@@ -14,6 +14,7 @@ from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
+from blink.experiments.runs import distinct
 from blink.tables import markdown as table
 from blink.training.results import with_spread
 
@@ -132,7 +133,7 @@ def line_tables(folder: Path) -> tuple[str, str, str]:
                 link = f"[{path.name}](results/{path.name})"
                 near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
                 continue
-            for shared, group in compare.comparable(found):
+            for shared, group in compare.comparable(distinct(found, path)):
                 name = shared["plan"]
                 plans[name] += f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
     # in the order of the plans, whatever their files are called

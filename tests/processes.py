@@ -1,17 +1,15 @@
-"""Commands as processes of their own that start quickly: what they import, torch included, is imported once."""
+"""Commands as processes of their own, which start quickly."""
 
-import multiprocessing
 import os
 import resource
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from blink.__main__ import main
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["blink.training.command", "tests.processes"])
+from tests import forked
 
 
 def _run(arguments: list[str], output: Path | None, stdout: str | None, encoding: str, room: int | None) -> None:
@@ -35,12 +33,10 @@ def _onto(path: str, number: int, encoding: str):
 def started(
     arguments: list, output: Path | None = None, stdout: str | None = "", encoding: str = "utf-8",
     room: int | None = None,
-) -> multiprocessing.Process:  # fmt: skip
+) -> BaseProcess:  # fmt: skip
     """`blink ARGUMENTS`, with one thread; what it prints goes to the files `output`.out and .err.
 
     stdout: in place of the former; None: there is no standard output. encoding: the terminal's.
     room: bytes of address space that it may take for itself.
     """
-    process = _CONTEXT.Process(target=_run, args=(list(map(str, arguments)), output, stdout, encoding, room))
-    process.start()
-    return process
+    return forked.started(_run, list(map(str, arguments)), output, stdout, encoding, room)

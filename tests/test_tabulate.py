@@ -65,6 +65,19 @@ def test_runs_of_a_plan_become_its_table_where_they_decide_something(copy):
         assert ("Too few runs to tell from 'air': blink." in text) != shown
 
 
+def test_a_run_that_was_not_finished_or_is_there_twice_is_noted(copy, capsys):
+    shutil.rmtree(copy / "results")
+    (copy / "results").mkdir()
+    runs = [{**record("air", seed, accuracy), "plan": "recipes"} for seed, accuracy in ((0, 0.8), (1, 0.9), (1, 0.1))]
+    text = "".join(json.dumps(run) + "\n" for run in runs)
+    (copy / "results" / "there.jsonl").write_text(text + json.dumps(runs[0])[:-5])
+    assert main(["tabulate", "--root", str(copy)]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert "line 4 of" in first and "was not finished" in first
+    assert "holds seed 1 of 'air' twice; the first counts" in second
+    assert "n = 2; d f" in (copy / "results" / "README.md").read_text()
+
+
 def write_race(copy: Path, name: str, device: str) -> None:
     where = {"environment": {"device_type": device}}
     found = [block("blink", 0, [1.0, 1.2], **where), block("peer", 0, [2.0, 2.2], note="peer is a stand-in", **where)]
@@ -90,7 +103,7 @@ def test_a_race_becomes_its_table_and_one_on_a_gpu_takes_the_first_screen(copy):
     assert shown == [[True, False], [False, True]]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])
+@pytest.mark.parametrize("text", ["{\n", "[]", '{"plan": "recipes"}', '{"plan": "unknown"}'])
 def test_a_damaged_file_of_runs_is_named_in_one_line(copy, capsys, text):
     (copy / "results" / "bad.jsonl").write_text(text)
     assert main(["tabulate", "--root", str(copy)]) == 2

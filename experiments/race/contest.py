@@ -129,6 +129,7 @@ def _own_runs(out: Path) -> tuple[list[dict], int | None]:
 
 
 def _peer_runs(out: Path) -> tuple[list[dict], int | None]:
-    lines = records.read(out)
+    # while it goes on, its last line may not be finished
+    lines = records.read(out, note=lambda line: None)
     runs = [line for line in lines if "accuracy" in line]
     return runs, next((line["peak_bytes"] for line in lines if "peak_bytes" in line), None)
