@@ -98,17 +98,18 @@ def add_json_argument(add, what: str, overwritten: str = "--json") -> None:
     add("--overwrite", action="store_true", help=f"replace what an earlier call left in {overwritten}")
 
 
-def positive(kind: type):
-    """Of an argument: a finite number above 0."""
+def positive(kind: type, most: float = float("inf")):
+    """Of an argument: a finite number above 0, and not above `most`."""
 
     def parse_positive(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = 0
-        if not 0 < value < float("inf"):
+        if not 0 < value < float("inf") or value > most:
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"expected a {what} above 0, not {text!r}")
+            limit = "" if most == float("inf") else f", at most {most:,}"
+            raise argparse.ArgumentTypeError(f"expected a {what} above 0{limit}, not {text!r}")
         return value
 
     return parse_positive

@@ -11,6 +11,10 @@ from blink.training.recipes import Recipe
 MIN_STEPS_PER_EPOCH = 16
 
 
+# their learning rates and losses are in tables
+MOST_STEPS = 10_000_000
+
+
 @dataclass(frozen=True)
 class Budget:
     """batch_size: images a step; total_steps: of a whole run, the last epoch may be cut short; micro_batch: images of a
@@ -51,6 +55,8 @@ def plan_budget(
     batch_size = min(batch_size, images)
     per_epoch = images // batch_size
     total = steps if steps is not None else max(1, round((epochs or recipe.epochs) * per_epoch))
+    if total > MOST_STEPS:
+        raise UserError(f"a run of {total:,} steps is above {MOST_STEPS:,}; set fewer --epochs or --steps")
     return Budget(batch_size, per_epoch, total, micro_batch)
 
 

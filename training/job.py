@@ -19,6 +19,8 @@ from blink.training.recipes import RECIPES, Recipe, with_flip, with_network
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
 
+# of a side; more pixels than any of the networks here is for
+_LARGEST_SIZE = 4096
 STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same"), "none": (None, "same")}
 
 
@@ -64,7 +66,7 @@ def add_data_arguments(add) -> None:
     add("--data", metavar="PATH", help="a folder of images, of Parquet files or of a published data set, or cifar10, "
         "cifar100, mnist, fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else "
         "synthetic)")  # fmt: skip
-    add("--size", type=positive(int), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
+    add("--size", type=positive(int, _LARGEST_SIZE), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
         "one size, else that of most, else 32)")  # fmt: skip
     add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
         "folder has no test images (default: 0.1)")  # fmt: skip
