@@ -66,8 +66,8 @@ def add_data_arguments(add) -> None:
     add("--data", metavar="PATH", help="a folder of images, of Parquet files or of a published data set, or cifar10, "
         "cifar100, mnist, fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else "
         "synthetic)")  # fmt: skip
-    add("--size", type=positive(int, _LARGEST_SIZE), metavar="N", help="scale and crop the images of a folder to NxN (default: their "
-        "one size, else that of most, else 32)")  # fmt: skip
+    add("--size", type=positive(int, _LARGEST_SIZE), metavar="N", help="scale and crop the images of a "
+        "folder to NxN (default: their one size, else that of most, else 32)")  # fmt: skip
     add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
         "folder has no test images (default: 0.1)")  # fmt: skip
     add("--limit", type=positive(int), metavar="N", help="no more than N training and N test images, always the same")
