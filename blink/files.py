@@ -53,6 +53,14 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+def from_json(text: str | bytes):
+    """What a text of unknown origin holds. Raises ValueError for whatever it is that cannot be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write atomically: the old file stays whole if the disk fills up. `STANDARD_OUTPUT` is that. Raises UserError."""
     content = {"blink": __version__, **content}

@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from blink.errors import UserError
+from blink.files import from_json
 
 
 def tell(line: str) -> None:
@@ -103,7 +104,7 @@ def _unfinished(data: bytes) -> bytes:
     """The last line if it is the beginning of a record only; a whole one may lack its end of line."""
     last = data[data.rfind(b"\n") + 1 :]
     try:
-        json.loads(last)
+        from_json(last)
     except ValueError:
         return last if last.startswith(b"{") else b""
     return b""
@@ -117,7 +118,7 @@ def _parse(data: bytes, path: Path, keys: tuple[str, ...], note: Callable[[str],
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = from_json(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
             missing = [key for key in keys if key not in record]

@@ -65,6 +65,7 @@ def load(path: str | Path, device: str | torch.device | None = None, kernels: st
         config = NetworkConfig(**{**fields, "conv_groups": tuple(Group(**g) for g in fields["conv_groups"])})
         classes, image_shape = tuple(map(str, content["classes"])), tuple(map(int, content["image_shape"]))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_sizes(config, len(classes), image_shape, state)
         network = Network(config, len(classes), image_shape, backends.select(kernels, device))
         network.load_state_dict(state)
         network = network.to_compute_dtype(torch.float32).to(device)
@@ -72,3 +73,17 @@ def load(path: str | Path, device: str | torch.device | None = None, kernels: st
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be used here ({reason[:200]}); {EXPECTED}") from error
     return Classifier(network, classes, image_shape, content).eval().requires_grad_(False)
+
+
+def check_sizes(
+    config: NetworkConfig, classes: int, image_shape: tuple[int, int, int], state: dict[str, Tensor]
+) -> None:
+    """Raises ValueError where a network is not what its weights are of, before memory is taken for it."""
+    if len(config.conv_groups) > len(state) or classes > max((len(t) for t in state.values() if t.dim()), default=0):
+        raise ValueError("size mismatch: it tells of more than its weights are of")
+    with torch.device("meta"):
+        sketch = Network(config, classes, image_shape, backends.reference()).state_dict()
+    for name, value in sketch.items():
+        if name not in state or state[name].shape != value.shape:
+            found = list(state[name].shape) if name in state else "nothing"
+            raise ValueError(f"size mismatch for {name}: {found} where {list(value.shape)} is told of")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blink.errors import UserError
-from blink.files import replacing
+from blink.files import from_json, replacing
 from blink.model.network import NetworkConfig
 
 # of the metadata; a file of a later one is refused
@@ -78,7 +78,7 @@ def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
     """
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
+            content = from_json((file.metadata() or {})[_KEY])
             state = {name: file.get_tensor(name) for name in (file.keys() if weights else ())}
         later = content["format"] > FORMAT
     except FileNotFoundError as error:

@@ -1,6 +1,5 @@
 """What `blink train` wrote, read back and checked: a folder of --out, or a file of --json with what lies beside it."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blink.errors import UserError
+from blink.files import from_json
 from blink.model import saved
 from blink.training import gallery
 from blink.training.gallery import Gallery
@@ -121,7 +121,7 @@ def read(path: Path) -> Training:
 def parsed(text: str) -> dict:
     """Raises ValueError, which says what else it is where that is known."""
     try:
-        content = json.loads(text)
+        content = from_json(text)
     except ValueError as error:
         lines = text.splitlines()
         if len(lines) > 1 and lines[0].startswith("{") and lines[0].endswith("}"):

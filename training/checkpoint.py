@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blink.errors import UserError
+from blink.files import from_json
 from blink.model.saved import write_tensors
 from blink.training.clock import Stopwatch
 from blink.training.results import EpochRow
@@ -131,7 +132,7 @@ class Checkpoints:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
-        content = json.loads((file.metadata() or {})[_KEY])
+        content = from_json((file.metadata() or {})[_KEY])
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']}, expected {_FORMAT}")
         return content, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

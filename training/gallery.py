@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blink.errors import UserError
+from blink.files import from_json
 from blink.kernels.gather import Gather
 from blink.kernels.reference import normalize
 from blink.model.saved import write_tensors
@@ -157,7 +158,7 @@ def read(path: Path) -> Gallery:
     """What `save` wrote; nothing in it is executed. Raises UserError for what is no such file, whole and consistent."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
+            about = from_json((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["format"] > FORMAT:
             raise UserError(f"{path} is of a later version of blink (format {about['format']}); update blink")

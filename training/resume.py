@@ -6,6 +6,7 @@ from pathlib import Path
 
 from blink.command import parse
 from blink.errors import UserError
+from blink.files import from_json
 from blink.training.job import Job
 from blink.training.results import RunResult, run_from_dict
 
@@ -39,7 +40,7 @@ def summary_of(folder: Path) -> dict:
     """What a training wrote last to its folder. Raises UserError."""
     path = folder / SUMMARY
     try:
-        content = json.loads(path.read_text())
+        content = from_json(path.read_text())
         if content["command"][:2] != ["blink", "train"] or not isinstance(content["runs"], list):
             raise ValueError("other content")
         return content

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blink.files import remove_leftovers, replacing
+from blink.files import from_json, remove_leftovers, replacing
 from blink.training.data.dataset import Dataset
 
 _FORMAT = "4"
@@ -90,11 +90,11 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if meta.get("key") != key or set(tensors) != set(_TENSORS):
             raise ValueError(f"it was made for the source {meta.get('key')}, expected {key}")
-        if json.loads(meta["crc32"]) != _checksums(tensors):
+        if from_json(meta["crc32"]) != _checksums(tensors):
             raise ValueError("its checksums differ")
-        told = dict(classes=tuple(json.loads(meta["classes"])), mirror=json.loads(meta["mirror"]))
+        told = dict(classes=tuple(from_json(meta["classes"])), mirror=from_json(meta["mirror"]))
         dataset = Dataset(meta["name"], meta["fingerprint"], **told, **tensors)
-        return dataset, json.loads(meta["notes"])
+        return dataset, from_json(meta["notes"])
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, [f"the cached images in {path} are of no use ({reason}): decoded anew"]

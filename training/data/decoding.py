@@ -1,5 +1,6 @@
 """One image file as pixels, upright, in RGB, of the size that is wanted."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -10,6 +11,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from blink.errors import UserError
+
+# of damaged metadata and large images: what matters of them is an error
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # of EXIF's orientations those that turn an image by a quarter
 _TURNED, _ORIENTATION = (5, 6, 7, 8), 0x0112
@@ -40,7 +44,9 @@ def decode(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"{name or file} is an animation, expected one still image; replace or remove it")
             return pixels_of(image, name or file)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # an untrusted file can fail in any way
         raise _unreadable(name or file, error) from error
 
 
@@ -90,7 +96,9 @@ def size_of(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION) in _TURNED
             return (width, height) if turned else (height, width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # an untrusted file can fail in any way
         raise _unreadable(name or file, error) from error
 
 
