@@ -149,7 +149,7 @@ def assembled(file: Path, content: dict, written: datetime) -> Training:
     """Raises KeyError, TypeError, ValueError or AttributeError for what is no summary."""
     data, kernels, budget, recipe = (content[name] for name in ("data", "kernels", "budget", "recipe"))
     # what earlier versions did not tell is not known
-    flops, peak = content.get("flops"), content.get("peak_bytes")
+    flops, peak, started = (content.get(name) for name in ("flops", "peak_bytes", "started"))
     name = str(recipe["name"])
     if "/" in name:
         raise ValueError(f"{name!r} is no recipe's name")
@@ -173,9 +173,7 @@ def assembled(file: Path, content: dict, written: datetime) -> Training:
     return Training(
         path=file,
         label=name,
-        started=said(datetime.fromisoformat(content["started"]))
-        if "started" in content
-        else f"file of {said(written)}",
+        started=f"file of {said(written)}" if started is None else said(datetime.fromisoformat(started)),
         command=tuple(map(str, content["command"])),
         data=about,
         recipe=dict(recipe),
