@@ -4,12 +4,14 @@ Sources of the architectures and their numbers: hlb-CIFAR10 v0.3.0 (the defaults
 (`AIR` in recipes, from which the default recipe comes).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from blink.kernels.gather import Gather
+from blink.kernels.reference import ACTIVATIONS
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
 from blink.model.layers import ConvGroup, NormAct, PlainStem, ProjectedStem, SEGate, WhitenStem
@@ -23,6 +25,10 @@ class Group:
     depth: int = 2
     residual: bool = True
     se: bool = True
+
+    def __post_init__(self):
+        if self.channels < 1 or self.depth < 0:
+            raise ValueError(f"a group has 1 channel or more, and 0 further convolutions or more, unlike {self}")
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,24 @@ class NetworkConfig:
     gates_start_constant: bool = False
 
     def __post_init__(self):
+        if not self.conv_groups:
+            raise ValueError("a network has at least one group of convolutions, and none is given")
         if self.whiten_kernel not in (2, 3, None):
             raise ValueError(f"the whitening kernel is 2, 3 or None, not {self.whiten_kernel}")
         if self.whiten_padding not in (0, "same"):
             raise ValueError(f"the whitening padding is 0 or 'same', not {self.whiten_padding!r}")
         if self.se_reduction is not None and self.se_reduction < 1:
             raise ValueError(f"the SE reduction is at least 1 (or None for no SE), not {self.se_reduction}")
+        if self.stem_channels is not None and self.stem_channels < 1:
+            raise ValueError(f"stem_channels is at least 1 (or None for no projection), not {self.stem_channels}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(map(str, ACTIVATIONS))}, not {self.activation!r}")
+        if not 0 <= self.norm_momentum <= 1:
+            raise ValueError(f"norm_momentum is from 0 to 1, not {self.norm_momentum}")
+        for name in ("whiten_eps", "norm_eps", "logit_scale", "head_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is a number above 0, not {value}")
 
     @property
     def minimum_image_size(self) -> int:

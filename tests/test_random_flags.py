@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import tempfile
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blink.__main__ import COMMANDS, main
+from blink.training import show_recipes
+from blink.training.recipes import RECIPES
 
 EXAMPLES = int(os.environ.get("BLINK_FUZZ_EXAMPLES", "40"))
 ODD = ["", "x", "-", "-1", "0", "1e400", "nan", "99999999999999999999", "/proc/x", "a\nb", "\udcff", "é"]
@@ -79,6 +82,18 @@ ENVIRONMENTS = {
     "FORCE_COLOR": ["1"],
     "HOME": ["/nonexistent"],
 }
+
+
+# every setting of two recipes, at values that few of them take
+SETTINGS = [
+    f"{name}={value}"
+    for recipe in (RECIPES["blink"], RECIPES["hlb"])
+    for name in show_recipes.settings(asdict(recipe))
+    for value in ("0", "-1", "0.5", "1e30", "None", "x", "nan", "1e400", "True", "()", "(0,0)", "1")
+    # a run of which would take long, or no run's memory
+    if not (name in ("epochs", "whiten_images") or (value == "1e30" and "channels" in name))
+]
+TRAIN["--set"] += SETTINGS
 
 
 def words(flags: dict[str, list[str]]) -> st.SearchStrategy[list[str]]:
@@ -176,3 +191,10 @@ def test_other_commands(name, data, environment):
 def test_no_command(arguments):
     code, err = called(arguments, {})
     assert code in (0, 2) and err.count("\n") == (code == 2)
+
+
+@quick
+@given(setting=st.sampled_from(SETTINGS), recipe=st.sampled_from(["blink", "hlb"]))
+def test_settings(setting, recipe):
+    small = ["--data", "images", "--steps", "1", "--batch-size", "4", "--device", "cpu", "--dtype", "fp32"]
+    check(["train", *small, "--validate", "2", "--recipe", recipe, "--set", setting], {})

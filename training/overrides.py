@@ -1,6 +1,7 @@
 """`--set NAME=VALUE`: any setting of a recipe, by the name that `blink recipes RECIPE` lists it under."""
 
 import ast
+import math
 from dataclasses import is_dataclass, replace
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -82,7 +83,8 @@ def _as(value, hint) -> tuple[bool, object]:
         found = [_as(v, _element(hint, at)) for at, v in enumerate(value)]
         return all(fits for fits, _ in found), tuple(v for _, v in found)
     if hint is float:
-        return type(value) in (int, float), float(value) if type(value) in (int, float) else None
+        fits = type(value) in (int, float) and math.isfinite(value)
+        return fits, float(value) if fits else None
     return type(value) is hint, value
 
 

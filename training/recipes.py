@@ -18,6 +18,11 @@ class Schedule:
     final: float = 0.0
     hold: float = 0.0
 
+    def __post_init__(self):
+        for name in ("peak", "final", "hold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a fraction, not {getattr(self, name)}")
+
     def factor(self, step: int, total_steps: int) -> float:
         """At step 0, 1, ... of total_steps."""
         peak = max(self.peak * total_steps - 1, 0.0)
@@ -48,6 +53,23 @@ class ParamGroup:
     mean_lr: bool = False
     epochs: float | None = None
     layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        _check_ranges(self, lr=(0, _ANY), momentum=(0, _ANY), decay=(0, _ANY), epochs=(0, _ANY))
+
+
+# the largest that a setting may be where nothing bounds it
+_ANY = 1e9
+
+
+def _check_ranges(settings, **ranges: tuple[float, float]) -> None:
+    """Raises ValueError naming the first setting that is not from the least to the most; None is none of them."""
+    for name, (least, most) in ranges.items():
+        values = getattr(settings, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value is not None and not least <= value <= most:
+                bounds = f"{least} or more" if most == _ANY else f"from {least} to {most}"
+                raise ValueError(f"{name} is {bounds}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,12 @@ class Recipe:
     whiten_images: int | None = None
 
     def __post_init__(self):
+        _check_ranges(
+            self, batch_size=(1, _ANY), label_smoothing=(0, 1), translation=(0, _ANY), cutout=(0, _ANY),
+            jitter=(0, _ANY), ema_fraction=(0, 1), ema_decay=(0, 1), ema_every=(1, _ANY), whiten_images=(1, _ANY),
+        )  # fmt: skip
+        if not 0 < self.epochs <= _ANY:
+            raise ValueError(f"epochs is a number above 0, not {self.epochs}")
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is a fraction above 0, not {self.keep}")
         if not 0 <= self.tta_fraction <= 1:

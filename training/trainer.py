@@ -62,7 +62,10 @@ class Trainer:
         for module in self.network.modules() if budget.at_a_time < budget.batch_size else ():
             if isinstance(module, NormAct):
                 module.momentum = 1 - (1 - module.momentum) ** (budget.at_a_time / budget.batch_size)
-        self.optimizer = Optimizer(self.network, recipe, budget, backend)
+        try:
+            self.optimizer = Optimizer(self.network, recipe, budget, backend)
+        except ValueError as error:
+            raise UserError(f"recipe {recipe.name}: {error}") from error
         self.progress = Progress(budget.total_steps, self.device)
         self.average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._loss_of = loss_function(self.network, backend, recipe.label_smoothing)
