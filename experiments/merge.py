@@ -52,7 +52,7 @@ def run(options: Namespace) -> int:
             temporary.write_bytes(b"".join(as_line(found[key]) for key in sorted(found)))
     except OSError as error:
         raise UserError(f"could not write {out} ({error.strerror}); free some space or name another file") from error
-    twice = f"; {read - len(found)} were there again" if read > len(found) else ""
+    twice = f"; duplicates left out: {read - len(found)}" if read > len(found) else ""
     print(f"{out}: {len(found)} runs of {len(files)} file{'s' if len(files) != 1 else ''}{twice}")
     return 0
 

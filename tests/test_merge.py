@@ -34,7 +34,7 @@ def test_each_run_once_in_a_stable_order(files, tmp_path, capsys):
     before, out = contents(tmp_path), tmp_path / "all.jsonl"
     assert merge(*files, "-o", out) == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{out}: 5 runs of 2 files; 1 were there again\n" and printed.err == ""
+    assert printed.out == f"{out}: 5 runs of 2 files; duplicates left out: 1\n" and printed.err == ""
     found = [(run["width"], run["seed"], run["variant"], run["accuracy"]) for run in runs.read(out)]
     half = [(0.5, 0, "base", 0.8), (0.5, 0, "other", 0.9), (0.5, 1, "base", 0.7), (0.5, 1, "other", 0.6)]
     assert found == [*half, (1.0, 0, "base", 0.5)]

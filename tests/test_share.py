@@ -268,6 +268,32 @@ def test_processes_that_add_at_once_write_whole_lines(path):
         assert [each["number"] for each in found if each["who"] == who] == list(range(25))
 
 
+def append_when_told(path: Path, begun: Path) -> None:
+    begun.touch()
+    records.append(path, {"n": 1})
+
+
+def read_when_told(path: Path, begun: Path) -> None:
+    begun.touch()
+    os._exit(10 + len(records.read(path, note=fail, wait=True)))
+
+
+@pytest.mark.parametrize(("function", "exit_code"), [(append_when_told, 0), (read_when_told, 11)])
+def test_whoever_adds_or_looks_waits_for_who_adds(path, tmp_path, function, exit_code):
+    line = records.as_line({"n": 0})
+    with records.locked(path) as file:
+        file.write(line[:4])
+        process = started(function, path, tmp_path / "begun")
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        # it would have done it by now
+        time.sleep(0.5)
+        file.write(line[4:])
+    process.join()
+    assert process.exitcode == exit_code
+    assert [each["n"] for each in records.read(path, note=fail)] == ([0, 1] if function is append_when_told else [0])
+
+
 def test_runs_that_are_there_twice_are_told(path):
     for run in (record("base", 0, 0.8), record("base", 1, 0.7), record("base", 0, 0.1)):
         records.append(path, run)
@@ -333,6 +359,17 @@ def test_a_run_that_another_process_wrote_meanwhile_is_not_written_again(words, 
     assert main([*words, "--json", str(path), "--only", "first"]) == 0
     assert "wrote seed 0 of 'first' meanwhile" in " ".join(capsys.readouterr().out.split())
     assert [each["accuracy"] for each in runs.read(path, fail)] == [0.125]
+
+
+def test_a_run_that_was_written_between_the_look_and_the_claim_is_not_trained(words, path, monkeypatch):
+    assert main([*words, "--json", str(path), "--only", "first"]) == 0
+    (run,) = runs.read(path)
+    path.unlink()
+    take = claims.Claims.take
+    monkeypatch.setattr(claims.Claims, "take", lambda own, each: records.append(path, run) and take(own, each))
+    monkeypatch.setattr(ablate, "train", fail)
+    assert main([*words, "--json", str(path), "--only", "first"]) == 0
+    assert runs.read(path, fail) == [run] and list(path.parent.iterdir()) == [path]
 
 
 def test_a_failed_run_leaves_no_claim(words, path, monkeypatch):
