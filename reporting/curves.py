@@ -82,8 +82,11 @@ def draw(axes, panel: Panel, trainings: list[Training], ink: str, grid: str, col
             _line(axes, averaged, scale, colour, marker, linestyle="--")
             final = training.spread("accuracy")
             at, half = training.total_steps / training.steps_per_epoch, final["ci95"]
-            axes.errorbar([at], [scale * final["mean"]], None if half is None else [[scale * half]] * 2, color=colour,
-                marker="*", markersize=9, capsize=3, clip_on=False, zorder=3)  # fmt: skip
+            # an interval of few runs may leave what an accuracy can be
+            mean, most = scale * final["mean"], 100 if panel.percent else float("inf")
+            reach = None if half is None else [[min(scale * half, mean)], [min(scale * half, most - mean)]]
+            axes.errorbar([at], [mean], reach, color=colour, marker="*", markersize=9, capsize=3, clip_on=False,
+                zorder=3)  # fmt: skip
     if panel.percent:
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low), min(100, high))

@@ -175,7 +175,8 @@ def _classes(half: Path, others: Counter) -> dict[str, list[Path]]:
 def _left_out(others: Counter) -> list[str]:
     """A line on files in class folders that are no images, if there are any."""
     endings = ", ".join(ending for ending, _ in others.most_common(5))
-    return [f"{others.total()} files are no images and left out ({endings})"] if others else []
+    counted = "1 file is no image" if others.total() == 1 else f"{others.total()} files are no images"
+    return [f"{counted} and left out ({endings})"] if others else []
 
 
 def _quoted(names: list[str]) -> str:
