@@ -9,9 +9,11 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from blink.command import parse
+from blink.files import write_json
 from blink.inference.classifier import Classifier
 from blink.inference.classifier import load as load_network
-from blink.training import command
+from blink.reporting.command import write_report
+from blink.training import command, gallery, resume
 from blink.training.data.in_memory import from_memory
 from blink.training.listener import Listener
 from blink.training.recipes import Recipe
@@ -76,6 +78,17 @@ class Result(Sequence[RunResult]):
             path = Path(folder) / "network.safetensors"
             self.save(path, run)
             return load_network(path)
+
+    def report(self, path: str | Path) -> None:
+        """Write the page that `blink report` makes of a training: curves, confusions, mistakes, the first layer."""
+        with TemporaryDirectory() as folder:
+            write_json(Path(folder) / resume.SUMMARY, self.summary)
+            for number, run in enumerate(self):
+                network = Path(folder) / f"{self._job.recipe.name}-seed{run.seed}.safetensors"
+                self.save(network, number)
+                if run.logits is not None:
+                    gallery.save(resume.gallery_file(network), run, self._job.dataset, {}, self._job.recipe.name)
+            write_report([Path(folder)], Path(path))
 
     def save(self, path: str | Path, run: int = 0) -> None:
         """Write the network of run 0, 1, ... as `blink train --out` does, for `blink.load` and `blink predict`."""

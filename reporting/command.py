@@ -9,7 +9,7 @@ from pathlib import Path
 from blink.errors import UserError
 from blink.files import check_output, replacing
 from blink.optional import needed
-from blink.reporting.trainings import read_all
+from blink.reporting.trainings import Training, read_all
 
 EXAMPLES = (
     "blink report runs/photographs",
@@ -25,18 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    for library in ("jinja2", "matplotlib"):
-        needed(library, "blink report")
-    check_output(options.output)
-    trainings = read_all(options.trainings)
-    from blink.reporting.page import render
-
-    page, damaged = render(trainings)
-    try:
-        with replacing(options.output) as temporary:
-            temporary.write_text(page)
-    except OSError as error:
-        raise UserError(f"could not write {options.output} ({error.strerror}); name another file") from error
+    trainings, damaged = write_report(options.trainings, options.output)
     for training in trainings:
         for line in training.missing:
             print(f"{training.path}: {line}")
@@ -45,3 +34,20 @@ def run(options: argparse.Namespace) -> int:
         print(f"blink: {line}", file=sys.stderr)
     print(f"wrote {options.output}")
     return 2 if damaged else 0
+
+
+def write_report(paths: list[Path], output: Path) -> tuple[list[Training], list[str]]:
+    """Write the page of these trainings: (they, a line on each file beside them that is damaged). Raises UserError."""
+    for library in ("jinja2", "matplotlib"):
+        needed(library, "a report")
+    check_output(output)
+    trainings = read_all(paths)
+    from blink.reporting.page import render
+
+    page, damaged = render(trainings)
+    try:
+        with replacing(output) as temporary:
+            temporary.write_text(page)
+    except OSError as error:
+        raise UserError(f"could not write {output} ({error.strerror}); name another file") from error
+    return trainings, damaged

@@ -109,6 +109,9 @@ def test_a_result_has_what_the_command_writes_and_its_networks(tmp_path, capsys)
     for name, value in result.network(1).network.state_dict().items():
         assert torch.equal(value.cpu(), loaded.network.state_dict()[name])
     assert result.model.predict(list(images[:2])).shape == (2, 4)
+    result.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "blink on arrays" in page and "Most confident mistakes" in page and "data:image/png" in page
 
 
 def test_a_recipe_of_ones_own_and_verbose_output(capsys):
