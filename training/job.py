@@ -115,8 +115,7 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
     Raises UserError.
     """
     notes: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with image_bar(console) as bar:
         task = bar.add_task("decoding", total=None, visible=False)
 
         def progress(done: int, total: int) -> None:
@@ -128,6 +127,12 @@ def load_data(options: argparse.Namespace, console: Console) -> tuple[Dataset, l
 
         dataset = data.load(options.data, progress, note, options.size, options.val_split)
         return dataset.limited(options.limit), notes
+
+
+def image_bar(console: Console) -> Progress:
+    """A progress bar that counts images, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def describe_stem(recipe: Recipe, backend: str) -> str:

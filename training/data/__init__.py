@@ -4,7 +4,8 @@ torchvision, which reads the published data sets, is imported only when there is
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -66,22 +67,17 @@ def generated() -> Dataset:
 
 
 def read(
-    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None
-) -> Dataset:
+    path: Path, progress: Progress, note: Note, size: int | tuple[int, int] | None = None,
+    val_split: float | None = None,
+) -> Dataset:  # fmt: skip
     """Read the data set at `path`, from the cache if it was decoded before. Raises UserError."""
-    try:
-        if not path.exists():
-            raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
-        if not path.is_dir():
-            raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
+    with reading(path):
         root, name, reader, statistics = _recognize(path, progress, note, said := [], size, val_split)
         key = cache.source_key(root, f"{size} {val_split}")
         dataset, notes = cache.load(key)
         for line in notes:
             note(line)
         decoded = None if dataset is not None else reader()
-    except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
     if decoded is not None:
         dataset = assemble(name, *decoded, statistics=statistics)
         warning = cache.store(key, dataset, said)
@@ -90,18 +86,30 @@ def read(
     return dataset
 
 
-def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size: int | None, val_split: float | None):
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, `path` is a folder, and what cannot be read in it is one line. Raises UserError."""
+    try:
+        if not path.exists():
+            raise UserError(f"there is no {path}; --data takes a folder, or cifar10, cifar100, synthetic")
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
+
+
+def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size, val_split: float | None):
     """(folder, data set name, reader, fixed pixel statistics or None) of whichever layout `path` holds.
 
     said: gets the lines that the reader notes, which a cached copy says again.
     """
-    halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
-    for layout in LAYOUTS if not halves or any(path.glob("cifar-*")) else ():
+    found = published(path)
+    if found:
+        _only_for_folders(size, val_split)
+        root, layout = found
         statistics = (CIFAR10_MEAN, CIFAR10_STD) if layout.name == "cifar10" else None
-        for root in (path, path / layout.folder):
-            if (root / layout.train[0]).is_file() or (root / layout.classes).is_file():
-                _only_for_folders(size, val_split)
-                return root, layout.name, partial(_read_published, root, layout), statistics
+        return root, layout.name, partial(_read_published, root, layout), statistics
     tree = image_tree.locate(path)
     if tree:
         root, notes = tree
@@ -120,6 +128,16 @@ def _recognize(path: Path, progress: Progress, note: Note, said: list[str], size
     raise UserError(
         f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor CIFAR batches; it holds {listed}"
     )
+
+
+def published(path: Path) -> tuple[Path, Layout] | None:
+    """(the folder of a published data set in or at this folder, how it is laid out), or None."""
+    halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
+    for layout in LAYOUTS if not halves or any(path.glob("cifar-*")) else ():
+        for root in (path, path / layout.folder):
+            if (root / layout.train[0]).is_file() or (root / layout.classes).is_file():
+                return root, layout
+    return None
 
 
 def _read_published(root: Path, layout: Layout):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -45,10 +46,10 @@ def locate(path: Path) -> tuple[Path, list[str]] | None:
         return path.parent if path.name == whole.name else whole.parent, [
             f"{path} is a part of a data set: all of it is taken"
         ]
-    folders = _folders(path)
-    if sum(any(map(is_image, folder.rglob("*"))) for folder in folders) > 1:
+    inside = folders(path)
+    if sum(any(map(is_image, folder.rglob("*"))) for folder in inside) > 1:
         return path, []
-    inner = locate(folders[0]) if len(folders) == 1 else None
+    inner = locate(inside[0]) if len(inside) == 1 else None
     return inner and (inner[0], [f"the images are in {inner[0]}", *inner[1]])
 
 
@@ -71,9 +72,34 @@ def list_images(root: Path, val_split: float | None = None) -> Tree:
     for half, other in ((test, train), (train, test)):
         missing = [name for name in names[other] if name not in names[half]]
         if missing:
-            raise UserError(f"{half} lacks the class {_quoted(missing)} that {other.name} has; every class needs both")
+            raise UserError(f"{half} lacks the class {quoted(missing)} that {other.name} has; every class needs both")
     files = [list(_classes(half).values()) for half in (train, test)]
     return _tree(tuple(names[train]), *files, _left_out(train, test))
+
+
+def has_test_images(root: Path) -> bool:
+    """Whether a data set that `locate` found has a half for testing."""
+    return _half(root, TESTS) is not None
+
+
+def list_half(
+    root: Path, half: Literal["train", "test", "all"], val_split: float | None = None
+) -> list[tuple[Path, str]]:
+    """The images of a data set that `locate` found, each with the name of its class, sorted by half, class and name.
+
+    It need not be one to train on: a class may have no images, or be in one half only. Where it has no test images of
+    its own, "train" and "test" are as `list_images` splits it. Raises UserError for no image.
+    """
+    if half != "all" and not has_test_images(root):
+        tree, which = list_images(root, val_split), int(half == "test")
+        return [(file, tree.classes[label]) for file, label in zip(tree.files[which], tree.labels[which])]
+    train, test = _half(root, (TRAIN,)), _half(root, TESTS)
+    halves = [*([train] if half != "test" else []), *([test] if half != "train" else [])]
+    inside = [folder for folder in halves if folder is not None] or ([root] if half == "all" else [])
+    found = [(file, name) for folder in inside for name, files in _listed(folder).items() for file in files]
+    if not found:
+        raise UserError(f"{root} holds no image in a folder of its class for --half {half}; name another folder")
+    return found
 
 
 def _split(root: Path, part: float) -> Tree:
@@ -100,14 +126,14 @@ def read_image_tree(
     root: Path,
     progress: Callable[[int, int], None],
     note: Callable[[str], None] = lambda line: None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     val_split: float | None = None,
 ) -> Arrays:
     """Decode every image of a data set, calling progress(done, total) as it goes and note(line) for what is to be said.
 
-    size: the side that all are brought to (`decoding.fit`); None: the one size that they have, else that of most of
-    them if it is no larger than 128, else 32. val_split: see `list_images`. Raises UserError, which names the first
-    image that cannot be decoded.
+    size: the side, or height and width, that all are brought to (`decoding.fit`); None: the one size that they have,
+    else that of most of them if it is no larger than 128, else 32. val_split: see `list_images`. Raises UserError,
+    which names the first image that cannot be decoded.
     """
     tree = list_images(root, val_split)
     for line in tree.notes:
@@ -131,10 +157,10 @@ def read_image_tree(
     return tree.classes, images[:cut], tree.labels[0], images[cut:], tree.labels[1]
 
 
-def _size_of_all(files: list[Path], size: int | None, note: Callable[[str], None]) -> tuple[int, int]:
+def _size_of_all(files: list[Path], size: int | tuple[int, int] | None, note: Callable[[str], None]) -> tuple[int, int]:
     """The height and width that all images are brought to."""
     if size is not None:
-        return size, size
+        return (size, size) if isinstance(size, int) else size
     with ThreadPoolExecutor(cpu_count()) as pool:
         sizes = Counter(pool.map(size_of, files))
     (most, count), *others = sizes.most_common()
@@ -150,25 +176,30 @@ def _half(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _class_folders(half: Path) -> list[Path]:
     """Raises UserError for none."""
-    found = _folders(half)
+    found = folders(half)
     if not found:
         raise UserError(f"{half} holds no class folder; expected {half.name}/<class>/<images>")
     return found
 
 
 def _classes(half: Path) -> dict[str, list[Path]]:
-    """The images of each class, in its folder and those inside of it. Raises UserError."""
-    found = {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _class_folders(half)}
+    """The images of each class. Raises UserError for a class without any."""
+    found = _listed(half)
     for name, files in found.items():
         if not files:
             raise UserError(f"{half / name} holds no image; expected files ending in {', '.join(extensions())}")
     return found
+
+
+def _listed(half: Path) -> dict[str, list[Path]]:
+    """The images of each class, in its folder and those inside of it. Raises UserError for no class."""
+    return {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _class_folders(half)}
 
 
 def _left_out(*halves: Path) -> list[str]:
@@ -176,7 +207,7 @@ def _left_out(*halves: Path) -> list[str]:
     others = Counter(
         path.suffix.lower() or path.name
         for half in halves
-        for folder in _folders(half)
+        for folder in folders(half)
         for path in folder.rglob("*")
         if path.is_file() and not is_image(path) and not path.name.startswith(".")
     )
@@ -184,5 +215,5 @@ def _left_out(*halves: Path) -> list[str]:
     return [f"{others.total()} files are no images and left out ({endings})"] if others else []
 
 
-def _quoted(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
