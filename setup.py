@@ -9,6 +9,7 @@ _FOLDERS = ("kernels", "model", "training", "inference", "experiments")
 _VERSION = next(
     line.split('"')[1] for line in (_ROOT / "blink/__init__.py").read_text().splitlines() if "__version__" in line
 )
+_EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 
 def _packages(folder: str) -> list[str]:
@@ -49,8 +50,10 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib>=3.9"],
+        "export": _EXPORT,
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "timm>=1"),
+            *_EXPORT,
             # what the interpreter of triton 3.6 works with, for a suite that is the same on all allowed versions
             "numpy<2.4",
         ],

@@ -14,6 +14,7 @@ GROUPS = {
     "use": {
         "predict": ("blink.inference.predict", "what images show, by a network that a run kept"),
         "evaluate": ("blink.inference.evaluate", "what such a network gets right, by class, and what wrong"),
+        "export": ("blink.inference.export", "such a network as ONNX or a torch.export program"),
     },
     "compare": {
         "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
