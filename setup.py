@@ -9,6 +9,7 @@ _FOLDERS = ("kernels", "model", "training", "inference", "reporting", "experimen
 _VERSION = next(
     line.split('"')[1] for line in (_ROOT / "blink/__init__.py").read_text().splitlines() if "__version__" in line
 )
+_EXPORT = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 
 def _packages(folder: str) -> list[str]:
@@ -49,6 +50,7 @@ setup(
     ],
     extras_require={
         "bench": ["matplotlib>=3.9"],
+        "export": _EXPORT,
         "log": ["tensorboard>=2.17", "wandb>=0.19"],
         # before 15 a file could bring code that is run
         "parquet": ["pyarrow>=15"],
@@ -56,6 +58,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.9", "timm>=1"),
             *("tensorboard>=2.17", "jinja2>=3.1", "pyarrow>=15"),
+            *_EXPORT,
             # what the interpreter of triton 3.6 works with, for a suite that is the same on all allowed versions
             "numpy<2.4",
         ],

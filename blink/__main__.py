@@ -13,6 +13,8 @@ GROUPS = {
     },
     "use": {
         "predict": ("blink.inference.predict", "what images show, by a network that a run kept"),
+        "evaluate": ("blink.inference.evaluate", "what such a network gets right, by class, and what wrong"),
+        "export": ("blink.inference.export", "such a network as ONNX or a torch.export program"),
     },
     "look": {
         "report": ("blink.reporting.command", "a page of trainings that have ended: curves, confusion, pictures"),

@@ -67,9 +67,14 @@ def write_json(path: Path, content: dict) -> None:
     if path == STANDARD_OUTPUT:
         print(json.dumps(content, allow_nan=False), file=getattr(sys.stdout, "json", sys.stdout), flush=True)
         return
+    write(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write atomically: the old file stays whole if the disk fills up. Raises UserError."""
     try:
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror}); free some space or name another file") from error
 

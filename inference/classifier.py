@@ -53,11 +53,13 @@ class Classifier(nn.Module):
         return self(images.to(self.device)).softmax(1).cpu()
 
 
-def load(path: str | Path, device: str | torch.device | None = None, kernels: str = "auto") -> Classifier:
+def load(
+    path: str | Path, device: str | torch.device | None = None, kernels: str | backends.Backend = "auto"
+) -> Classifier:
     """The network of a file that a run kept (`model.saved.save`), with float32 weights, in evaluation mode.
 
-    device: by default a GPU if there is one; kernels: see `backend.select`. Raises UserError for what is no such file,
-    or cannot be used here.
+    device: by default a GPU if there is one; kernels: see `backend.select`, or a backend itself. Raises UserError for
+    what is no such file, or cannot be used here.
     """
     content, state = read(Path(path))
     try:
@@ -66,7 +68,8 @@ def load(path: str | Path, device: str | torch.device | None = None, kernels: st
         classes, image_shape = tuple(map(str, content["classes"])), tuple(map(int, content["image_shape"]))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_sizes(config, len(classes), image_shape, state)
-        network = Network(config, len(classes), image_shape, backends.select(kernels, device))
+        backend = kernels if isinstance(kernels, backends.Backend) else backends.select(kernels, device)
+        network = Network(config, len(classes), image_shape, backend)
         network.load_state_dict(state)
         network = network.to_compute_dtype(torch.float32).to(device)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:

@@ -8,6 +8,7 @@ et al. 2016.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -39,13 +40,18 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    # torch.promote_types would be a node in what torch.export records
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype, gather: Gather | None = None) -> Tensor:
     """(images / 255 - mean) / std, of the batch that `gather`, if given, makes of the images.
 
     images [B, C, H, W] uint8; mean, std [C] in units of 0..1; the arithmetic runs in float32 (float64 when `dtype` is
     float64) and the result is rounded once, to `dtype`.
     """
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    work = _wide(dtype)
     shape = (1, -1, 1, 1)
     x = (images if gather is None else gathered(images, gather, mean)).to(work) / 255
     if gather is not None and gather.jitter is not None:
@@ -143,7 +149,7 @@ def pool_norm_act(
         F.max_pool2d(x, 2), bias, running_mean, running_var,
         weight=weight, training=training, momentum=momentum, eps=eps, activation=activation,
     )  # fmt: skip
-    mean = y.mean((2, 3), dtype=torch.promote_types(y.dtype, torch.float32)) if squeeze else None
+    mean = y.mean((2, 3), dtype=_wide(y.dtype)) if squeeze else None
     return (y, y, mean) if fork else (y, mean)
 
 
@@ -159,7 +165,9 @@ def se_gate(
 ) -> Tensor:
     """sigmoid(act(squeeze W1^T + b1) W2^T + b2), in float32 (float64 for float64 input): see `kernels.se_gate`."""
     act, gate = _activation(activation), _gate_activation(gate_activation)
-    with torch.autocast(squeeze.device.type, enabled=False):
+    device = squeeze.device.type
+    # where it is off anyway, torch.export would record that as an operator of its own
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         squeeze = _at_least_fp32(squeeze)
         w1, b1, w2, b2 = (p.to(squeeze.dtype) for p in (weight1.flatten(1), bias1, weight2.flatten(1), bias2))
         return gate(F.linear(act(F.linear(squeeze, w1, b1)), w2, b2))
@@ -208,7 +216,7 @@ def squeeze_excite(
     gate_activation: str = "sigmoid",
 ) -> Tensor:
     """x * se_gate(mean of x over H and W): see `kernels.squeeze_excite`."""
-    squeeze = x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    squeeze = x.mean((2, 3), dtype=_wide(x.dtype))
     gates = {"activation": activation, "gate_activation": gate_activation}
     gate = se_gate(squeeze, weight1, bias1, weight2, bias2, **gates)
     return x * gate[:, :, None, None].to(x.dtype)

@@ -50,7 +50,7 @@ def compiled() -> Backend:
 
 
 def eager() -> Backend:
-    """Plain PyTorch with its own convolution too: what a CPU's step is raced against."""
+    """Plain PyTorch with its own convolution too: what a CPU's step is raced against, and what is exported."""
     return _collect("eager", kernels.reference, convolution.plain_conv3x3)
 
 

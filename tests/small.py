@@ -1,10 +1,15 @@
-"""A small generated data set, for tests that train, and images of random pixels."""
+"""A small generated data set, for tests that train, images of random pixels, and narrow networks."""
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from blink.model import backend
+from blink.model.network import Network
 from blink.training.data import synthetic
 from blink.training.data.dataset import Dataset, assemble
+from blink.training.recipes import RECIPES
 
 
 def small_dataset(train: int, test: int, side: int) -> Dataset:
@@ -19,3 +24,14 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> torch.T
     """[count, height, width, 3] uint8, on the CPU."""
     random = np.random.RandomState(seed)
     return torch.from_numpy(random.randint(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+
+def narrow_network(recipe: str, classes: int, image_shape: tuple[int, int, int]) -> Network:
+    """A narrow network of a recipe, its statistics no longer those of a new one, in evaluation mode, on the CPU."""
+    torch.manual_seed(0)
+    config = RECIPES[recipe].network
+    groups = tuple(replace(group, channels=8) for group in config.conv_groups)
+    network = Network(replace(config, conv_groups=groups), classes, image_shape, backend.reference())
+    for buffer in network.buffers():
+        buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return network.eval()

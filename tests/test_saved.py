@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,23 +14,17 @@ from safetensors.torch import load_file, save_file
 import blink
 from blink.errors import UserError
 from blink.inference.images import fitted
-from blink.model import backend, saved
+from blink.model import saved
 from blink.model.network import Group, Network, NetworkConfig
 from blink.training.recipes import RECIPES
 from tests.oracle import DEVICE
+from tests.small import narrow_network
 
 CLASSES, SHAPE = ("cat", "caf\udce9", "dog"), (3, 12, 14)
 
 
 def network(recipe: str) -> Network:
-    """A narrow network of a recipe, its statistics no longer those of a new one."""
-    torch.manual_seed(0)
-    config = RECIPES[recipe].network
-    groups = tuple(replace(group, channels=8) for group in config.conv_groups)
-    net = Network(replace(config, conv_groups=groups), len(CLASSES), SHAPE, backend.reference())
-    for buffer in net.buffers():
-        buffer.copy_(torch.rand_like(buffer) + 0.5)
-    return net.eval()
+    return narrow_network(recipe, len(CLASSES), SHAPE)
 
 
 def images(count: int = 4) -> torch.Tensor:

@@ -4,7 +4,8 @@ torchvision, which reads the published data sets, is imported only when there is
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -91,16 +92,23 @@ def generated() -> Dataset:
 
 
 def read(
-    path: Path, progress: Progress, note: Note, size: int | None = None, val_split: float | None = None,
-    limit: int | None = None,
+    path: Path, progress: Progress, note: Note, size: int | tuple[int, int] | None = None,
+    val_split: float | None = None, limit: int | None = None,
 ) -> Dataset:  # fmt: skip
     """Read the data set at `path`, from the cache if it was decoded before; see `load`. Raises UserError."""
+    with reading(path):
+        return _cached(_recognize(path, progress, note, size, val_split, limit), note).limited(limit)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, `path` is a folder, and what cannot be read in it is one line. Raises UserError."""
     try:
         if not path.exists():
             raise UserError(f"there is no {path}; --data takes a folder, or {', '.join(NAMES)}")
         if not path.is_dir():
             raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
-        return _cached(_recognize(path, progress, note, size, val_split, limit), note).limited(limit)
+        yield
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); make it readable") from error
 
@@ -125,15 +133,12 @@ def _cached(found: _Found, note: Note) -> Dataset:
     return dataset
 
 
-def _recognize(
-    path: Path, progress: Progress, note: Note, size: int | None, val_split: float | None, limit: int | None
-) -> _Found:
+def _recognize(path: Path, progress: Progress, note: Note, size, val_split: float | None, limit: int | None) -> _Found:
     """Whichever data set `path` holds. Raises UserError for none."""
-    halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
-    published = recognize(path) if not halves or any(path.glob("cifar-*")) else None
-    if published:
+    found = published(path)
+    if found:
         _only_for_folders(size, val_split)
-        return _published(*published)
+        return _published(*found)
     for reads in (image_tree, parquet):
         located = reads.locate(path)
         if located:
@@ -161,6 +166,12 @@ def _name_of(root: Path) -> str:
     name = whole.parent.name if whole.name == parquet.INNER else whole.name
     # a name that is no text is shown as far as it is
     return os.fsencode(name).decode(errors="replace")
+
+
+def published(path: Path) -> tuple[Path, Layout] | None:
+    """(the folder of a published data set in or at this folder, how it is laid out), or None."""
+    halves = any((path / name).is_dir() for name in (image_tree.TRAIN, *image_tree.TESTS))
+    return recognize(path) if not halves or any(path.glob("cifar-*")) else None
 
 
 def _published(root: Path, layout: Layout) -> _Found:

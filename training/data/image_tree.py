@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -43,10 +44,10 @@ def locate(path: Path) -> tuple[Path, list[str]] | None:
         return path.parent if path.name == whole.name else whole.parent, [
             f"{path} is a part of a data set: all of it is taken"
         ]
-    folders = _folders(path)
-    if sum(any(map(is_image, folder.rglob("*"))) for folder in folders) > 1:
+    inside = folders(path)
+    if sum(any(map(is_image, folder.rglob("*"))) for folder in inside) > 1:
         return path, []
-    inner = locate(folders[0]) if len(folders) == 1 else None
+    inner = locate(inside[0]) if len(inside) == 1 else None
     return inner and (inner[0], [f"the images are in {inner[0]}", *inner[1]])
 
 
@@ -69,10 +70,35 @@ def list_images(root: Path, val_split: float | None = None) -> Tree:
     for half, other in ((test, train), (train, test)):
         missing = [name for name in names[other] if name not in names[half]]
         if missing:
-            raise UserError(f"{half} lacks the class {_quoted(missing)} that {other.name} has; every class needs both")
+            raise UserError(f"{half} lacks the class {quoted(missing)} that {other.name} has; every class needs both")
     others = Counter()
     files = [list(_classes(half, others).values()) for half in (train, test)]
     return _tree(tuple(names[train]), *files, _left_out(others))
+
+
+def has_test_images(root: Path) -> bool:
+    """Whether a data set that `locate` found has a half for testing."""
+    return _half(root, TESTS) is not None
+
+
+def list_half(
+    root: Path, half: Literal["train", "test", "all"], val_split: float | None = None
+) -> list[tuple[Path, str]]:
+    """The images of a data set that `locate` found, each with the name of its class, sorted by half, class and name.
+
+    It need not be one to train on: a class may have no images, or be in one half only. Where it has no test images of
+    its own, "train" and "test" are as `list_images` splits it. Raises UserError for no image.
+    """
+    if half != "all" and not has_test_images(root):
+        tree, which = list_images(root, val_split), int(half == "test")
+        return [(file, tree.classes[label]) for file, label in zip(tree.files[which], tree.labels[which])]
+    train, test = _half(root, (TRAIN,)), _half(root, TESTS)
+    halves = [*([train] if half != "test" else []), *([test] if half != "train" else [])]
+    inside = [folder for folder in halves if folder is not None] or ([root] if half == "all" else [])
+    found = [(file, name) for folder in inside for name, files in _listed(folder).items() for file in files]
+    if not found:
+        raise UserError(f"{root} holds no image in a folder of its class for --half {half}; name another folder")
+    return found
 
 
 def _split(root: Path, part: float) -> Tree:
@@ -102,21 +128,23 @@ def read(
     root: Path,
     progress: Callable[[int, int], None],
     note: Callable[[str], None] = lambda line: None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     val_split: float | None = None,
     limit: int | None = None,
 ) -> Arrays:
     """Decode the images of a data set, calling progress(done, total) as it goes and note(line) for what is to be said.
 
-    size: the side that all are brought to (`decoding.fit`); None: the `decoding.common_size` of all that are there.
-    val_split: see `list_images`. limit: decode no more images of a half than these first ones of the fixed order; None:
-    all. Raises UserError, which names the first image that cannot be decoded.
+    size: the side, or height and width, that all are brought to (`decoding.fit`); None: the `decoding.common_size` of
+    all that are there. val_split: see `list_images`. limit: decode no more images of a half than these first ones of
+    the fixed order; None: all. Raises UserError, which names the first image that cannot be decoded.
     """
     tree = list_images(root, val_split)
     for line in tree.notes:
         note(line)
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        height, width = (size, size) if size else common_size(pool.map(size_of, [*tree.files[0], *tree.files[1]]), note)
+    if size is None:
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            size = common_size(pool.map(size_of, [*tree.files[0], *tree.files[1]]), note)
+    height, width = (size, size) if isinstance(size, int) else size
     chosen = [beginning(len(half), limit) for half in tree.files]
     files = [half[i] for half, some in zip(tree.files, chosen) for i in some]
     images = np.empty((len(files), height, width, 3), dtype=np.uint8)
@@ -142,13 +170,13 @@ def _half(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _folders(root: Path) -> list[Path]:
+def folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _class_folders(half: Path) -> list[Path]:
     """Raises UserError for none."""
-    found = _folders(half)
+    found = folders(half)
     if not found:
         raise UserError(f"{half} holds no class folder; expected {half.name}/<class>/<images>")
     return found
@@ -172,6 +200,11 @@ def _classes(half: Path, others: Counter) -> dict[str, list[Path]]:
     return found
 
 
+def _listed(half: Path) -> dict[str, list[Path]]:
+    """The images of each class, in its folder and those inside of it. Raises UserError for no class."""
+    return {folder.name: sorted(filter(is_image, folder.rglob("*"))) for folder in _class_folders(half)}
+
+
 def _left_out(others: Counter) -> list[str]:
     """A line on files in class folders that are no images, if there are any."""
     endings = ", ".join(ending for ending, _ in others.most_common(5))
@@ -179,5 +212,5 @@ def _left_out(others: Counter) -> list[str]:
     return [f"{counted} and left out ({endings})"] if others else []
 
 
-def _quoted(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
