@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from blink.command import fraction, positive
+from blink.command import add_json_argument, fraction, positive
 from blink.errors import UserError
-from blink.files import check_output, write, write_json
+from blink.files import check_json, check_output, write, write_json
 from blink.inference.classifier import Classifier, load
 from blink.inference.labelled import HALVES, Labelled, read_labelled
 from blink.inference.shared import Complaints, add_device_argument, add_model_argument, printable
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(add)
     add = parser.add_argument_group("what is shown and written").add_argument
     add("--top", type=positive(int), default=10, metavar="K", help="how many mistakes (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="all figures, the confusion matrix included")
+    add_json_argument(add, "all figures, the confusion matrix included")
     add("--csv", type=Path, metavar="FILE", help="a row an image: image, label, predicted, probability")
 
 
@@ -75,7 +75,7 @@ class Evaluation:
 
 
 def run(options: argparse.Namespace) -> int:
-    check_output(options.json)
+    check_json(options)
     check_output(options.csv)
     model, complaints, console = load(options.model, options.device), Complaints(), Console()
     tta, part = views_of(model, options.model) if options.tta else (None, 1.0)

@@ -22,7 +22,7 @@ def trained(folder, out, *arguments) -> str:
     """The file of a short fp32 run on a folder."""
     words = ["--steps", "3", "--batch-size", "8", "--validate", "0", "--device", "cpu", "--dtype", "fp32", *arguments]
     assert main(["train", "--data", str(folder), "--out", str(out), *words]) == 0
-    return str(next(out.glob("*.safetensors")))
+    return str(next(path for path in out.glob("*.safetensors") if ".gallery." not in path.name))
 
 
 def untrained(path, classes, image_shape) -> str:
