@@ -156,6 +156,7 @@ def section(number: int, training: Training, damaged: list[str]) -> dict:
         "label": training.label,
         "summary": str(training.recipe.get("summary", "")),
         "runs": [run_row(training, number) for number in range(len(training.runs))],
+        "kept": any(run.kept is not None for run in training.runs),
         "confused": confused(galleries) if galleries else None,
         "gallery": pictured(galleries[0]) if galleries else None,
         "network": network,
@@ -171,11 +172,14 @@ def section(number: int, training: Training, damaged: list[str]) -> dict:
 
 def run_row(training: Training, number: int) -> dict:
     run = training.runs[number]
-    balanced = None if run.gallery is None else balanced_accuracy(run.gallery.confusion)
+    balanced = run.balanced_accuracy
+    if balanced is None and run.gallery is not None and run.kept is None:
+        balanced = balanced_accuracy(run.gallery.confusion)
     return {
         "seed": run.seed,
         "accuracy": f"{100 * run.accuracy:.2f}",
         "balanced": "-" if balanced is None else f"{100 * balanced:.2f}",
+        "kept": None if run.kept is None else f"{100 * run.kept.accuracy:.2f}, of epoch {run.kept.epoch}",
         "loss": f"{run.epochs[-1].train_loss:.4f}" if run.epochs else "-",
         "seconds": f"{run.seconds:.2f}",
         "rate": f"{run.images_per_second:,.0f}",

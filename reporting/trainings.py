@@ -12,14 +12,16 @@ from blink.files import from_json
 from blink.model import saved
 from blink.training import gallery
 from blink.training.gallery import Gallery
-from blink.training.results import EpochRow, spread
+from blink.training.results import EpochRow, Kept, spread
 
 EXPECTED = "expected a folder of blink train --out, or a file of its --json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """losses: of the batches of `steps` (0, 1, ...); gallery, network: None where there is none beside the summary."""
+    """losses: of the batches of `steps` (0, 1, ...); kept: of --keep best, where the weights in the files are not the
+    last; gallery, network: None where there is none beside the summary.
+    """
 
     seed: int
     accuracy: float
@@ -28,6 +30,8 @@ class Run:
     epochs: tuple[EpochRow, ...]
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    balanced_accuracy: float | None
+    kept: Kept | None
     gallery: Gallery | None
     network: Path | None
 
@@ -163,11 +167,14 @@ def assembled(file: Path, content: dict, written: datetime) -> Training:
         stem = f"{name}-seed{int(run['seed'])}"
         accuracy = finite(run["accuracy"])
         found = beside(file.parent / f"{stem}.gallery.safetensors", accuracy, about, missing, damaged)
-        network = beside(file.parent / f"{stem}.safetensors", accuracy, about, missing, damaged)
+        kept, balanced = run.get("kept"), run.get("balanced_accuracy")
+        kept = None if kept is None else Kept(int(kept["epoch"]), finite(kept["accuracy"]))
+        of_file = accuracy if kept is None else kept.accuracy
+        network = beside(file.parent / f"{stem}.safetensors", of_file, about, missing, damaged)
         run = Run(
             int(run["seed"]), accuracy, finite(run["seconds"]), finite(run["images_per_second"]),
             tuple(map(epoch_row, run["epochs"])), tuple(map(int, run["logged_steps"])),
-            tuple(map(float, run["losses"])), found, network,
+            tuple(map(float, run["losses"])), None if balanced is None else finite(balanced), kept, found, network,
         )  # fmt: skip
         runs.append(run)
     return Training(

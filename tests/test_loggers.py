@@ -111,19 +111,53 @@ def test_tensorboard_shows_the_last_of_two_trainings_in_one_folder(tmp_path):
     assert events(tmp_path / "tiny-seed3")[0]["train/loss"] == [(2, 9.0)]
 
 
-def test_a_run_that_goes_on_where_one_stopped_logs_its_own_steps():
-    written = []
+class Written(loggers.Scalars):
+    """Steps and the names written there, in order."""
 
-    class Logger(loggers.Scalars):
-        def write(self, step, scalars):
-            written.append((step, *scalars.items()))
+    def on_start(self, seed):
+        super().on_start(seed)
+        self.steps = []
 
-    logger, losses = Logger(), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    logger.on_start(0)
-    for done in (3, 4):
-        logger.on_step(done, losses)
-    logger.on_epoch(row(2, 4))
-    assert written[:2] == [(3, ("train/step_loss", 3.0)), (4, ("train/step_loss", 4.0))] and len(written) == 3
+    def write(self, step, scalars):
+        self.steps.append((step, scalars.get("train/step_loss", "row")))
+
+
+@pytest.mark.parametrize("left", [2, 0])
+def test_a_run_that_goes_on_from_a_checkpoint_is_told_whole(left):
+    """With the losses before the checkpoint; also where only the evaluation is left to do."""
+    logger, losses = Written(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    guarded = loggers.Guarded("--x", logger)
+    guarded.on_start(0)
+    guarded.on_resume([row(1, 2), row(2, 4)][: 2 if left == 0 else 1])
+    for done in range(5 - left, 5):
+        guarded.on_step(done, losses)
+    if left:
+        guarded.on_epoch(row(2, 4))
+    guarded.on_end(RunResult(0, 0.5, 1.0, 1.0, losses.tolist()))
+    assert logger.steps == [(1, 1.0), (2, 2.0), (2, "row"), (3, 3.0), (4, 4.0), (4, "row")]
+
+
+def test_a_resumed_training_logs_what_an_uninterrupted_one_does(image_folder, capsys, tmp_path, monkeypatch):
+    class Interrupting(Listener):
+        def on_epoch(self, row):
+            if row.epoch == 2:
+                raise KeyboardInterrupt
+
+    arguments = ("--steps", "15", "--deterministic", "--csv")
+    files = ("--tensorboard", tmp_path / "board", "--out", tmp_path / "out")
+    assert trained(image_folder, capsys, *arguments, tmp_path / "a.csv", "--tensorboard", tmp_path / "whole")[0] == 0
+    asked = loggers.loggers
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers, "loggers", lambda *a: [*asked(*a), Interrupting()])
+        assert trained(image_folder, capsys, *arguments, tmp_path / "b.csv", *files)[0] == 130
+    assert main(["train", "--resume", str(tmp_path / "out")]) == 0
+    whole, resumed = (events(tmp_path / name / "hlb-seed0")[0] for name in ("whole", "board"))
+    assert whole.keys() == resumed.keys()
+    for name in set(whole) - {"seconds", "final/seconds", "final/images_per_second"}:
+        assert resumed[name] == whole[name], name
+    assert len(whole["train/step_loss"]) == 15 and [step for step, _ in resumed["seconds"]] == [5, 10, 15]
+    rows = [[{**r, "seconds": ""} for r in csv.DictReader((tmp_path / f"{n}.csv").open())] for n in "ab"]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
 class NoReading(torch.Tensor):

@@ -199,6 +199,26 @@ def test_a_run_without_its_gallery_is_said(kept, report, tmp_path):
     assert "the run with seed 1" in found.words and "Test images of 1 run." in found.words
 
 
+def test_of_the_best_weights_the_files_are_of_the_training(kept, report, tmp_path):
+    """--keep best: the network's accuracy is another than the run's."""
+    shutil.copytree(kept / "one", tmp_path / "one")
+    path = tmp_path / "one" / "summary.json"
+    content = json.loads(path.read_text())
+    run = content["runs"][0]
+    run["kept"], run["balanced_accuracy"] = {"epoch": 1, "accuracy": run["accuracy"]}, 0.875
+    run["accuracy"] -= 0.01
+    found = gallery.read(tmp_path / "one" / "hlb-seed0.gallery.safetensors")
+    about = {"format": 1, "recipe": "hlb", "seed": 0, "accuracy": run["accuracy"]}
+    about |= {"fingerprint": found.fingerprint, "classes": found.classes}
+    tensors = {name: getattr(found, name) for name in gallery._TENSORS}
+    save_file(tensors, tmp_path / "one" / "hlb-seed0.gallery.safetensors", {"blink_gallery": json.dumps(about)})
+    path.write_text(json.dumps(content))
+    code, page, _, err = report(tmp_path / "one")
+    assert (code, err) == (0, "")
+    assert f"{100 * run['kept']['accuracy']:.2f}, of epoch 1" in page.text_in("td") and "the last" in page.text_in("td")
+    assert "87.50" in page.text_in("td") and "by the weights kept" in page.words
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-50])
 

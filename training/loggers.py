@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from blink.errors import UserError
@@ -82,6 +83,9 @@ class Guarded(Listener):
     def on_start(self, seed: int) -> None:
         self._call("on_start", seed)
 
+    def on_resume(self, rows: list[EpochRow]) -> None:
+        self._call("on_resume", rows)
+
     def on_step(self, done: int, losses: Tensor) -> None:
         self._call("on_step", done, losses)
 
@@ -121,22 +125,40 @@ class Csv(Listener):
 class Scalars(Listener):
     """What TensorBoard and wandb share: numbers by name and step, where step counts the steps done in the run.
 
-    A subclass has `write(step, scalars)`.
+    A subclass has `write(step, scalars)`, called with rising steps. A run that goes on from a checkpoint is told whole.
     """
 
     def on_start(self, seed: int) -> None:
         self.seed, self._losses, self._written = seed, None, 0
+        self._rows: list[EpochRow] = []
+
+    def on_resume(self, rows: list[EpochRow]) -> None:
+        # their losses come with the first step
+        self._rows = list(rows)
 
     def on_step(self, done: int, losses: Tensor) -> None:
-        if self._losses is None:
-            # a run that goes on where one stopped begins later
-            self._losses, self._written = losses, done - 1
+        self._losses = losses
 
     def on_epoch(self, row: EpochRow) -> None:
-        if self._losses is not None:
-            for step, loss in enumerate(self._losses[self._written : row.step].tolist(), self._written + 1):
+        self._rows.append(row)
+        self._write_rows()
+
+    def on_end(self, result: RunResult | None) -> None:
+        if result is not None and self._rows:
+            # resumed with no step left
+            self._losses = torch.tensor(result.losses)
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        for row in self._rows:
+            losses = [] if self._losses is None else self._losses[self._written : row.step].tolist()
+            for step, loss in enumerate(losses, self._written + 1):
                 self.write(step, {"train/step_loss": loss})
             self._written = row.step
+            self._write_row(row)
+        self._rows = []
+
+    def _write_row(self, row: EpochRow) -> None:
         known = {
             "epoch": row.epoch,
             "train/loss": row.train_loss,
@@ -182,8 +204,9 @@ class TensorBoard(Scalars):
         self._writer.flush()
 
     def on_end(self, result: RunResult | None) -> None:
-        writer, self._writer = self._writer, None
         try:
+            super().on_end(result)
+            writer, self._writer = self._writer, None
             if writer is not None and result is not None:
                 # in this run's own folder
                 writer.add_hparams(self._hparams(), finals(result), run_name=".", global_step=len(result.losses))
@@ -230,6 +253,7 @@ class Wandb(Scalars):
         self._run.log(scalars, step=step)
 
     def on_end(self, result: RunResult | None) -> None:
+        super().on_end(result)
         if result is not None:
             self._run.summary.update(finals(result))
         self._run.finish(exit_code=int(result is None))
