@@ -111,7 +111,8 @@ def train(
     """
     chosen = {name: value for name, value in options.items() if name in _SETTINGS - _option_names()}
     words = [f"--set={name}={value!r}" for name, value in {**chosen, **(settings or {})}.items()]
-    if isinstance(recipe, str):
+    # what is resumed knows its own
+    if isinstance(recipe, str) and not (recipe == "blink" and "resume" in options):
         words.append(f"--recipe={recipe}")
     if data is None or isinstance(data, str | Path):
         dataset = None

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blink.errors import UserError
+from blink.errors import UserError, brief
 from blink.files import from_json, replacing
 from blink.model.network import NetworkConfig
 
@@ -84,7 +84,7 @@ def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; {EXPECTED}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = "no description of a network" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = "no description of a network" if isinstance(error, KeyError) else brief(error)
         raise UserError(f"{path} is no saved network ({reason}); {EXPECTED}") from error
     if later:
         raise UserError(f"{path} is of a later version of blink (format {content['format']}); update blink")

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from blink.errors import UserError
+from blink.errors import UserError, brief
 
 # of damaged metadata and large images: what matters of them is an error
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -116,8 +116,7 @@ def common_size(sizes: Iterable[tuple[int, int]], note: Callable[[str], None]) -
 
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{path} is not a readable image ({reason}); replace or remove it")
+    return UserError(f"{path} is not a readable image ({brief(error)}); replace or remove it")
 
 
 def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
