@@ -52,7 +52,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def model_card(content: dict) -> str:
     """What a person should know of a saved network, as Markdown."""
     channels, height, width = content["image_shape"]
-    data, names = content.get("data", {}), content["classes"]
+    data, names = content.get("data") or {}, content["classes"]
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     lines = [f"# {content.get('recipe', {}).get('name', 'A network')} on {data.get('name', 'unnamed data')}", ""]
     lines += [f"Classifies images of {height}x{width} pixels in {channels} channels: {shown}.", ""]
@@ -63,7 +63,7 @@ def model_card(content: dict) -> str:
         lines.append(f"- data: {data['name']}, fingerprint {data['fingerprint']}, {data['train']:,} training images")
     if data.get("generated"):
         lines.append("- the images are generated: its accuracy means nothing elsewhere")
-    if "command" in content:
+    if content.get("command"):
         lines.append(f"- command: {' '.join(content['command'])}")
     if "versions" in content:
         lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in content["versions"].items()))

@@ -76,9 +76,9 @@ def list_images(root: Path, val_split: float | None = None) -> Tree:
     return _tree(tuple(names[train]), *files, _left_out(others))
 
 
-def has_test_images(root: Path) -> bool:
-    """Whether a data set that `locate` found has a half for testing."""
-    return _half(root, TESTS) is not None
+def test_images(root: Path) -> Path | None:
+    """The half for testing of a data set that `locate` found, if it has one."""
+    return _half(root, TESTS)
 
 
 def list_half(
@@ -89,7 +89,7 @@ def list_half(
     It need not be one to train on: a class may have no images, or be in one half only. Where it has no test images of
     its own, "train" and "test" are as `list_images` splits it. Raises UserError for no image.
     """
-    if half != "all" and not has_test_images(root):
+    if half != "all" and test_images(root) is None:
         tree, which = list_images(root, val_split), int(half == "test")
         return [(file, tree.classes[label]) for file, label in zip(tree.files[which], tree.labels[which])]
     train, test = _half(root, (TRAIN,)), _half(root, TESTS)
