@@ -54,7 +54,7 @@ def model_card(content: dict) -> str:
     channels, height, width = content["image_shape"]
     data, names = content.get("data") or {}, content["classes"]
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    lines = [f"# {content.get('recipe', {}).get('name', 'A network')} on {data.get('name', 'unnamed data')}", ""]
+    lines = [f"# {(content.get('recipe') or {}).get('name', 'A network')} on {data.get('name', 'unnamed data')}", ""]
     lines += [f"Classifies images of {height}x{width} pixels in {channels} channels: {shown}.", ""]
     if "accuracy" in content:
         tested = f"accuracy on {data['test']:,} test images, averaged over views of them"

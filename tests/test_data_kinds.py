@@ -181,7 +181,7 @@ def test_a_network_trains_on_them(recipe, side, classes):
 def test_no_more_full_images_than_threads_are_held(tmp_path, monkeypatch):
     """The others are of the size that is asked for."""
     fill(tmp_path / "set", 2, 20, (90, 80))
-    monkeypatch.setattr(image_tree, "cpu_count", lambda: 2)
+    monkeypatch.setattr(image_tree.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(image_tree, "_CHUNK", 3)
     held, most = set(), []
 

@@ -29,9 +29,13 @@ def extensions() -> tuple[str, ...]:
     return (*IMG_EXTENSIONS, ".gif")
 
 
+def names_image(name: str) -> bool:
+    return name.lower().endswith(extensions()) and not name.startswith(".")
+
+
 def is_image(path: Path) -> bool:
     """By its name."""
-    return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
+    return names_image(path.name)
 
 
 def decode(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
