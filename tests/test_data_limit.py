@@ -67,9 +67,9 @@ def test_the_images_are_those_of_cutting_afterwards(tree, limit):
 def test_no_other_image_is_decoded(tree, monkeypatch):
     whole, decoded, decode = load(tree), [], image_tree.decode
 
-    def counted(path):
+    def counted(path, size):
         decoded.append(path)
-        return decode(path)
+        return decode(path, size=size)
 
     monkeypatch.setattr(image_tree, "decode", counted)
     seen = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from blink.errors import UserError
 from blink.training.data.dataset import Arrays, beginning, held_back
-from blink.training.data.decoding import common_size, decode, extensions, fit, is_image, names_image, size_of
+from blink.training.data.decoding import common_size, decode, extensions, is_image, names_image, size_of
 
 _CHUNK = 500
 TRAIN, TESTS = "train", ("test", "val", "valid", "validation")
@@ -151,7 +151,7 @@ def read(
 
     def decode_chunk(start: int) -> int:
         for i in range(start, min(start + _CHUNK, len(files))):
-            images[i] = fit(decode(files[i]), height, width)
+            images[i] = decode(files[i], size=(height, width))
         return min(_CHUNK, len(files) - start)
 
     done = 0
