@@ -1,11 +1,13 @@
 """`blink.train`: the command `blink train` as a function, and what it gives."""
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from rich.console import Console
 
 from blink.command import parse
@@ -111,7 +113,8 @@ def train(
     """
     chosen = {name: value for name, value in options.items() if name in _SETTINGS - _option_names()}
     words = [f"--set={name}={value!r}" for name, value in {**chosen, **(settings or {})}.items()]
-    if isinstance(recipe, str):
+    # what is resumed knows its own
+    if isinstance(recipe, str) and not (recipe == "blink" and "resume" in options):
         words.append(f"--recipe={recipe}")
     if data is None or isinstance(data, str | Path):
         dataset = None
@@ -121,14 +124,27 @@ def train(
     for name, value in options.items():
         if name not in chosen and value is not None and value is not False:
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
-    code, report, job = command.execute(
-        parse("train", command.__name__, words)[0],
-        Console() if verbose else Console(quiet=True),
-        None if isinstance(recipe, str) else recipe,
-        dataset,
-        [one if isinstance(one, Listener) else Listener(on_epoch=one) for one in callbacks],
-        keep_weights=True,
-    )
+    with _callers_settings_kept():
+        code, report, job = command.execute(
+            parse("train", command.__name__, words)[0],
+            Console() if verbose else Console(quiet=True),
+            None if isinstance(recipe, str) else recipe,
+            dataset,
+            [one if isinstance(one, Listener) else Listener(on_epoch=one) for one in callbacks],
+            keep_weights=True,
+        )
     if code:
         raise KeyboardInterrupt
     return Result(report, job)
+
+
+@contextmanager
+def _callers_settings_kept() -> Iterator[None]:
+    """A training seeds PyTorch's generators and sets how cuDNN computes: outside, both are as they were."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before

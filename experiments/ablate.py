@@ -25,7 +25,7 @@ from blink.training.job import add_data_arguments, count_flops, describe, load_d
 from blink.training.listener import SILENT, Listener
 from blink.training.loop import train
 from blink.training.own import named
-from blink.training.recipes import Recipe
+from blink.training.recipes import Recipe, with_flip
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 from blink.training.trainer import Trainer
 
@@ -75,6 +75,9 @@ def run(options: Namespace) -> int:
     dataset, notes = load_data(options, console)
     if options.tuning_split:
         dataset = dataset.tuning_split()
+    if not dataset.mirror:
+        chosen = {name: with_flip(recipe, "none") for name, recipe in chosen.items()}
+        notes.append("mirror images are of other classes here: no variant mirrors any")
     told: set[str] = set()
 
     def note(line: str) -> None:

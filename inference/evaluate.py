@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 def views_of(model: Classifier, path: Path) -> tuple[str | None, float]:
     """(tta, tta_fraction) of the recipe that the network was trained with. Raises UserError if it is not known."""
-    recipe = model.facts.get("recipe", {})
+    recipe = model.facts.get("recipe") or {}
     tta, part = recipe.get("tta", "unknown"), recipe.get("tta_fraction")
     if tta not in VIEWS or not isinstance(part, int | float) or not 0 <= part <= 1:
         raise UserError(f"--tta: {path} does not say which views its recipe averages; leave it out")
@@ -122,7 +122,7 @@ def evaluated(model: Classifier, images: Tensor, tta: str | None, part: float) -
 
 def seen_in_training(model: Classifier, data: Labelled) -> str | None:
     """A line, where the network was trained on images that are among these."""
-    trained = model.facts.get("data", {}).get("fingerprint")
+    trained = (model.facts.get("data") or {}).get("fingerprint")
     if data.half == "test" or data.fingerprint is None or data.fingerprint != trained:
         return None
     if data.half == "train":

@@ -128,10 +128,15 @@ def _of_folder(
     if located is None:
         raise UserError(f"{path} holds neither <class>/<images>, in train/ and test/ or without, nor CIFAR batches")
     root, notes = located
-    split = image_tree.has_test_images(root)
+    tests = image_tree.test_images(root)
     if half is None and path.resolve().parent == root.resolve():
-        # one of its two halves is named
-        half, notes = ("train" if path.resolve().name == image_tree.TRAIN else "test"), []
+        # one of its halves is named, or one that it does not use
+        notes, whole = [], path.resolve()
+        if whole.name == image_tree.TRAIN or (tests is not None and whole == tests.resolve()):
+            half = "train" if whole.name == image_tree.TRAIN else "test"
+        else:
+            root, tests = path, None
+    split = tests is not None
     half = half or ("test" if split else "all")
     if val_split is not None and (split or half == "all"):
         raise UserError("--val-split is for --half train or test of a folder without test images; leave it out")
@@ -162,14 +167,14 @@ def _val_split_of(facts: dict) -> float | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--val-split", type=fraction)
     try:
-        return parser.parse_known_args(list(map(str, facts.get("command", ()))))[0].val_split
+        return parser.parse_known_args(list(map(str, facts.get("command") or ())))[0].val_split
     except argparse.ArgumentError:
         return None
 
 
 def _fingerprint(root: Path, model: Classifier, val_split: float | None, progress: data.Progress) -> str | None:
     """Of the folder as a training at the network's size would read it, if it can be the one that the network knows."""
-    trained = model.facts.get("data", {})
+    trained = model.facts.get("data") or {}
     try:
         tree = image_tree.list_images(root, val_split)
         # most folders are known to be others without being decoded

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blink.errors import UserError
+from blink.errors import UserError, brief
 from blink.files import from_json, replacing
 from blink.model.network import NetworkConfig
 
@@ -52,9 +52,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 def model_card(content: dict) -> str:
     """What a person should know of a saved network, as Markdown."""
     channels, height, width = content["image_shape"]
-    data, names = content.get("data", {}), content["classes"]
+    data, names = content.get("data") or {}, content["classes"]
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    lines = [f"# {content.get('recipe', {}).get('name', 'A network')} on {data.get('name', 'unnamed data')}", ""]
+    lines = [f"# {(content.get('recipe') or {}).get('name', 'A network')} on {data.get('name', 'unnamed data')}", ""]
     lines += [f"Classifies images of {height}x{width} pixels in {channels} channels: {shown}.", ""]
     if "accuracy" in content:
         tested = f"accuracy on {data['test']:,} test images, averaged over views of them"
@@ -63,7 +63,7 @@ def model_card(content: dict) -> str:
         lines.append(f"- data: {data['name']}, fingerprint {data['fingerprint']}, {data['train']:,} training images")
     if data.get("generated"):
         lines.append("- the images are generated: its accuracy means nothing elsewhere")
-    if "command" in content:
+    if content.get("command"):
         lines.append(f"- command: {' '.join(content['command'])}")
     if "versions" in content:
         lines.append("- versions: " + ", ".join(f"{name} {version}" for name, version in content["versions"].items()))
@@ -84,7 +84,7 @@ def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; {EXPECTED}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = "no description of a network" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = "no description of a network" if isinstance(error, KeyError) else brief(error)
         raise UserError(f"{path} is no saved network ({reason}); {EXPECTED}") from error
     if later:
         raise UserError(f"{path} is of a later version of blink (format {content['format']}); update blink")

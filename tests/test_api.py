@@ -114,6 +114,15 @@ def test_a_result_has_what_the_command_writes_and_its_networks(tmp_path, capsys)
     assert "blink on arrays" in page and "Most confident mistakes" in page and "data:image/png" in page
 
 
+def test_the_callers_random_numbers_and_settings_stay():
+    torch.manual_seed(5)
+    wanted, before = torch.rand(3), (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
+    torch.manual_seed(5)
+    blink.train(pixels(16), validate=0, deterministic=True, **QUICK)
+    assert torch.equal(torch.rand(3), wanted)
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
+
+
 def test_a_recipe_of_ones_own_and_verbose_output(capsys):
     recipe = with_network(BLINK, conv_groups=BLINK.network.conv_groups[:2])
     result = blink.train(pixels(40), recipe, verbose=True, validate=0, **QUICK)

@@ -1,20 +1,23 @@
 """Every kind of image file, size and number of classes that a folder may have; unequal classes are said."""
 
-import weakref
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
+from blink.command import python_path
 from blink.errors import UserError
 from blink.experiments.plans import narrowed
 from blink.model import backend
 from blink.training import data, precision
 from blink.training.budget import plan_budget
-from blink.training.data import image_tree
 from blink.training.data.dataset import assemble
-from blink.training.data.decoding import decode
+from blink.training.data.decoding import decode, fit, pixels_of, size_of
 from blink.training.job import unequal_classes
 from blink.training.loop import train
 from blink.training.recipes import BLINK, HLB
@@ -178,23 +181,71 @@ def test_a_network_trains_on_them(recipe, side, classes):
     assert result.state["head.weight"].shape[0] == classes and 0 <= result.accuracy <= 1
 
 
-def test_no_more_full_images_than_threads_are_held(tmp_path, monkeypatch):
-    """The others are of the size that is asked for."""
-    fill(tmp_path / "set", 2, 20, (90, 80))
-    monkeypatch.setattr(image_tree, "cpu_count", lambda: 2)
-    monkeypatch.setattr(image_tree, "_CHUNK", 3)
-    held, most = set(), []
+PEAKS = """
+import re
+import sys
+from pathlib import Path
 
-    def watched(path):
-        pixels = decode(path)
-        held.add(path)
-        weakref.finalize(pixels, held.discard, path)
-        most.append(len(held))
-        return pixels
+from blink.training.data.decoding import decode
 
-    monkeypatch.setattr(image_tree, "decode", watched)
-    assert load(tmp_path / "set", size=8).image_shape == (3, 8, 8)
-    assert len(most) == 40 and max(most) <= 2
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+before = peak()
+for path in sys.argv[1:]:
+    assert decode(Path(path), size=(16, 16)).shape == (16, 16, 3)
+    print(peak() - before)
+"""
+
+
+def test_a_thread_holds_one_full_image_and_a_second_while_it_is_turned(tmp_path):
+    """Pillow's take 4 bytes a pixel."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = Image.new("RGB", (5000, 4000), (1, 2, 3))
+    whole.save(tmp_path / "upright.png")
+    whole.save(tmp_path / "turned.png", exif=exif)
+    command = [sys.executable, "-c", PEAKS, str(tmp_path / "upright.png"), str(tmp_path / "turned.png")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": python_path()}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    upright, turned = (int(kibibytes) * 1024 / (4 * 5000 * 4000) for kibibytes in done.stdout.split())
+    assert 0.9 < upright < 1.3 and turned < 2.3
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("size", [(5, 7), (4, 4), (16, 9)])
+def test_an_image_decoded_to_a_size_is_the_fitted_one(tmp_path, name, size):
+    KINDS[name][0].save(tmp_path / name)
+    np.testing.assert_array_equal(decode(tmp_path / name, size=size), fit(decode(tmp_path / name), *size))
+
+
+def test_a_palette_with_an_opacity_a_colour_needs_no_warning(tmp_path, recwarn):
+    image, expected = palette()
+    image.save(tmp_path / "image.png", transparency=bytes([0, 128, 255, 7, 9]))
+    np.testing.assert_array_equal(decode(tmp_path / "image.png"), expected)
+    assert not recwarn.list
+
+
+def test_a_pil_image_is_left_as_it_was():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(colour())
+    image.getexif().update(exif)
+    np.testing.assert_array_equal(pixels_of(image), UPRIGHT[6](colour()))
+    assert image.size == (7, 5) and image.getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize("shape, decoded", [((6, 6), False), ((6, 7), True)])
+def test_the_size_of_a_square_is_known_without_its_pixels(tmp_path, monkeypatch, shape, decoded):
+    """A PNG may end with what turns it."""
+    loaded = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda image: loaded.append(1) or load(image))
+    Image.fromarray(grey(*shape)).save(tmp_path / "image.png")
+    loaded.clear()
+    assert size_of(tmp_path / "image.png") == shape and bool(loaded) == decoded
 
 
 def with_counts(counts):

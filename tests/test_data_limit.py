@@ -1,5 +1,7 @@
 """--limit: the first images of the fixed order, of which alone an image folder decodes any."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,9 +67,9 @@ def test_the_images_are_those_of_cutting_afterwards(tree, limit):
 def test_no_other_image_is_decoded(tree, monkeypatch):
     whole, decoded, decode = load(tree), [], image_tree.decode
 
-    def counted(path):
+    def counted(path, size):
         decoded.append(path)
-        return decode(path)
+        return decode(path, size=size)
 
     monkeypatch.setattr(image_tree, "decode", counted)
     seen = []
@@ -95,7 +97,7 @@ def test_a_damaged_image_beyond_the_limit_is_not_opened_where_the_size_is_given(
     tree_files = image_tree.list_images(tree).files
     taken = {half[i] for half in tree_files for i in beginning(len(half), 2)}
     for path in {*tree_files[0], *tree_files[1]} - taken:
-        path.write_bytes(b"no image")
+        Path(path).write_bytes(b"no image")
     assert load(tree, size=9, limit=2).fingerprint == whole.fingerprint
 
 

@@ -92,6 +92,24 @@ def test_the_files_may_lie_in_the_folder_or_in_its_only_one(tmp_path, folder):
     assert dataset.fingerprint == plain and notes == [f"the images are in {tmp_path / 'repository' / 'plain_text'}"]
 
 
+@pytest.mark.parametrize("train, test", [("mnist_train", "mnist_test"), ("0-training", "1-testing"), ("Train", "VAL")])
+def test_the_word_that_tells_the_half_may_stand_anywhere(tmp_path, train, test):
+    """Test images among those that are trained on would go unseen."""
+    write(tmp_path / "set" / f"{train}.parquet", [picture(i) for i in range(6)], [0, 1, 2] * 2)
+    write(tmp_path / "set" / f"{test}.parquet", [picture(i) for i in range(20, 23)], [0, 1, 2])
+    dataset, notes = load(tmp_path / "set")
+    assert (len(dataset.train_images), len(dataset.test_images), notes) == (6, 3, [])
+    held = np.stack([picture(20 + i) for i in fixed_order(3)])
+    np.testing.assert_array_equal(dataset.test_images.numpy(), held)
+
+
+@pytest.mark.parametrize("name", ["contest", "trainee", "mytrain"])
+def test_a_part_of_a_word_tells_no_half(tmp_path, name):
+    write(tmp_path / "set" / f"{name}.parquet", [picture(i) for i in range(6)], [0, 1, 2] * 2)
+    dataset, notes = load(tmp_path / "set")
+    assert len(dataset.train_images) == len(dataset.test_images) == 3 and "are held back for testing" in notes[0]
+
+
 @pytest.mark.parametrize("image, label", [("img", "labels"), ("image", "fine_label"), ("picture", "kind")])
 def test_columns_go_by_many_names(tmp_path, image, label):
     other = {"coarse_label": pa.array([9] * 6)} if label == "fine_label" else {"note": pa.array(["x"] * 6)}
@@ -122,12 +140,12 @@ def test_the_second_half_has_any_of_its_names(tmp_path, folder, name):
 
 def test_test_images_go_before_validation_and_what_is_left_out_is_said(folder):
     plain = load(folder)[0].fingerprint
-    for name in ("validation-00000-of-00001", "extra", "training"):
+    for name in ("validation-00000-of-00001", "extra", "trainee"):
         write(folder / "data" / f"{name}.parquet", [picture(99)], [0])
     for _ in range(2):  # decoded, then from the cache
         dataset, (note,) = load(folder)
         assert dataset.fingerprint == plain
-        assert note == "3 Parquet files are left out (extra.parquet, training.parquet, ...)"
+        assert note == "3 Parquet files are left out (extra.parquet, trainee.parquet, ...)"
 
 
 @pytest.mark.parametrize("name", ["train-00000-of-00001", "0000"])
@@ -160,9 +178,9 @@ def test_limited_images_are_those_of_cutting_afterwards(folder, monkeypatch, lim
     whole, _ = load(folder)
     decoded, decode = [], parquet.decode
 
-    def counted(raw, name):
+    def counted(raw, name, size):
         decoded.append(name)
-        return decode(raw, name)
+        return decode(raw, name, size)
 
     monkeypatch.setattr(parquet, "decode", counted)
     cut, _ = load(folder, limit=limit)
@@ -224,7 +242,7 @@ def animated():
 @pytest.mark.parametrize(
     "image, message",
     [
-        (b"no image", "is not a readable image"),
+        (b"no image", r"is not a readable image \(of no known format\)"),
         (encoded(picture(1))[:60], "is not a readable image"),
         (None, "holds no bytes of an image"),
         (floats(), "has floating-point pixels"),

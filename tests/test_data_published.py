@@ -3,14 +3,12 @@
 import gzip
 import hashlib
 import socket
-import struct
 import sys
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from torchvision.datasets import MNIST, SVHN, FashionMNIST
 
@@ -19,9 +17,7 @@ from blink.training import data
 from blink.training.data import downloading, mnist, svhn
 from blink.training.data.dataset import fixed_order
 from blink.training.data.layouts import LAYOUTS
-
-FOLDERS = {"mnist": "MNIST/raw", "fashionmnist": "FashionMNIST/raw"}
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+from tests.published import FOLDERS, IDX, idx, make_idx, make_svhn
 
 
 @pytest.fixture(autouse=True)
@@ -32,40 +28,6 @@ def _own_folders(tmp_path, monkeypatch):
 
 def load(source, notes=None):
     return data.load(str(source), lambda done, total: None, (notes if notes is not None else []).append)
-
-
-def idx(array: np.ndarray) -> bytes:
-    """The format's own words: 0, 0, type 8 (unsigned byte), number of dimensions; each big-endian; the values."""
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-def make_idx(folder: Path, train=30, test=20, side=28):
-    """Write idx files whose labels go round all classes; returns (images, labels) of both halves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.RandomState(4)
-    halves = []
-    for names, count in ((IDX[:2], train), (IDX[2:], test)):
-        images, labels = random.randint(0, 256, (count, side, side)), np.arange(count) % 10
-        (folder / names[0]).write_bytes(idx(images))
-        (folder / names[1]).write_bytes(idx(labels))
-        halves.append((images, labels))
-    return halves
-
-
-def make_svhn(monkeypatch, folder: Path):
-    """Write .mat files, whose md5 sums are then the published ones; 10 is the digit 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.RandomState(5)
-    halves, lists = [], {}
-    for half, count in (("train", 24), ("test", 12)):
-        images = random.randint(0, 256, (32, 32, 3, count), dtype=np.uint8)
-        labels = (1 + np.arange(count) % 10).astype(np.uint8)[:, None]
-        url, name, _ = SVHN.split_list[half]
-        scipy.io.savemat(folder / name, {"X": images, "y": labels})
-        lists[half] = [url, name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-        halves.append((images, labels))
-    monkeypatch.setitem(svhn.PUBLISHED, "svhn", type("Changed", (SVHN,), {"split_list": lists}))
-    return halves
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -219,6 +181,46 @@ def test_damaged_mat_file_is_named_in_one_line(tmp_path, monkeypatch, damage):
     assert "\n" not in str(raised.value) and str(raised.value).endswith("download it again")
 
 
+def _packed_half(folder):
+    raw = gzip.compress((folder / IDX[3]).read_bytes())
+    (folder / IDX[3]).unlink()
+    (folder / f"{IDX[3]}.gz").write_bytes(raw[: len(raw) // 2])
+
+
+@pytest.mark.parametrize(
+    "name, damage, file",
+    [
+        ("mnist", lambda: _cut(data.DEFAULT_ROOT / FOLDERS["mnist"] / IDX[0]), IDX[0]),
+        ("mnist", lambda: _packed_half(data.DEFAULT_ROOT / FOLDERS["mnist"]), f"{IDX[3]}.gz"),
+        ("svhn", lambda: _cut(data.DEFAULT_ROOT / "train_32x32.mat"), "train_32x32.mat"),
+    ],
+    ids=["idx", "packed", "mat"],
+)
+def test_a_damaged_copy_in_data_is_said_how_to_replace(tmp_path, monkeypatch, name, damage, file):
+    """What it says is then done. torchvision leaves such files where it is interrupted."""
+    make_idx(data.DEFAULT_ROOT / FOLDERS["mnist"])
+    make_svhn(monkeypatch, data.DEFAULT_ROOT)
+    files, _ = prepared(tmp_path, monkeypatch, name)
+    offer(monkeypatch, files)
+    damage()
+    with pytest.raises(UserError, match=rf"{file} .*\(--data {name} downloads it once that file is removed\)$"):
+        load(name)
+    (found,) = data.DEFAULT_ROOT.rglob(file)
+    found.unlink()
+    notes = []
+    assert load(name, notes).name == name and notes == [f"downloading {name} ..."]
+
+
+@pytest.mark.parametrize("name", ["train.gz", "meta.gz", "data_batch_1.gz"])
+def test_another_packed_file_makes_no_published_set_of_a_folder(tmp_path, image_folder, name):
+    (image_folder / name).write_bytes(b"x")
+    for half in ("train", "test"):
+        (image_folder / half).rename(tmp_path / half)
+    for folder in list((tmp_path / "train").iterdir()):
+        folder.rename(image_folder / folder.name)
+    assert load(image_folder).name == "images"
+
+
 def offer(monkeypatch, files: dict[str, bytes], fail_at: str | None = None, with_what: BaseException | None = None):
     """Make `files` what downloads bring, by file name; the one called `fail_at` breaks off half way."""
     asked = []
@@ -310,35 +312,3 @@ def prepared(tmp_path, monkeypatch, name) -> tuple[dict[str, bytes], str]:
         return publish_idx(monkeypatch, name, tmp_path / "made"), f"{IDX[3]}.gz"
     make_svhn(monkeypatch, tmp_path / "made")
     return {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}, "test_32x32.mat"
-
-
-def train(*options):
-    """(what `blink train` said, its summary)"""
-    import json
-
-    from blink.__main__ import main
-
-    target = data.DEFAULT_ROOT.parent / "out.json"
-    arguments = ["--steps", "1", "--batch-size", "4", "--limit", "20", "--device", "cpu", "--json", str(target)]
-    assert main(["train", *arguments, *options]) == 0
-    return json.loads(target.read_text())
-
-
-@pytest.mark.parametrize(
-    "name, options, flip, tta, said",
-    [
-        ("mnist", (), "none", None, True),
-        ("svhn", (), "none", None, True),
-        ("fashionmnist", (), "random", "mirror", False),
-        ("mnist", ("--flip", "random"), "random", "mirror", False),
-        ("mnist", ("--flip", "none"), "none", None, False),
-        ("mnist", ("--set", "flip=random"), "random", None, True),
-    ],
-)
-def test_digits_are_not_mirrored_unless_asked_for(monkeypatch, capsys, name, options, flip, tta, said):
-    make_idx(data.DEFAULT_ROOT / FOLDERS["mnist"])
-    make_idx(data.DEFAULT_ROOT / FOLDERS["fashionmnist"])
-    make_svhn(monkeypatch, data.DEFAULT_ROOT)
-    recipe = train("--data", name, "--recipe", "hlb", *options)["recipe"]
-    assert (recipe["flip"], recipe["tta"]) == (flip, tta)
-    assert ("the recipe's mirroring is off (--flip)" in " ".join(capsys.readouterr().out.split())) == said

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,3 +251,23 @@ def test_mistakes_are_one_line(image_folder, tmp_path, capsys, monkeypatch, argu
     code = main(["evaluate", "m.safetensors", "--device", "cpu", *arguments])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_a_half_that_the_set_does_not_use_is_a_set_by_itself(image_folder, tmp_path, evaluated):
+    """Of train/, test/ and val/, training takes the first two."""
+    model = trained(image_folder, tmp_path / "out")
+    (image_folder / "test").rename(image_folder / "val")
+    shutil.copytree(image_folder / "val", image_folder / "test")
+    for name in ("val", "test"):
+        code, content, rows, _, err = evaluated(model, image_folder / name)
+        assert (code, err) == (0, "") and content["accuracy"] >= 0
+        assert rows and all(Path(row["image"]).is_relative_to(image_folder / name) for row in rows)
+
+
+@pytest.mark.parametrize("key", ["data", "recipe", "command"])
+def test_a_file_that_tells_less_of_itself_is_evaluated(image_folder, tmp_path, evaluated, key):
+    model = untrained(tmp_path / "m.safetensors", synthetic.CLASSES, (3, 12, 12))
+    net = narrow_network("blink", len(synthetic.CLASSES), (3, 12, 12))
+    saved.save(Path(model), net.state_dict(), net.config, synthetic.CLASSES, (3, 12, 12), {key: None})
+    code, *_ = evaluated(model, image_folder, "--half", "all")
+    assert code == 0

@@ -99,12 +99,13 @@ def test_interrupted_twice_and_resumed(arguments, tmp_path, name, monkeypatch, c
     assert main([*arguments, "--out", str(out)]) == 130
     assert f"go on with: blink train --resume {out}" in capsys.readouterr().out
     assert [path.suffix for path in sorted(out.iterdir())] == [".checkpoint", ".json"]
-    assert main(["train", "--resume", str(out)]) == 130
+    again = ["train", "--resume", str(out), *recipe(tmp_path, name)]
+    assert main(again) == 130
     assert len(list(out.glob("*.checkpoint"))) <= 2
-    assert main(["train", "--resume", str(out)]) == 0
+    assert main(again) == 0
     assert_alike(tmp_path / "whole", out)
     # and again, when there is nothing left to do
-    assert main(["train", "--resume", str(out)]) == 0
+    assert main(again) == 0
     assert_alike(tmp_path / "whole", out)
 
 
@@ -115,7 +116,8 @@ def test_killed_at_random_moments(arguments, tmp_path):
 
     def begun(folder: Path):
         anew = [*arguments, "--out", folder]
-        return started(["train", "--resume", folder] if (folder / "summary.json").exists() else anew)
+        again = ["train", "--resume", folder, *recipe(tmp_path, "MUON")]
+        return started(again if (folder / "summary.json").exists() else anew)
 
     def finished(process) -> None:
         process.join()
@@ -154,7 +156,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(arguments, tmp_path, 
     assert len(list(out.glob("*.checkpoint"))) == 2
     last.write_bytes(last.read_bytes()[:-100])
     capsys.readouterr()
-    assert main(["train", "--resume", str(out)]) == 0
+    assert main(["train", "--resume", str(out), *recipe(tmp_path, "SGD")]) == 0
     assert f"{last.name} is no whole checkpoint" in "".join(capsys.readouterr().out.split("\n"))
     assert_alike(tmp_path / "whole", out)
 
@@ -164,7 +166,7 @@ def test_further_runs_are_added(arguments, tmp_path):
     out = tmp_path / "out"
     assert main([*arguments, "--out", str(tmp_path / "whole"), "--runs", "3"]) == 0
     assert main([*arguments, "--out", str(out)]) == 0
-    assert main(["train", "--resume", str(out), "--runs", "3"]) == 0
+    assert main(["train", "--resume", str(out), *recipe(tmp_path, "PLAIN"), "--runs", "3"]) == 0
     assert_alike(tmp_path / "whole", out)
 
 
@@ -176,12 +178,15 @@ def test_what_cannot_be_resumed_is_one_line(arguments, tmp_path, capsys, monkeyp
     assert main(["train", *arguments, "--out", str(out)]) == 130
     monkeypatch.undo()
     capsys.readouterr()
-    assert "holds a training with other recipe" in refused(capsys, "--resume", out, "--set", "translation=1")
-    assert "holds a training with other budget" in refused(capsys, "--resume", out, "--epochs", "2")
-    assert "is of a run with other keep" in refused(capsys, "--resume", out, "--keep", "best")
+    # a folder that somebody sent would else run a file that it names
+    assert "of a Python file that would be run; name it again to go on" in refused(capsys, "--resume", out)
+    again = ["--resume", out, *recipe(tmp_path, "PLAIN")]
+    assert "holds a training with other recipe" in refused(capsys, *again, "--set", "translation=1")
+    assert "holds a training with other budget" in refused(capsys, *again, "--epochs", "2")
+    assert "is of a run with other keep" in refused(capsys, *again, "--keep", "best")
     assert "holds an earlier training" in refused(capsys, *arguments, "--out", out)
-    assert main(["train", "--resume", str(out)]) == 0
-    assert "holds a training with other dtype" in refused(capsys, "--resume", out, "--dtype", "bf16")
+    assert main(["train", *map(str, again)]) == 0
+    assert "holds a training with other dtype" in refused(capsys, *again, "--dtype", "bf16")
     (out / "summary.json").write_text("{}")
     assert "is no summary of blink train" in refused(capsys, "--resume", out)
     assert "--keep best chooses by validation" in refused(capsys, *arguments, "--keep", "best", "--validate", "0")

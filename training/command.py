@@ -23,7 +23,7 @@ from blink.training.job import Job, add_job_arguments, count_flops, prepare
 from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
 from blink.training.outputs import Outputs
-from blink.training.recipes import Recipe
+from blink.training.recipes import RECIPES, Recipe
 from blink.training.report import Report
 from blink.training.results import RunResult
 from blink.training.trainer import Trainer
@@ -97,7 +97,9 @@ def execute(
     if failure is not None:
         raise failure
     if exit_code and options.out is not None:
-        console.print(f"go on with: blink train --resume {options.out}", highlight=False, markup=False, soft_wrap=True)
+        named = "" if options.recipe in RECIPES else f" --recipe {options.recipe}"
+        line = f"go on with: blink train --resume {options.out}{named}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return exit_code, training.report, job
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blink.errors import UserError
+from blink.errors import UserError, brief
 from blink.files import from_json
 from blink.kernels.gather import Gather
 from blink.kernels.reference import normalize
@@ -171,7 +171,7 @@ def read(path: Path) -> Gallery:
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; {EXPECTED}") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"without {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"without {error}" if isinstance(error, KeyError) else brief(error)
         raise UserError(f"{path} is no gallery ({reason}); {EXPECTED}") from error
     return found
 

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from blink.command import parse
-from blink.errors import UserError
+from blink.errors import UserError, brief
 from blink.files import from_json
 from blink.training.job import Job
+from blink.training.recipes import RECIPES
 from blink.training.results import RunResult, run_from_dict
 
 SUMMARY = "summary.json"
@@ -30,8 +31,15 @@ def as_it_was(options: argparse.Namespace) -> argparse.Namespace:
             next(given)
         elif not word.startswith("--resume="):
             added.append(word)
-    words = [*summary_of(folder)["command"][2:], *added]
-    options = parse("train", "blink.training.command", words)[0]
+    before = summary_of(folder)["command"][2:]
+    options = parse("train", "blink.training.command", [*map(str, before), *added])[0]
+    own = not (options.recipe in RECIPES or any(word.startswith("--recipe") for word in added))
+    if own:
+        # a folder may be anybody's, and this would run a file that it names
+        raise UserError(
+            f"{folder}: its recipe is {options.recipe}, of a Python file that would be run; name it again to go on: "
+            f"--resume {folder} --recipe {options.recipe}"
+        )
     options.resume = options.out = folder
     return options
 
@@ -47,8 +55,11 @@ def summary_of(folder: Path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}; --resume takes a folder that blink train --out wrote to") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no summary of blink train ({reason}); --resume takes its --out folder") from error
+        raise _no_summary(path, error) from error
+
+
+def _no_summary(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no summary of blink train ({brief(error)}); --resume takes its --out folder")
 
 
 def identity(facts: dict, options: argparse.Namespace) -> dict:
@@ -59,16 +70,19 @@ def identity(facts: dict, options: argparse.Namespace) -> dict:
 
 def finished(options: argparse.Namespace, job: Job) -> list[RunResult]:
     """The runs in --resume DIR that ended, in the order of their seeds. Raises UserError for those of another job."""
-    before = summary_of(options.resume)
+    before, runs = summary_of(options.resume), []
     mine = json.loads(json.dumps(identity(job.facts, options)))
-    differing = [key for key, value in identity(before, options).items() if value != mine[key]]
+    try:
+        differing = [key for key, value in identity(before, options).items() if value != mine[key]]
+        if not differing:
+            job.facts["flops"] = before["flops"]
+            for number, content in enumerate(before["runs"][: options.runs]):
+                seed = options.seed + number
+                if content["seed"] != seed or not network_file(options, job, seed).is_file():
+                    break
+                runs.append(run_from_dict(content, job.budget.total_steps))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _no_summary(options.resume / SUMMARY, error) from error
     if differing:
         raise UserError(f"{options.resume} holds a training with other {', '.join(differing)}; continue it as it was")
-    job.facts["flops"] = before["flops"]
-    runs = []
-    for number, content in enumerate(before["runs"][: options.runs]):
-        seed = options.seed + number
-        if content["seed"] != seed or not network_file(options, job, seed).is_file():
-            break
-        runs.append(run_from_dict(content, job.budget.total_steps))
     return runs

@@ -21,7 +21,7 @@ from blink.training.bars import bars
 from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
 from blink.training.job import add_data_arguments, count_flops, load_data
-from blink.training.recipes import RECIPES, Recipe
+from blink.training.recipes import RECIPES, Recipe, with_flip
 from blink.training.setting import Setting, add_setting_arguments, choose_setting
 
 EXAMPLES = (
@@ -137,6 +137,9 @@ def own_options(options: Namespace) -> tuple[str, ...]:
 def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options: Namespace) -> dict:
     """What every record of a contestant says besides its runs."""
     recipe: Recipe | None = RECIPES[options.recipe] if contestant.peer is None else contestant.peer.recipe
+    if contestant.peer is None and not dataset.mirror:
+        # as `blink train` does
+        recipe = with_flip(recipe, "none")
     flops = images = None
     if recipe is not None:
         budget = plan_budget(recipe, len(dataset.train_images))

@@ -6,7 +6,7 @@ torchvision, which reads the published data sets, is imported only when there is
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -65,7 +65,7 @@ def _by_name(name: str, else_generated: bool, note: Note) -> Dataset:
     layouts = [layout for layout in LAYOUTS if layout.name == name]
     for layout in layouts:
         if layout.found(DEFAULT_ROOT / layout.folder):
-            return _cached(_published(DEFAULT_ROOT / layout.folder, layout), note)
+            return _cached(_replaceable(DEFAULT_ROOT / layout.folder, layout), note)
     note(f"downloading {name} ...")
     try:
         _reader(layouts[0]).download(DEFAULT_ROOT, name)
@@ -75,6 +75,19 @@ def _by_name(name: str, else_generated: bool, note: Note) -> Dataset:
         note(str(error))
         return generated()
     return _cached(_published(DEFAULT_ROOT / layouts[0].folder, layouts[0]), note)
+
+
+def _replaceable(root: Path, layout: Layout) -> _Found:
+    """A published data set in data/: what is wrong with it is said with what brings another copy."""
+    found, removed = _published(root, layout), root if layout.classes else "that file"
+
+    def read() -> Arrays:
+        try:
+            return found.read()
+        except UserError as error:
+            raise UserError(f"{error} (--data {found.name} downloads it once {removed} is removed)") from error
+
+    return replace(found, read=read)
 
 
 def _only_for_folders(size: int | None, val_split: float | None) -> None:

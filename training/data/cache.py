@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blink.errors import brief
 from blink.files import from_json, remove_leftovers, replacing
 from blink.training.data.dataset import Dataset
 
@@ -96,8 +97,7 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
         dataset = Dataset(meta["name"], meta["fingerprint"], **told, **tensors)
         return dataset, from_json(meta["notes"])
     except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, [f"the cached images in {path} are of no use ({reason}): decoded anew"]
+        return None, [f"the cached images in {path} are of no use ({brief(error)}): decoded anew"]
 
 
 def _checksums(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from blink.errors import UserError
+from blink.errors import UserError, brief
 
 # of damaged metadata and large images: what matters of them is an error
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -29,43 +29,58 @@ def extensions() -> tuple[str, ...]:
     return (*IMG_EXTENSIONS, ".gif")
 
 
+def names_image(name: str) -> bool:
+    return name.lower().endswith(extensions()) and not name.startswith(".")
+
+
 def is_image(path: Path) -> bool:
     """By its name."""
-    return path.name.lower().endswith(extensions()) and not path.name.startswith(".")
+    return names_image(path.name)
 
 
-def decode(file: Path | BinaryIO, name: str | None = None) -> np.ndarray:
+def decode(file: Path | BinaryIO, name: str | None = None, size: tuple[int, int] | None = None) -> np.ndarray:
     """[H, W, 3] uint8 of a file, which messages call `name` or by its path.
 
-    Raises UserError for what is not one readable image, or has values that 8 bits cannot hold.
+    size: the height and width that it is brought to, as `fit` does, but without a copy of the whole image; None: its
+    own. Raises UserError for what is not one readable image, or has values that 8 bits cannot hold.
     """
     try:
         with Image.open(file) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"{name or file} is an animation, expected one still image; replace or remove it")
-            return pixels_of(image, name or file)
+            return pixels_of(image, name or file, size)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # an untrusted file can fail in any way
         raise _unreadable(name or file, error) from error
 
 
-def pixels_of(image: Image.Image, path: Path | str = "the image") -> np.ndarray:
-    """[H, W, 3] uint8 of an opened image, which messages call `path`. Raises UserError as `decode`."""
+def pixels_of(image: Image.Image, path: Path | str = "the image", size: tuple[int, int] | None = None) -> np.ndarray:
+    """[H, W, 3] uint8 of an opened image, which messages call `path`; size: see `decode`. Raises UserError as it does.
+
+    An image of 24 million pixels is 90 MB: what is RGB and upright is not copied before it has its size.
+    """
     if image.mode == "F":
         raise UserError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+    image.load()
     # cameras say in EXIF how they were held
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        return _from_16_bits(path, np.asarray(image))
-    return np.asarray(image.convert("RGB"))
+        image = _from_16_bits(path, np.asarray(image))
+    if isinstance(image.info.get("transparency"), bytes):
+        # a palette's; converted at once Pillow would warn of it
+        image = image.convert("RGBA")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.asarray(image if size is None else _fitted(image, *size))
 
 
-def _from_16_bits(path: Path | str, values: np.ndarray) -> np.ndarray:
-    """Pillow's own conversion would clip at 255 where 255 * 257 is white."""
+def _from_16_bits(path: Path | str, values: np.ndarray) -> Image.Image:
+    """Grey. Pillow's own conversion would clip at 255 where 255 * 257 is white."""
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} has pixels from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-    return np.repeat((values.astype(np.uint32) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def pixels_from(image) -> np.ndarray:
@@ -94,7 +109,8 @@ def size_of(file: Path | BinaryIO, name: str | None = None) -> tuple[int, int]:
     try:
         with Image.open(file) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            # a PNG's EXIF may be its end, for which all of it is decoded
+            turned = width != height and image.getexif().get(_ORIENTATION) in _TURNED
             return (width, height) if turned else (height, width)
     except (UserError, MemoryError):
         raise
@@ -116,7 +132,8 @@ def common_size(sizes: Iterable[tuple[int, int]], note: Callable[[str], None]) -
 
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # Pillow's own words for these name the file again, or the memory that it is in
+    reason = "of no known format" if isinstance(error, UnidentifiedImageError) else brief(error)
     return UserError(f"{path} is not a readable image ({reason}); replace or remove it")
 
 
@@ -126,5 +143,11 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     if pixels.shape[:2] == (height, width):
         return pixels
+    return np.asarray(_fitted(Image.fromarray(pixels), height, width))
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
     # where the image shrinks, Pillow averages over all that a pixel covers
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BICUBIC))
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)

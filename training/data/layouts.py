@@ -30,12 +30,11 @@ class Layout:
 
     def found(self, folder: Path) -> bool:
         """Whether `folder` is one of this layout; what has no folder of its own must have all of its files."""
-        return folder.is_dir() if self.classes else all(is_there(folder, name) for name in self.files)
+        return folder.is_dir() if self.classes else all(self.has(folder, name) for name in self.files)
 
-
-def is_there(folder: Path, name: str) -> bool:
-    """The file, or the file as it was packed for the download."""
-    return (folder / name).is_file() or (folder / f"{name}.gz").is_file()
+    def has(self, folder: Path, name: str) -> bool:
+        """The file, or an idx file as it was packed for the download."""
+        return (folder / name).is_file() or (self.reader == "mnist" and (folder / f"{name}.gz").is_file())
 
 
 _FIVE = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -58,7 +57,7 @@ def recognize(path: Path) -> tuple[Path, Layout] | None:
     """(folder, layout) of the published data set that `path` holds, or that a folder of its own in `path` holds."""
     for layout in LAYOUTS:
         for root in (path, *_inside(path, layout)):
-            if is_there(root, layout.train[0]) or (layout.classes and is_there(root, layout.classes)):
+            if layout.has(root, layout.train[0]) or (layout.classes and layout.has(root, layout.classes)):
                 return root, _called(root, layout) if layout.reader == "mnist" else layout
     return None
 

@@ -51,15 +51,20 @@ def _array(path: Path, reader) -> np.ndarray:
         raise UserError(f"{path.parent} lacks {path.name}; download it again") from error
     except Exception as error:  # torchvision asserts, looks up and views what the file's head says
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        read = path if path.exists() else _packed(path)
         raise UserError(
-            f"{path} is no readable idx file: truncated or damaged ({reason}); download it again"
+            f"{read} is no readable idx file: truncated or damaged ({reason}); download it again"
         ) from error
+
+
+def _packed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.gz")
 
 
 @contextmanager
 def _unpacked(path: Path) -> Iterator[Path]:
     """The file, or what its .gz beside it holds."""
-    packed = path.with_name(f"{path.name}.gz")
+    packed = _packed(path)
     if path.is_file() or not packed.is_file():
         yield path
         return

@@ -17,12 +17,13 @@ import numpy as np
 
 from blink.errors import UserError
 from blink.training.data.dataset import Arrays, beginning, held_back_by_class
-from blink.training.data.decoding import common_size, decode, fit, size_of
+from blink.training.data.decoding import common_size, decode, size_of
 from blink.training.data.image_tree import TESTS, TRAIN, VAL_SPLIT, held_back_note
 
 # the folder that holds the files, where they are not in the data set's own
 INNER = "data"
-_SPLIT = re.compile(rf"({'|'.join(sorted((TRAIN, *TESTS), key=len, reverse=True))})(?![a-z])")
+# a word of a file's name, as in train-00000-of-00001, mnist_test and training
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join((TRAIN, *TESTS))})(ing)?(?![a-z])")
 # what columns are called, the likeliest first
 _IMAGES, _LABELS = ("image", "img", "images"), ("label", "labels", "fine_label")
 # encoded images in memory at a time
@@ -55,9 +56,9 @@ def read(
 ) -> Arrays:
     """Decode the images of the files that `locate` found, which need pyarrow; the arguments are `image_tree.read`'s.
 
-    Files whose names begin with train are for training, those with test (or else val, valid, validation) for testing,
-    others are left out; without such names all are one half. Raises UserError, which names file and row (the first is
-    0) of what cannot be used.
+    Files whose names have the word train are for training, those with test (or else val, valid, validation) for
+    testing, others are left out; without such names all are one half. Raises UserError, which names file and row (the
+    first is 0) of what cannot be used.
     """
     train, test = _halves(root, note)
     if test and val_split is not None:
@@ -98,7 +99,7 @@ def _halves(root: Path, note: Callable[[str], None]) -> tuple[list[Path], list[P
     """The files of training and of testing, the latter none where there are none. Raises UserError."""
     splits: dict[str, list[Path]] = {}
     for path in _files(root):
-        found = _SPLIT.match(path.name.lower())
+        found = _SPLIT.search(path.name.lower())
         splits.setdefault(found[1] if found else "", []).append(path)
     if list(splits) == [""]:
         return splits[""], []
@@ -192,7 +193,7 @@ def _decode(
 
         def decode_one(each: tuple[int, BytesIO, str]) -> None:
             place, raw, name = each
-            images[place] = fit(decode(raw, name), height, width)
+            images[place] = decode(raw, name, (height, width))
 
         done = 0
         for batch in _encoded(files, column, places):
