@@ -52,7 +52,7 @@ def test_output_below_a_file_is_refused_before_training(capsys, tmp_path, image_
 
 def test_loss_that_stops_being_finite_is_one_line(capsys, monkeypatch, tmp_path, image_folder):
     hlb = RECIPES["hlb"]
-    monkeypatch.setitem(RECIPES, "hlb", replace(hlb, param_groups=tuple(replace(g, lr=1e30) for g in hlb.param_groups)))
+    monkeypatch.setitem(RECIPES, "hlb", replace(hlb, param_groups=tuple(replace(g, lr=1e8) for g in hlb.param_groups)))
     target = tmp_path / "x.json"
     err = refused(capsys, "--data", image_folder, *QUICK, "--steps", "4", "--json", target)
     assert "the loss became" in err and "of 4 (batch size 8)" in err
