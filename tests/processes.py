@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests import forked
 def _run(arguments: list[str], output: Path | None, stdout: str | None, encoding: str, room: int | None) -> None:
     # sums are cut up by the number of threads
     torch.set_num_threads(1)
+    # what begins in the background of a shell ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("TRITON_INTERPRET", None)
     if output is not None:
         sys.stdout = None if stdout is None else _onto(stdout or f"{output}.out", 1, encoding)
