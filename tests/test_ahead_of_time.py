@@ -58,7 +58,17 @@ def reports(tmp_path_factory):
     for dtypes, targets, *options in CALLS:
         path = folder / "report.json"
         done = compiling(
-            "-m", "blink", "inspect", "--dtype", dtypes, "--target", targets, "--json", str(path), *options
+            "-m",
+            "blink",
+            "inspect",
+            "--dtype",
+            dtypes,
+            "--target",
+            targets,
+            "--json",
+            str(path),
+            "--overwrite",
+            *options,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         made.append((done.stdout, json.loads(path.read_text())))

@@ -213,7 +213,7 @@ def test_compiled_reference_trains_as_eager_does(shared, tree, capsys, monkeypat
     monkeypatch.setitem(RECIPES, "air", replace(RECIPES["air"], network=network))
     losses, start_up = {}, {}
     for kernels in ("compiled", "reference"):
-        target = shared / f"{kernels}.json"
+        target = shared / f"{kernels}-{dtype}.json"
         options = ("--recipe", "air", "--kernels", kernels, "--json", target, "--dtype", dtype)
         # the compiler may have something to say on standard error
         code, _, _ = inside(capsys, "--data", tree, *QUICK, *options)

@@ -148,13 +148,13 @@ def test_write_json_round_trips_and_replaces(tmp_path):
 
 
 def _full_disk_while_writing(monkeypatch):
-    write = Path.write_text
+    write = Path.write_bytes
 
-    def half(self, text, *args, **kwargs):
-        write(self, text[: len(text) // 2])
+    def half(self, content):
+        write(self, content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
 
 
 def _full_disk_while_replacing(monkeypatch):
