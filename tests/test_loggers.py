@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -150,6 +151,8 @@ def test_a_resumed_training_logs_what_an_uninterrupted_one_does(image_folder, ca
     with monkeypatch.context() as patch:
         patch.setattr(loggers, "loggers", lambda *a: [*asked(*a), Interrupting()])
         assert trained(image_folder, capsys, *arguments, tmp_path / "b.csv", *files)[0] == 130
+    # TensorBoard reads its files by the second in their names, then by a count as text, where 10 is before 9
+    time.sleep(1)
     assert main(["train", "--resume", str(tmp_path / "out")]) == 0
     whole, resumed = (events(tmp_path / name / "hlb-seed0")[0] for name in ("whole", "board"))
     assert whole.keys() == resumed.keys()
