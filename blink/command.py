@@ -1,7 +1,8 @@
 """What every command shares: its parser, what arguments mean, and how a mistake or an interruption ends it.
 
 A command is a module with `EXAMPLES` (lines), `add_arguments(parser)` and `run(options) -> exit code`; its docstring's
-first paragraph describes it. It raises UserError for what the user must change.
+first paragraph describes it. It raises UserError for what the user must change. `DISTRIBUTED` is True of one that
+torchrun may start in several processes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from blink import ending
 from blink.errors import UserError
 from blink.files import STANDARD_OUTPUT
+from blink.training import peers
 
 # the first of the process: what it takes to import the rest counts as start-up
 STARTED = time.perf_counter()
@@ -65,26 +67,29 @@ def call(name: str, module: str, arguments: list[str]) -> int:
     with ending.as_ctrl_c(), ending.lasting_output() as output:
         try:
             options, command = parse(name, module, arguments)
+            if peers.place().size > 1 and not getattr(command, "DISTRIBUTED", False):
+                raise UserError(f"blink {name} runs in one process; of the commands torchrun starts blink train only")
             with ending.only_json(output) if getattr(options, "json", None) == STANDARD_OUTPUT else nullcontext():
                 code = command.run(options)
             output.flush()
         except UserError as error:
-            ending.complain(f"blink: {error}")
+            peers.complain(error)
             return 2
         except MemoryError as error:
-            ending.complain(f"blink: out of memory ({error}); use fewer images (--limit) or smaller ones (--size)")
+            peers.complain(UserError(f"out of memory ({error}); use fewer images (--limit) or smaller ones (--size)"))
             return 2
         except RuntimeError as error:
             # PyTorch's own, which is imported where there is one
             if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
                 raise
             reason = str(error).split(". ")[0].splitlines()[0]
-            ending.complain(
-                f"blink: out of memory ({reason}); use a smaller --batch-size, fewer images or smaller ones"
+            peers.complain(
+                UserError(f"out of memory ({reason}); use a smaller --batch-size, fewer images or smaller ones")
             )
             return 2
         except KeyboardInterrupt as stop:
-            ending.complain(f"blink: {ending.name(stop)}; what is finished is kept")
+            if peers.place().rank == 0:
+                ending.complain(f"blink: {ending.name(stop)}; what is finished is kept")
             return ending.exit_code(stop)
     if output.error is not None and not isinstance(output.error, BrokenPipeError):
         ending.complain(f"blink: the output could not be written ({output.error}); what goes to files is kept")

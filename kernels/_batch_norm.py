@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import block_of, rounded_product, sum_partials
+from ._synchronized import sharing
 from .activations import ACTIVATIONS
 from .launching import launch
 from .registry import Arguments, fp32
@@ -342,14 +343,30 @@ class Partials(NamedTuple):
     def merge(
         self, rows: int, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
     ) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [C] float32 of `rows` values; updates the running statistics in place."""
+        """Mean and biased variance [C] float32 of `rows` values, or of those of all that `synchronized` names; updates
+        the running statistics in place.
+        """
+        running, shared = Running.of(running_mean, running_var, momentum), sharing()
+        if shared is None:
+            return self._merged(rows, running)
+        mean, var = self._merged(rows, None)
+        return Partials(*shared.gathered(mean, var * rows, rows))._merged(shared.of_all(rows), running)
+
+    def _merged(self, rows: int, running: Running | None) -> tuple[Tensor, Tensor]:
         programs, channels = self.mean.shape
         mean = self.mean.new_empty(channels)
         var = torch.empty_like(mean)
-        running = Running.of(running_mean, running_var, momentum)
         grid, sizes = (triton.cdiv(channels, 8),), dict(C=channels, BLOCK_P=256, BLOCK_C=8)
         launch(_merge_stats_kernel, grid, self, programs, rows, mean, var, running, **sizes)
         return mean, var
+
+
+def sums_for_dx(sums: Tensor, training: bool) -> Tensor | None:
+    """What a gradient through statistics reads of `reduce_gradients`: where `synchronized` merges batches, this one's
+    share of all ranks' sums; None where the statistics are no batch's.
+    """
+    shared = sharing()
+    return None if not training else sums if shared is None else shared.for_means(sums)
 
 
 def kept(fixed_mean: Tensor, fixed_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,7 +421,7 @@ def backward(
     tiling = Tiling(x, gate is not None, _BWD_TILE_BYTES)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
-    used = sums if training else None
+    used = sums_for_dx(sums, training)
     arguments = (dy, x, gate, norm, used, dx, dgate, tiling.rows, tiling.segments)
     launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
     return dx, dgate, sums

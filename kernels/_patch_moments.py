@@ -16,6 +16,7 @@ from torch import Tensor
 from ._batch_norm import update_running
 from ._common import rounded_product
 from ._patches import PIXEL_OFFSET, Geometry, PatchSource, jittered_positions, load_jitter, load_patches, weight_offset
+from ._synchronized import sharing
 from .launching import launch
 
 _MOMENT_BLOCK = 128
@@ -264,6 +265,18 @@ def moments_of(source: PatchSource) -> Tensor:
     arguments = (of_images, pixels.jitter, moments, source.batch)
     launch(_jittered_moments_kernel, (source.f_pad,), *arguments, G=_of_any_size(geometry), BLOCK_N=16)
     return moments
+
+
+def moments_of_all(source: PatchSource) -> Tensor:
+    """The same of the patches on all ranks whose batches `synchronized` merges; exact too."""
+    moments, shared = moments_of(source), sharing()
+    return moments if shared is None else shared.summed(moments)
+
+
+def positions_of_all(source: PatchSource) -> int:
+    """How many patches that is."""
+    shared = sharing()
+    return source.positions if shared is None else shared.of_all(source.positions)
 
 
 def finish_sizes(project_weight: Tensor, source: PatchSource) -> dict:

@@ -245,7 +245,7 @@ def _bwd(
     sums = _batch_norm.reduce_gradients(upstream, pooled, None, norm, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
     tiling = _Tiling(dx.shape, pooled.element_size())
-    used = sums if training else None
+    used = _batch_norm.sums_for_dx(sums, training)
     arguments = (upstream, pooled, index, norm, used, dx, batch, pooled.numel() // channels)
     sizes = dict(S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
     launch(_unpool_kernel, tiling.grid, *arguments, num_warps=tiling.num_warps, maxnreg=128, **sizes)

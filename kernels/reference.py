@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _options
+from . import _options, _synchronized
 from .gather import Gather, gathered
 
 ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish}
@@ -125,7 +125,11 @@ def norm_act(
     _options.batch_norm("norm_act", momentum, eps)
     # without a scale, CUDA's backward has no gradient for the bias
     scale = torch.ones_like(bias) if weight is None else weight
-    y = F.batch_norm(x, running_mean, running_var, scale, bias, training, momentum, eps)
+    shared = _synchronized.sharing() if training else None
+    if shared is None:
+        y = F.batch_norm(x, running_mean, running_var, scale, bias, training, momentum, eps)
+    else:
+        y = _synchronized.batch_norm(x, running_mean, running_var, scale, bias, momentum, eps, shared)
     return _activation(activation)(y)
 
 

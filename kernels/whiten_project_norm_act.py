@@ -33,7 +33,8 @@ from ._patch_moments import (
     _finish_kernel,
     empty_moments,
     finish_sizes,
-    moments_of,
+    moments_of_all,
+    positions_of_all,
 )
 from ._patches import (
     PatchSource,
@@ -165,13 +166,14 @@ def _fwd(
     source = PatchSource(images, whiten_weight.shape[2], mean, gather)
     fp32 = dict(dtype=torch.float32, device=images.device)
     # in evaluation nothing reads the moments
-    moments = moments_of(source) if training else empty_moments(source)
+    moments = moments_of_all(source) if training else empty_moments(source)
     folded = Folded(
         torch.empty(channels, source.f_pad, **fp32), torch.empty(channels, **fp32), torch.empty(channels, **fp32)
     )
     weights = Weights(project_weight, whiten_weight, mean, std)
     running = Running.of(*((running_mean, running_var) if training else (fixed_mean, fixed_var)), momentum)
-    arguments = (moments if training else None, weights, bias, running, folded, source.positions, eps)
+    positions = positions_of_all(source) if training else source.positions
+    arguments = (moments if training else None, weights, bias, running, folded, positions, eps)
     launch(_finish_kernel, (channels,), *arguments, **finish_sizes(project_weight, source))
     y = channels_last_like(images, channels, source.height, source.width, dtype, source.batch)
     tile = _tile(images, channels, source, dtype, backward=False)
@@ -229,7 +231,9 @@ def _bwd(
     launch(_bwd_kernel, (programs, triton.cdiv(channels, tile.BLOCK_O)), *arguments, maxnreg=maxnreg, **sizes)
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     weights = Weights(project_weight, whiten_weight, mean, std)
-    arguments = (partials, moments if training else None, weights, rstd, dproject, dbias, programs, source.positions)
+    # the gradients are linear in the partials, so that those of all ranks' batches need only be added up
+    positions = positions_of_all(source) if training else source.positions
+    arguments = (partials, moments if training else None, weights, rstd, dproject, dbias, programs, positions)
     sizes = finish_sizes(project_weight, source)
     launch(_bwd_finish_kernel, (channels,), *arguments, C=channels, BLOCK_N=32, **sizes)
     return dproject, dbias

@@ -94,7 +94,7 @@ def test_interrupted_twice_and_resumed(arguments, tmp_path, name, monkeypatch, c
     arguments = [*arguments, *recipe(tmp_path, name), "--runs", "2", "--keep", "best"]
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     out, listeners, execute = tmp_path / "out", [Interrupt(7), Interrupt(25)], command.execute
-    interrupted = lambda *given: execute(*given, listeners=[listeners.pop(0)] if listeners else [])  # noqa: E731
+    interrupted = lambda *given, **named: execute(*given, **named, listeners=[listeners.pop(0)] if listeners else [])  # noqa: E731
     monkeypatch.setattr(command, "execute", interrupted)
     assert main([*arguments, "--out", str(out)]) == 130
     assert f"go on with: blink train --resume {out}" in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_killed_at_random_moments(arguments, tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(arguments, tmp_path, monkeypatch, capsys):
     arguments, execute = [*arguments, *recipe(tmp_path, "SGD")], command.execute
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(command, "execute", lambda *given: execute(*given, listeners=[Interrupt(17)]))
+    monkeypatch.setattr(command, "execute", lambda *given, **named: execute(*given, **named, listeners=[Interrupt(17)]))
     out = tmp_path / "out"
     assert main([*arguments, "--out", str(out)]) == 130
     monkeypatch.undo()
@@ -174,7 +174,7 @@ def test_what_cannot_be_resumed_is_one_line(arguments, tmp_path, capsys, monkeyp
     arguments = [*recipe(tmp_path, "PLAIN"), *arguments[1:]]
     out, execute = tmp_path / "out", command.execute
     assert "there is no" in refused(capsys, "--resume", tmp_path / "nothing")
-    monkeypatch.setattr(command, "execute", lambda *given: execute(*given, listeners=[Interrupt(9)]))
+    monkeypatch.setattr(command, "execute", lambda *given, **named: execute(*given, **named, listeners=[Interrupt(9)]))
     assert main(["train", *arguments, "--out", str(out)]) == 130
     monkeypatch.undo()
     capsys.readouterr()

@@ -60,17 +60,24 @@ def plan_budget(
     return Budget(batch_size, per_epoch, total, micro_batch)
 
 
-def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget) -> None:
-    """Batch normalization needs two values per channel after the last pooling. Raises UserError."""
+def check_batch(recipe: Recipe, dataset: Dataset, budget: Budget, ranks: int = 1) -> None:
+    """Batch normalization needs two values per channel after the last pooling, and each rank an image. Raises
+    UserError.
+    """
+    if budget.batch_size < ranks:
+        raise UserError(
+            f"a batch of {budget.batch_size} images cannot be shared by {ranks} processes; start fewer, or give more "
+            "images (--batch-size)"
+        )
     poolings = 2 ** len(recipe.network.conv_groups)
     _, *whole = dataset.image_shape
     height, width = min(recipe.image_sizes(tuple(whole)))
     lost = recipe.network.minimum_image_size - poolings
     # the last part of a step may be smaller than the others
-    smallest = budget.batch_size % budget.at_a_time or budget.at_a_time
+    smallest = (budget.batch_size % budget.at_a_time or budget.at_a_time) // ranks
     if smallest == 1 and ((height - lost) // poolings) * ((width - lost) // poolings) == 1:
         raise UserError(
-            f"batches of 1 image of {height}x{width} leave 1 value per channel, which has no variance to normalize "
-            "with; expected at least 2: use --batch-size 2 (or --micro-batch 2) and 2 training images or more, or "
-            "larger images"
+            f"batches of 1 image of {height}x{width}{' a process' if ranks > 1 else ''} leave 1 value per channel, "
+            f"which has no variance to normalize with; expected at least 2: use --batch-size {2 * ranks} (or "
+            f"--micro-batch {2 * ranks}) and {2 * ranks} training images or more, or larger images"
         )

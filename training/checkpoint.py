@@ -52,10 +52,14 @@ class Checkpoints:
     """The checkpoints of a job's runs in one folder; the last two of a run are kept until it has ended.
 
     every: epochs from one to the next, 0: none are written; identity: what a run must share with the one that it
-    continues, ready for JSON; note: called with a line that a person should know.
+    continues, ready for JSON; note: called with a line that a person should know; writes: False where another rank of
+    the same run does.
     """
 
-    def __init__(self, folder: Path, name: str, every: int, identity: dict, note: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, name: str, every: int, identity: dict, note: Callable[[str], None], writes: bool = True
+    ):
+        self._writes = writes
         self._folder, self._name, self._every, self._note = folder, name, every, note
         # as it will be read back: tuples become lists
         self._identity = json.loads(json.dumps(identity))
@@ -70,6 +74,9 @@ class Checkpoints:
         epoch = len(run.rows)
         if not self._every or epoch % self._every or epoch == trainer.budget.epochs:
             return
+        tensors = {f"trainer.{name}": value for name, value in trainer.state().items()}
+        if not self._writes:
+            return
         path = self._folder / f"{self._name}-seed{run.seed}-epoch{epoch}.checkpoint"
         content = {
             "format": _FORMAT,
@@ -77,7 +84,6 @@ class Checkpoints:
             "rows": [asdict(row) for row in run.rows],
             "seconds": [run.clock.seconds, run.steps_clock.seconds],
         }
-        tensors = {f"trainer.{name}": value for name, value in trainer.state().items()}
         tensors["generator"] = run.generator.get_state()
         if run.best is not None:
             content["best"] = {"epoch": run.best.epoch, "accuracy": run.best.accuracy}

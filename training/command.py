@@ -4,6 +4,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
-from blink.training import duration, gallery, loggers, memory, resume
+from blink.training import distributed, duration, gallery, loggers, memory, peers, resume
+from blink.training.budget import check_batch
 from blink.training.checkpoint import Checkpoints
 from blink.training.data.dataset import Dataset
 from blink.training.initial import initial_weights
@@ -25,13 +27,15 @@ from blink.training.loop import train
 from blink.training.outputs import Outputs
 from blink.training.recipes import RECIPES, Recipe
 from blink.training.report import Report
-from blink.training.results import RunResult
+from blink.training.results import RunResult, run_as_dict
+from blink.training.shared_runs import SharedRuns, named_seeds
 from blink.training.trainer import Trainer
 
 EXAMPLES = (
     "blink train --data photographs/ --epochs 20 --out runs/photographs",
     "blink train --recipe hlb --kernels reference --runs 5 --json hlb.json",
 )
+DISTRIBUTED = True
 # a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
 CPU_VALIDATION_IMAGES = 2000
 
@@ -41,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")
     add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
     add("--runs", type=positive(int), default=1, metavar="N", help="train N times (default: %(default)s)")
+    add("--ddp", action="store_true", help="of torchrun's processes: train each run together, not each its own")
     add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
     add = parser.add_argument_group("where it begins").add_argument
     add("--init", type=Path, metavar="FILE", help="with the weights of an earlier run, in place of random ones")
@@ -57,28 +62,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    return execute(options, Console())[0]
+    others = peers.peers()
+    console = Console() if others.place.rank == 0 else Console(quiet=True, force_terminal=False)
+    return execute(options, console, others=others)[0]
 
 
 def execute(
     options: argparse.Namespace, console: Console, recipe: Recipe | None = None, dataset: Dataset | None = None,
-    listeners: Iterable[Listener] = (), keep_weights: bool = False,
+    listeners: Iterable[Listener] = (), keep_weights: bool = False, others: peers.Alone = peers.ALONE,
 ) -> tuple[int, Report, Job]:  # fmt: skip
     """(the exit code, not 0 after an interruption; the report with the runs that ended; the job).
 
-    recipe, dataset: in place of those that the options name. keep_weights: the runs keep theirs in memory.
+    recipe, dataset: in place of those that the options name. keep_weights: the runs keep theirs in memory. others: who
+    shares the work; the report of their rank 0 has all runs.
     """
+    mine = others.place
     if options.resume is not None:
         options = resume.as_it_was(options)
-    check(options)
-    job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
-    training = Training(options, job, console, tuple(listeners), keep_weights)
+    elif mine.restarts and options.out is not None and (options.out / resume.SUMMARY).exists():
+        # torchrun has started all processes again, by the same command
+        options.resume = None if options.overwrite else options.out
+    check(options, mine)
+    options.device = mine.device(options.device)
+    mine.divide_threads()
+    with others.in_turn():
+        job = prepare("train", options, console, options.epochs, options.steps, recipe, dataset)
+    training = Training(options, job, console, tuple(listeners), keep_weights, others)
     exit_code, failure = 0, None
     try:
         training.run_all()
     except KeyboardInterrupt as stop:
         console.print(ending.name(stop), style="yellow")
         exit_code = ending.exit_code(stop)
+        training.look()
     except Exception as error:
         failure = error
     if failure is not None and memory.is_exhausted(failure):
@@ -96,22 +112,36 @@ def execute(
         training.report.summary()
     if failure is not None:
         raise failure
+    if exit_code and others.place.size > 1:
+        training.report.note(f"not finished: {named_seeds(training.report.seeds_left())}")
     if exit_code and options.out is not None:
         named = "" if options.recipe in RECIPES else f" --recipe {options.recipe}"
         line = f"go on with: blink train --resume {options.out}{named}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    training.leave()
     return exit_code, training.report, job
 
 
-def check(options: argparse.Namespace) -> None:
-    """What can be seen before the work. Raises UserError."""
+def check(options: argparse.Namespace, mine: peers.Place) -> None:
+    """What can be seen before the work; what is one for all ranks is rank 0's. Raises UserError."""
+    if options.ddp and not mine.launched and options.resume is None:
+        raise UserError(
+            "--ddp is for several processes, which torchrun starts: torchrun --nproc-per-node=2 -m blink train --ddp"
+        )
+    if options.ddp and mine.size > 1 and options.micro_batch is not None:
+        raise UserError("--ddp and --micro-batch both part a batch; start more processes, or give one of them")
+    if mine.rank:
+        options.json = options.csv = None
+        if options.ddp:
+            options.tensorboard = options.wandb = None
     if options.steps is not None and options.epochs is not None:
         raise UserError("--steps and --epochs both set the budget; give one of them")
     if options.keep == "best" and options.validate == 0:
         raise UserError("--keep best chooses by validation, which --validate 0 leaves out; give one of them")
     if options.out is not None:
         make_folder(options.out)
-        if (options.out / resume.SUMMARY).exists() and options.resume is None and not options.overwrite:
+        earlier = mine.rank == 0 and (options.out / resume.SUMMARY).exists()
+        if earlier and options.resume is None and not options.overwrite:
             raise UserError(
                 f"{options.out} holds an earlier training; go on with it by --resume {options.out}, replace it by "
                 "--overwrite, or name another folder"
@@ -125,9 +155,14 @@ class Training:
 
     def __init__(
         self, options: argparse.Namespace, job: Job, console: Console, listeners: tuple[Listener, ...],
-        keep_weights: bool,
+        keep_weights: bool, others: peers.Alone,
     ):  # fmt: skip
         self._options, self._job, self._listeners, self._keep_weights = options, job, listeners, keep_weights
+        self._others, self._first = others, others.place.rank == 0
+        # the files of a run are its rank's, or rank 0's where all train it
+        self._writes = self._first or not options.ddp
+        job.facts |= {"ranks": others.place.size, "ddp": options.ddp}
+        check_shareable(job, options, others.place)
         self._initial = None
         if options.init is not None:
             self._initial, notes = initial_weights(options.init, job.recipe, job.dataset)
@@ -138,21 +173,34 @@ class Training:
             job.notes.append(
                 f"each epoch's accuracy is of the first {self._validate:,} test images, the final one of all"
             )
-        long = duration.warning(job)
+        long = duration.warning(job) if self._first else None
         job.notes += [] if long is None else [long]
-        self._ended = resume.finished(options, job) if options.resume is not None else []
+        if others.place.size > 1:
+            does = "each trains its share of every batch" if options.ddp else "each takes the next run when it is free"
+            job.notes.append(f"{others.place.size} processes: {does}")
+        self._ended = resume.finished(options, job) if self._first and options.resume is not None else []
         for result in self._ended if keep_weights else ():
             _, result.state = saved.read(resume.network_file(options, job, result.seed))
-        self.report = Report(console, job.facts, options.runs, self._ended)
+        self.report = Report(console, job.facts, range(options.seed, options.seed + options.runs), self._ended)
         self.report.header(job.recipe, job.dataset, job.budget, job.notes)
-        self._outputs, self._checkpoints = Outputs(self.report.note), None
+        self._shared, self._ranks = None, distributed.ALONE
+        if isinstance(others, peers.Peers) and not options.ddp:
+            self._shared = SharedRuns(others, self.report, self.save)
+        note = self.report.note if self._shared is None else self._shared.note
+        self._outputs, self._checkpoints = Outputs(note), None
         if options.out is not None:
             every, same = options.checkpoint_every, resume.identity(job.facts, options)
-            self._checkpoints = Checkpoints(options.out, job.recipe.name, every, same, self.report.note)
+            self._checkpoints = Checkpoints(options.out, job.recipe.name, every, same, note, self._writes)
             for result in self._ended:
                 self._checkpoints.remove(result.seed)
-            if options.resume is None:
+            if options.resume is None and self._first:
                 self._begin_anew()
+        self._left = others.settled(self.report.seeds_left())
+        check_seen(options, others.place)
+        # who is stopped by a mistake of its own is so before the others rely on it
+        others.settled(None)
+        if isinstance(others, peers.Peers) and options.ddp:
+            self._ranks = distributed.join(others, job.setting.device)
 
     def _begin_anew(self) -> None:
         """Remove what an earlier training left of these runs, and write what --resume reads, should this process be
@@ -168,13 +216,14 @@ class Training:
     def run_all(self) -> None:
         """Train the runs that have not ended yet."""
         options, job = self._options, self._job
-        trainer = make_trainer(job, options.seed, self._initial)
-        views = [] if options.out is None else [gallery.Views(trainer)]
-        listener = Listeners([self.report, *loggers.loggers(options, job.facts), *views, *self._listeners])
+        trainer = make_trainer(job, options.seed, self._initial, self._ranks)
+        views = [gallery.Views(trainer)] if options.out is not None and self._writes else []
+        shared = [] if self._shared is None else [self._shared]
+        listener = Listeners([self.report, *shared, *loggers.loggers(options, job.facts), *views, *self._listeners])
         for result in self._ended:
             listener.on_earlier(result)
         best = options.keep == "best"
-        for seed in range(options.seed + len(self._ended), options.seed + options.runs):
+        for seed in self._left if self._shared is None else self._shared.taken_from(self._left, listener.on_earlier):
             result = train(trainer, seed, listener, self._validate, best, self._checkpoints)
             describe_cost(job, trainer)
             kept = all([self._keep(result, one.views) for one in views])
@@ -183,12 +232,14 @@ class Training:
                 result.state, result.logits = {}, None
             if kept and self._checkpoints is not None:
                 self._checkpoints.remove(seed)
+        describe_cost(job, trainer)
 
     def _keep(self, result: RunResult, views: dict) -> bool:
         """Write the run's network and gallery; whether that could be done."""
         job, network = self._job, resume.network_file(self._options, self._job, result.seed)
         shown = resume.gallery_file(network)
-        done = self._outputs.write(network, partial(keep, job, network, result))
+        own = {"training": resume.digest(job.facts, self._options), "run": run_as_dict(result, self.report.every)}
+        done = self._outputs.write(network, partial(keep, job, network, result, own))
         return done & self._outputs.write(
             shown, partial(gallery.save, shown, result, job.dataset, views, job.recipe.name)
         )
@@ -199,7 +250,7 @@ class Training:
         Raises UserError, at last, where something could not be written.
         """
         options = self._options
-        if self.report.runs and options.out is not None:
+        if self.report.runs and options.out is not None and self._first:
             self._write(options.out / resume.SUMMARY)
         # what is no file cannot be replaced: it gets all once
         if self.report.runs and options.json is not None and (last or replaceable(options.json)):
@@ -207,14 +258,45 @@ class Training:
         if last:
             self._outputs.finish()
 
+    def look(self) -> None:
+        """Collect what other ranks have finished, as far as they can still be heard."""
+        if self._shared is not None:
+            with suppress(UserError):
+                self._shared.look()
+
+    def leave(self) -> None:
+        """The others are needed no more."""
+        self._ranks.leave()
+        self._others.leave()
+
     def _write(self, path: Path) -> None:
         self._outputs.write(path, lambda: write_json(path, self.report.as_dict()))
 
 
-def make_trainer(job: Job, seed: int, initial: dict[str, torch.Tensor] | None) -> Trainer:
+def check_shareable(job: Job, options: argparse.Namespace, mine: peers.Place) -> None:
+    """Raises UserError for a run that several ranks cannot train together."""
+    if options.ddp and mine.size > 1:
+        check_batch(job.recipe, job.dataset, job.budget, mine.size)
+        if job.setting.backend.compile:
+            raise UserError(
+                "--ddp exchanges batch statistics, which torch.compile does not see; use --kernels fused or reference "
+                "with it"
+            )
+
+
+def check_seen(options: argparse.Namespace, mine: peers.Place) -> None:
+    """Raises UserError where this rank's --out is not rank 0's."""
+    if mine.rank and options.out is not None and not (options.out / resume.SUMMARY).exists():
+        raise UserError(
+            f"--out {options.out} of rank {mine.rank} is not the folder that rank 0 writes to; name one on a file "
+            "system that all machines share"
+        )
+
+
+def make_trainer(job: Job, seed: int, initial: dict[str, torch.Tensor] | None, ranks: distributed.Ranks) -> Trainer:
     """Warmed up where something compiles; the seconds of both go to the job's facts."""
     began = time.perf_counter()
-    trainer = job.trainer(initial=initial)
+    trainer = job.trainer(initial=initial, ranks=ranks)
     job.facts["start_up"]["network"] = time.perf_counter() - began
     if trainer.compiles:
         job.facts["start_up"] |= trainer.warm_up(seed)
@@ -229,8 +311,8 @@ def describe_cost(job: Job, trainer: Trainer) -> None:
         job.facts["peak_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
 
 
-def keep(job: Job, path: Path, result: RunResult) -> None:
-    """The run's network as a file that is enough to use it."""
+def keep(job: Job, path: Path, result: RunResult, own: dict | None = None) -> None:
+    """The run's network as a file that is enough to use it; own: more facts, ready for JSON."""
     about = ("command", "data", "recipe", "dtype", "budget", "environment")
     facts = {
         **{name: job.facts[name] for name in about},
@@ -239,6 +321,7 @@ def keep(job: Job, path: Path, result: RunResult) -> None:
         "epoch": len(result.epochs) if result.kept is None else result.kept.epoch,
         "pixel_statistics": {"mean": job.dataset.mean.tolist(), "std": job.dataset.std.tolist()},
         "versions": {"blink": __version__, **{name: job.facts["environment"][name] for name in ("torch", "triton")}},
+        **(own or {}),
     }
     dataset = job.dataset
     saved.save(path, result.state, job.recipe.network, dataset.classes, dataset.image_shape, facts)

@@ -1,12 +1,14 @@
 """Evaluation: logits averaged over an image and its test-time augmentations."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from blink.kernels.gather import Gather
 from blink.model.network import Network
+from blink.training.distributed import ALONE, Ranks
 
 # of each view beside the image itself: by how many pixels it is moved along both axes, and whether it is then mirrored
 VIEWS: dict[str | None, tuple[tuple[int, bool], ...]] = {
@@ -80,27 +82,34 @@ def unsure(count: int, fraction: float) -> int:
 
 @torch.no_grad()
 def logits_of(
-    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, at_once: int = 2000
-) -> Tensor:
+    network: nn.Module, images: Tensor, tta: str | None, fraction: float = 1.0, at_once: int = 2000,
+    ranks: Ranks = ALONE,
+) -> Tensor:  # fmt: skip
     """images [N, H, W, C] uint8 -> logits [N, classes] float32, the network left in the mode it was in.
 
     tta: a key of `VIEWS`. fraction: below 1, only that part of the images is augmented whose two largest
-    probabilities are closest; at_once: how many images, views counted, a batch has at most. Source of the fraction:
-    hiverge's cifar10-speedrun.
+    probabilities are closest; at_once: how many images, views counted, a batch has at most; ranks: who shares the
+    images, all of whom get all logits. Source of the fraction: hiverge's cifar10-speedrun.
     """
+
+    def in_batches(compute: Callable[[Tensor], Tensor], items: Tensor, most: int) -> Tensor:
+        return ranks.rows(lambda share: torch.cat([compute(p) for p in in_parts(items[share], most)]), len(items))
+
+    def augmented_logits(part: Tensor) -> Tensor:
+        others = network(source, view_gather(part, views)).unflatten(0, (len(views), len(part)))
+        return averaged(logits[part], others, views)
+
     was_training = network.training
     network.eval()
     count, views, source = len(images), VIEWS[tta], images.permute(0, 3, 1, 2)
-    logits = torch.cat([network(part) for part in in_parts(source, at_once)])
+    logits = in_batches(network, source, at_once)
     augmented = unsure(count, fraction) if views else 0
     if augmented:
         chosen = torch.arange(count, device=images.device)
         if augmented < count:
             largest = logits.softmax(1).topk(2, dim=1).values
             chosen = (largest[:, 1] - largest[:, 0]).topk(augmented).indices
-        for part in in_parts(chosen, max(1, at_once // len(views))):
-            others = network(source, view_gather(part, views)).unflatten(0, (len(views), len(part)))
-            logits[part] = averaged(logits[part], others, views)
+        logits[chosen] = in_batches(augmented_logits, chosen, max(1, at_once // len(views)))
     network.train(was_training)
     return logits
 

@@ -13,6 +13,7 @@ from blink.training import data
 from blink.training.bars import bars
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
+from blink.training.distributed import ALONE, Ranks
 from blink.training.overrides import with_settings
 from blink.training.own import named
 from blink.training.recipes import RECIPES, Recipe, with_flip, with_network
@@ -37,10 +38,13 @@ class Job:
     notes: list[str]
     facts: dict
 
-    def trainer(self, budget: Budget | None = None, initial: dict[str, Tensor] | None = None) -> Trainer:
+    def trainer(
+        self, budget: Budget | None = None, initial: dict[str, Tensor] | None = None, ranks: Ranks = ALONE
+    ) -> Trainer:
         """A trainer of this job, or of another budget of it, from random weights or from `initial` ones."""
         setting, budget = self.setting, budget or self.budget
-        return Trainer(self.recipe, self.dataset, budget, setting.backend, setting.compute, setting.graph, initial)
+        how = (setting.backend, setting.compute, setting.graph)
+        return Trainer(self.recipe, self.dataset, budget, *how, initial, ranks)
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:

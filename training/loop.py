@@ -55,6 +55,8 @@ def _train(
     trainer.whiten()
     if checkpoints is not None:
         checkpoints.resume(trainer, run)
+    if not trainer.ranks.alike(torch.tensor(len(run.rows), device=trainer.device)):
+        raise UserError("the ranks found different checkpoints; expected one --out folder that all machines share")
     if run.rows:
         listener.on_resume(run.rows)
     for epoch in range(len(run.rows), budget.epochs):
@@ -110,6 +112,7 @@ def train_epoch(trainer: Trainer, epoch: int, generator: torch.Generator, listen
         trainer.do_step(trainer.phase_at(step))
         trainer.update_average(step + 1)
         listener.on_step(step + 1, trainer.progress.losses)
+    trainer.end_epoch(epoch)
 
 
 def epoch_row(trainer: Trainer, epoch: int, clock: Stopwatch, validate: int | None) -> EpochRow:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blink.model.backend import Backend
 from blink.model.convolution import Conv3x3
 from blink.training.budget import Budget
+from blink.training.distributed import ALONE, Ranks
 from blink.training.recipes import ParamGroup, Recipe
 
 
@@ -51,7 +52,8 @@ class _Call:
 
     members: indices of the groups, sorted by how long they are trained, longest first, so that groups that stop are
     dropped from the end. first: the column of the table of rates that belongs to the first parameter of the first
-    member; the columns of all others follow.
+    member; the columns of all others follow. owners: of several ranks the one that updates each parameter, all ranks
+    if empty.
     """
 
     rule: str
@@ -59,6 +61,7 @@ class _Call:
     decay: float
     members: tuple[int, ...]
     first: int
+    owners: tuple[int, ...]
 
 
 class Optimizer:
@@ -66,9 +69,15 @@ class Optimizer:
 
     Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `param_groups` are those
     of the recipe that train anything in this network; rates [steps, groups].
+
+    Of several ranks each orthogonalizes its share of Muon's matrices and gives the others their new weights; their
+    momenta stay where they are.
     """
 
-    def __init__(self, network: nn.Module, recipe: Recipe, budget: Budget, backend: Backend):
+    def __init__(
+        self, network: nn.Module, recipe: Recipe, budget: Budget, backend: Backend, ranks: Ranks = ALONE
+    ):  # fmt: skip
+        self._ranks = ranks
         pairs = [(g, ps) for g, ps in zip(recipe.param_groups, group_parameters(network, recipe.param_groups)) if ps]
         self.param_groups = [g for g, _ in pairs]
         self.params = [ps for _, ps in pairs]
@@ -96,7 +105,9 @@ class Optimizer:
         columns: list[int] = []
         for key, members in alike.items():
             members.sort(key=lambda i: -self.steps[i])
-            self._calls.append(_Call(*key, tuple(members), len(columns)))
+            params = [p for i in members for p in self.params[i]]
+            owners = ranks.owners([_muon_cost(p) for p in params]) if key[0] == "muon" and ranks.size > 1 else ()
+            self._calls.append(_Call(*key, tuple(members), len(columns), tuple(owners)))
             columns += [i for i in members for _ in self.params[i]]
         # [steps, parameters], those of a call side by side
         self._rates = self.rates[:, columns].contiguous()
@@ -123,20 +134,34 @@ class Optimizer:
         for call in self._calls:
             members = [i for i in call.members if i in grads_of]
             params = [p for i in members for p in self.params[i]]
-            if params:
-                self._rules[call.rule](
-                    params,
-                    [g for i in members for g in grads_of[i]],
-                    [b for i in members for b in self.buffers[i]],
-                    rates[call.first : call.first + len(params)],
-                    momentum=call.momentum,
-                    weight_decay=call.decay * self._batch_size,
-                )
+            lists = [params, [g for i in members for g in grads_of[i]], [b for i in members for b in self.buffers[i]]]
+            lr = rates[call.first : call.first + len(params)]
+            if call.owners:
+                mine = [i for i in range(len(params)) if call.owners[i] == self._ranks.rank]
+                lists = [[values[i] for i in mine] for values in lists]
+                lr = torch.stack([lr[i] for i in mine]) if mine else lr
+            if lists[0]:
+                decay = call.decay * self._batch_size
+                self._rules[call.rule](*lists, lr, momentum=call.momentum, weight_decay=decay)
+            if call.owners:
+                self._ranks.exchange(params, call.owners[: len(params)])
+
+    def collect_momenta(self) -> None:
+        """Of several ranks: every rank has all of them."""
+        for call in self._calls:
+            if call.owners:
+                self._ranks.exchange([b for i in call.members for b in self.buffers[i]], call.owners)
 
     def reset(self) -> None:
         """As before the first step."""
         for buffers in self.buffers:
             torch._foreach_zero_(buffers)
+
+
+def _muon_cost(param: Tensor) -> int:
+    """In proportion to what its orthogonalization multiplies."""
+    rows, columns = len(param), param.numel() // len(param)
+    return rows * columns * min(rows, columns)
 
 
 class WeightAverage:

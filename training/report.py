@@ -23,13 +23,13 @@ _LOGGED_STEPS = 100
 class Report(Listener):
     """Prints as the runs go, then `summary()`; `as_dict()` is the same as data."""
 
-    def __init__(self, console: Console, facts: dict, of: int = 1, runs: Sequence[RunResult] = ()):
-        """facts: everything known before the first run, ready for JSON (see job.py); of: how many runs there will be;
-        runs: those that ended before.
+    def __init__(self, console: Console, facts: dict, seeds: range = range(1), runs: Sequence[RunResult] = ()):
+        """facts: everything known before the first run, ready for JSON (see job.py); seeds: of all runs that there will
+        be; runs: those that ended before.
         """
         self.console = console
         self.facts = facts
-        self._of = of
+        self._seeds = seeds
         self.runs = list(runs)
         self._progress: Progress | None = None
 
@@ -58,8 +58,8 @@ class Report(Listener):
         self._say(f"note     {line}", style="yellow")
 
     def on_start(self, seed: int) -> None:
-        if self._of > 1:
-            self._say(f"run {len(self.runs) + 1} of {self._of}, seed {seed}", style="bold")
+        if len(self._seeds) > 1:
+            self._say(f"run {self._seeds.index(seed) + 1} of {len(self._seeds)}, seed {seed}", style="bold")
         ema = f"{'EMA acc':>9} " if self.facts["recipe"]["ema_fraction"] else ""
         self._say(f"{'epoch':>5} {'step':>6} {'loss':>8} {'acc':>7} {'lr':>8} {'test acc':>9} {ema}{'seconds':>9}")
         # on a GPU the loss is read at the epoch's end only, so that showing it costs no synchronization
@@ -93,7 +93,16 @@ class Report(Listener):
             self._progress.stop()
             self._progress = None
         if result is not None:
-            self.runs.append(result)
+            self._insert(result)
+
+    def add(self, run: RunResult, where: str) -> None:
+        """A run that ended elsewhere."""
+        self._insert(run)
+        self._say(f"seed {run.seed} on {where}: accuracy {run.accuracy:.4f}, {run.seconds:.1f} seconds")
+
+    def _insert(self, run: RunResult) -> None:
+        self.runs.append(run)
+        self.runs.sort(key=lambda run: run.seed)
 
     def summary(self) -> None:
         facts = self.facts
@@ -133,9 +142,18 @@ class Report(Listener):
             views += " where least sure"
         return f"EMA, {views}" if recipe["ema_fraction"] else views
 
+    def seeds_left(self) -> list[int]:
+        """Of the runs that have not ended."""
+        ended = {run.seed for run in self.runs}
+        return [seed for seed in self._seeds if seed not in ended]
+
+    @property
+    def every(self) -> int:
+        """Steps from one loss that is written to the next."""
+        return 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
+
     def as_dict(self) -> dict:
-        every = 1 if self.facts["steps_given"] else max(1, self.facts["budget"]["total_steps"] // _LOGGED_STEPS)
-        runs = [run_as_dict(run, every) for run in self.runs]
+        runs = [run_as_dict(run, self.every) for run in self.runs]
         return {**self.facts, "runs": runs, "summary": spreads(self.runs) if self.runs else None}
 
     def _say(self, text: str, style: str | None = None) -> None:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+from hashlib import sha256
 from pathlib import Path
 
 from blink.command import parse
 from blink.errors import UserError, brief
 from blink.files import from_json
+from blink.model import saved
 from blink.training.job import Job
 from blink.training.recipes import RECIPES
 from blink.training.results import RunResult, run_from_dict
@@ -68,21 +70,35 @@ def identity(facts: dict, options: argparse.Namespace) -> dict:
     return {**same, "kernels": facts["kernels"]["name"], "keep": options.keep, "init": str(options.init)}
 
 
+def digest(facts: dict, options: argparse.Namespace) -> str:
+    """Of the identity: what a network's file names its training by."""
+    return sha256(json.dumps(identity(facts, options), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def finished(options: argparse.Namespace, job: Job) -> list[RunResult]:
-    """The runs in --resume DIR that ended, in the order of their seeds. Raises UserError for those of another job."""
+    """The runs in --resume DIR that ended, in the order of their seeds. Raises UserError for those of another job.
+
+    A run has ended when its network is there: what the summary does not know of it yet, the network's file does.
+    """
     before, runs = summary_of(options.resume), []
     mine = json.loads(json.dumps(identity(job.facts, options)))
     try:
         differing = [key for key, value in identity(before, options).items() if value != mine[key]]
         if not differing:
             job.facts["flops"] = before["flops"]
-            for number, content in enumerate(before["runs"][: options.runs]):
-                seed = options.seed + number
-                if content["seed"] != seed or not network_file(options, job, seed).is_file():
-                    break
-                runs.append(run_from_dict(content, job.budget.total_steps))
+            in_summary = {content["seed"]: content for content in before["runs"]}
+            for seed in range(options.seed, options.seed + options.runs):
+                path = network_file(options, job, seed)
+                content = (in_summary.get(seed) or _of_network(path, job, options)) if path.is_file() else None
+                if content is not None:
+                    runs.append(run_from_dict(content, job.budget.total_steps))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise _no_summary(options.resume / SUMMARY, error) from error
     if differing:
         raise UserError(f"{options.resume} holds a training with other {', '.join(differing)}; continue it as it was")
     return runs
+
+
+def _of_network(path: Path, job: Job, options: argparse.Namespace) -> dict | None:
+    facts, _ = saved.read(path, weights=False)
+    return facts["run"] if facts.get("training") == digest(job.facts, options) else None

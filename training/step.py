@@ -12,6 +12,7 @@ from blink.kernels.gather import Gather
 from blink.model.backend import Backend
 from blink.model.network import Network
 from blink.training.batches import Batches
+from blink.training.distributed import ALONE, Ranks
 from blink.training.optimizer import Optimizer
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
@@ -78,28 +79,36 @@ def training_step(
     precision: Precision,
     phase: Phase,
     micro_batch: int,
+    ranks: Ranks = ALONE,
 ) -> None:
     """The next step, on the next batch of the epoch that `batches` holds, a micro-batch of images at a time, whose
     gradients add up. Nothing in it waits for the device.
+
+    Each of several ranks takes its share of the batch, and counts the mean loss and the right answers of that.
     """
     optimizer.freeze_all_but(phase.active)
     gather, labels = batches.take(progress.batch, phase.size)
     parameters = optimizer.parameters(phase.active)
+    batch_size = len(labels)
+    if ranks.size > 1:
+        share = ranks.share(batch_size)
+        gather, labels = gather.part(share), labels[share]
     slices = [slice(first, first + micro_batch) for first in range(0, len(labels), micro_batch)]
     parts = []
     for images in slices:
         own, own_labels = (gather, labels) if len(slices) == 1 else (gather.part(images), labels[images])
-        with precision.autocast(labels.device):
-            # a compiled function takes tensors, not what holds them
-            fields = (getattr(own, field.name) for field in dataclasses.fields(own))
-            logits, loss, correct = loss_of(batches.images(phase.size), own_labels, *fields)
-        found = torch.autograd.grad(loss, parameters)
+        with ranks.statistics(len(labels), batch_size):
+            with precision.autocast(labels.device):
+                # a compiled function takes tensors, not what holds them
+                fields = (getattr(own, field.name) for field in dataclasses.fields(own))
+                logits, loss, correct = loss_of(batches.images(phase.size), own_labels, *fields)
+            found = torch.autograd.grad(loss, parameters)
         if not parts:
             grads = list(found)
         else:
             torch._foreach_add_(grads, found)
         parts.append((logits.detach(), loss.detach(), correct))
-    optimizer.update(grads, phase.active, progress.step)
+    optimizer.update(ranks.summed(grads), phase.active, progress.step)
     with torch.no_grad():
         logits, loss, correct = parts[0] if len(parts) == 1 else summed(parts)
         progress.losses.index_copy_(0, progress.step, loss[None] / len(labels))

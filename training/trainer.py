@@ -16,6 +16,7 @@ from blink.model.whitening import initialize_stem
 from blink.training.batches import Batches
 from blink.training.budget import Budget, check_batch
 from blink.training.data.dataset import Dataset
+from blink.training.distributed import ALONE, Ranks
 from blink.training.evaluation import images_at_once, logits_of
 from blink.training.graph import captured, restored
 from blink.training.optimizer import Optimizer, WeightAverage
@@ -41,17 +42,18 @@ class Trainer:
     """One object trains any number of runs, one seed after another: `loop.train(trainer, seed)`.
 
     `dataset` is on its device; graph: whether each phase's step is a captured CUDA graph; initial: weights by name that
-    every run begins with in place of random ones, the stem's filters and pixel statistics among them. Raises UserError
-    for a data set that the network cannot be trained on.
+    every run begins with in place of random ones, the stem's filters and pixel statistics among them; ranks: who trains
+    the same network together, each calling the same methods in the same order. Raises UserError for a data set that the
+    network cannot be trained on.
     """
 
     def __init__(
         self, recipe: Recipe, dataset: Dataset, budget: Budget, backend: Backend, precision: Precision, graph: bool,
-        initial: dict[str, Tensor] | None = None,
+        initial: dict[str, Tensor] | None = None, ranks: Ranks = ALONE,
     ):  # fmt: skip
-        check_batch(recipe, dataset, budget)
+        check_batch(recipe, dataset, budget, ranks.size)
         self.recipe, self.dataset, self.budget, self.initial = recipe, dataset, budget, initial
-        self.backend, self.precision, self.graph = backend, precision, graph
+        self.backend, self.precision, self.graph, self.ranks = backend, precision, graph, ranks
         self.device, self.image_shape = dataset.device, dataset.image_shape
         self.network = build_network(recipe, dataset, backend, precision, seed=0)
         self.batches = Batches(
@@ -63,7 +65,7 @@ class Trainer:
             if isinstance(module, NormAct):
                 module.momentum = 1 - (1 - module.momentum) ** (budget.at_a_time / budget.batch_size)
         try:
-            self.optimizer = Optimizer(self.network, recipe, budget, backend)
+            self.optimizer = Optimizer(self.network, recipe, budget, backend, ranks)
         except ValueError as error:
             raise UserError(f"recipe {recipe.name}: {error}") from error
         self.progress = Progress(budget.total_steps, self.device)
@@ -103,6 +105,9 @@ class Trainer:
                 self.recipe.centered_whitening,
             )  # fmt: skip
             self.network.copy_only(varying)
+        # whatever machines differ in, they begin alike
+        state = list(self.network.state_dict().values())
+        self.ranks.exchange(state, [0] * len(state))
         self.batches.resize()
         self.network.train()
 
@@ -115,6 +120,18 @@ class Trainer:
         """Draw epoch 0, 1, ... and begin it."""
         self.batches.draw(generator, epoch)
         self.progress.start_epoch()
+
+    def end_epoch(self, epoch: int) -> None:
+        """What ranks have counted of their shares in epoch 0, 1, ... becomes that of the whole batches."""
+        if self.ranks.size == 1:
+            return
+        steps, share = self.budget.steps_of(epoch), self.ranks.share(self.budget.batch_size)
+        losses = self.progress.losses[steps.start : steps.stop]
+        losses *= (share.stop - share.start) / self.budget.batch_size
+        self.ranks.sum_(losses, self.progress.correct)
+        if self.batches.hardness is not None:
+            # whose image it is not has it sit out, which is above any loss
+            self.ranks.least_(self.batches.hardness)
 
     def phase_at(self, step: int) -> Phase:
         """The phase of step 0, 1, ... of the run."""
@@ -142,7 +159,7 @@ class Trainer:
         # of the parts and not of this object, which could not be freed while a graph of its own kept it
         return partial(
             training_step, self.network, self.optimizer, self.batches, self.progress, self._loss_of, self.precision,
-            phase, self.budget.at_a_time,
+            phase, self.budget.at_a_time, self.ranks,
         )  # fmt: skip
 
     def _changed(self) -> list[Tensor]:
@@ -153,6 +170,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """What a run carries from one epoch to the next, by name, in the memory that it lives in."""
+        self.optimizer.collect_momenta()
         momenta = {f"{i}.{j}": b for i, buffers in enumerate(self.optimizer.buffers) for j, b in enumerate(buffers)}
         average = self.average.tensors() if self.average is not None else []
         parts = {
@@ -191,12 +209,13 @@ class Trainer:
 
     def logits(self, images: Tensor) -> Tensor:
         """Of images as they are."""
-        return logits_of(self.network, images, None, at_once=self._at_once)
+        return logits_of(self.network, images, None, at_once=self._at_once, ranks=self.ranks)
 
     def final_logits(self) -> Tensor:
         """Of the test images, test-time augmented."""
         recipe = self.recipe
-        return logits_of(self.network, self.dataset.test_images, recipe.tta, recipe.tta_fraction, self._at_once)
+        tta = (recipe.tta, recipe.tta_fraction)
+        return logits_of(self.network, self.dataset.test_images, *tta, self._at_once, self.ranks)
 
     @property
     def compiles(self) -> bool:
