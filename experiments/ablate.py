@@ -133,7 +133,8 @@ def train_missing(
                 if not missing([claim.run], path, note):
                     # its last owner wrote it between the look and the claim
                     continue
-                bars.begin(len(queue) - len(left) + 1, f"seed {claim.run['seed']}  {claim.run['variant']}")
+                what, steps = f"seed {claim.run['seed']}  {claim.run['variant']}", claim.run["budget"]["total_steps"]
+                bars.begin(len(queue) - len(left) + 1, what, steps)
                 before = time.perf_counter()
                 run = claim.run | runner.run(claim.run["variant"], claim.run["seed"], bars)
                 longest = max(longest, time.perf_counter() - before)

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         trainer = job.trainer(budget)
         if trainer.compiles:
             trainer.warm_up(options.seed)
-        with RunBars(console, options.runs, f"runs of {epochs:g} epochs") as bars:
+        with RunBars(console, options.runs, f"runs of {epochs:g} epochs", budget.total_steps) as bars:
             results = [train(trainer, options.seed + number, bars, validate=0) for number in range(options.runs)]
         pflop = count_flops(job.recipe, budget, job.dataset)["total"] / 1e15
         tried.append(Trial(epochs, budget.total_steps, **spreads(results), pflop=pflop))

@@ -31,9 +31,9 @@ def test_runs_and_their_steps_are_counted():
     console = terminal()
     with bars.RunBars(console, 3) as shown:
         runs, steps = shown._bars.tasks
-        shown.begin(2, "seed 1  [se] off")
+        shown.begin(2, "seed 1  [se] off", 10)
         assert (runs.completed, runs.total, steps.description) == (1, 3, "seed 1  [se] off")
-        shown.on_step(4, torch.zeros(10))
+        shown.on_step(4, torch.zeros(5))
         assert (steps.completed, steps.total) == (4, 10)
         shown._bars.refresh()
         shown.on_end(None)

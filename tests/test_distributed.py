@@ -57,7 +57,8 @@ def trained(name: str, dtype: torch.dtype, steps: int, own: Ranks = ALONE) -> di
         train_epoch(trainer, epoch, generator)
     with trainer.final_weights():
         logits = trainer.final_logits()
-    return {**trainer.state(), "logits": logits, "correct": trainer.progress.correct}
+    counted = {"losses": trainer.progress.losses, "correct": trainer.progress.correct}
+    return {**trainer.state(), **counted, "logits": logits}
 
 
 def _train(rank: int, size: int, port: int, folder: Path, runs: list) -> None:

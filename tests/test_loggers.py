@@ -32,14 +32,14 @@ def row(epoch: int, step: int, **other) -> EpochRow:
 
 def drive(logger: Listener, seed: int = 3) -> None:
     """Two epochs of two steps."""
-    losses = torch.full((4,), math.nan)
+    losses = torch.full((2,), math.nan)
     logger.on_start(seed)
     for step in range(4):
-        losses[step] = step + 0.5
+        losses[step % 2] = step + 0.5
         logger.on_step(step + 1, losses)
         if step % 2:
             logger.on_epoch(row(1 + step // 2, step + 1))
-    logger.on_end(RunResult(seed, 0.75, 4.0, 100.0, losses.tolist()))
+    logger.on_end(RunResult(seed, 0.75, 4.0, 100.0, [0.5, 1.5, 2.5, 3.5]))
 
 
 def trained(image_folder, capsys, *arguments):
@@ -126,15 +126,15 @@ class Written(loggers.Scalars):
 @pytest.mark.parametrize("left", [2, 0])
 def test_a_run_that_goes_on_from_a_checkpoint_is_told_whole(left):
     """With the losses before the checkpoint; also where only the evaluation is left to do."""
-    logger, losses = Written(), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    logger, losses = Written(), [1.0, 2.0, 3.0, 4.0]
     guarded = loggers.Guarded("--x", logger)
     guarded.on_start(0)
-    guarded.on_resume([row(1, 2), row(2, 4)][: 2 if left == 0 else 1])
+    guarded.on_resume([row(1, 2), row(2, 4)][: 2 if left == 0 else 1], losses[: 4 - left])
     for done in range(5 - left, 5):
-        guarded.on_step(done, losses)
+        guarded.on_step(done, torch.tensor(losses[2:]))
     if left:
         guarded.on_epoch(row(2, 4))
-    guarded.on_end(RunResult(0, 0.5, 1.0, 1.0, losses.tolist()))
+    guarded.on_end(RunResult(0, 0.5, 1.0, 1.0, losses))
     assert logger.steps == [(1, 1.0), (2, 2.0), (2, "row"), (3, 3.0), (4, 4.0), (4, "row")]
 
 

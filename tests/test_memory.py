@@ -92,7 +92,7 @@ def test_what_fits_is_measured(monkeypatch):
     """Where a step finds no memory, another process tries what does."""
 
     def step(*arguments):
-        if arguments[-1] > 4:
+        if arguments[-2] > 4:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: ...")
         training_step(*arguments)
 

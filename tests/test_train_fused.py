@@ -38,7 +38,8 @@ def test_losses_agree_and_weights_move(image_folder, tmp_path, monkeypatch, reci
     for kernels in ("fused", "reference"):
         out = tmp_path / kernels
         words = ["--recipe", recipe, "--data", str(image_folder), "--device", DEVICE.type, "--dtype", "fp32"]
-        words += ["--kernels", kernels, "--steps", "2", "--batch-size", "8", "--seed", "3", "--validate", "0", "--limit", "8"]
+        words += ["--kernels", kernels, "--steps", "2", "--batch-size", "8", "--seed", "3"]
+        words += ["--validate", "0", "--limit", "8"]
         assert main(["train", *words, "--out", str(out)]) == 0
         summary = json.loads((out / "summary.json").read_text())
         assert summary["kernels"]["name"] == kernels

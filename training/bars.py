@@ -29,10 +29,11 @@ def bars(console: Console, *fields: str) -> Progress:
 class RunBars(Listener):
     """Over several trainings, within a `with`: the runs that ended of `runs`, and the steps of the one that goes on."""
 
-    def __init__(self, console: Console, runs: int, what: str = "runs"):
+    def __init__(self, console: Console, runs: int, what: str = "runs", steps: int | None = None):
+        """steps: of each run, where they have as many."""
         self._bars = bars(console)
         self._runs = self._bars.add_task(what, total=runs)
-        self._steps = self._bars.add_task("steps", total=None)
+        self._steps = self._bars.add_task("steps", total=steps)
 
     def __enter__(self) -> "RunBars":
         self._bars.start()
@@ -41,13 +42,13 @@ class RunBars(Listener):
     def __exit__(self, *error) -> None:
         self._bars.stop()
 
-    def begin(self, number: int, what: str) -> None:
-        """Run 1, 2, ... comes next; those before it have ended, here or in another process."""
+    def begin(self, number: int, what: str, steps: int) -> None:
+        """Run 1, 2, ... of so many steps comes next; those before it have ended, here or in another process."""
         self._bars.update(self._runs, completed=number - 1)
-        self._bars.update(self._steps, description=what, completed=0, total=None)
+        self._bars.update(self._steps, description=what, completed=0, total=steps)
 
     def on_step(self, done: int, losses: Tensor) -> None:
-        self._bars.update(self._steps, completed=done, total=losses.numel())
+        self._bars.update(self._steps, completed=done)
 
     def on_end(self, result: RunResult | None) -> None:
         self._bars.advance(self._runs)

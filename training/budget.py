@@ -11,7 +11,7 @@ from blink.training.recipes import Recipe
 MIN_STEPS_PER_EPOCH = 16
 
 
-# their learning rates and losses are in tables
+# a loss of each is kept
 MOST_STEPS = 10_000_000
 
 

@@ -17,7 +17,7 @@ from blink.training.clock import Stopwatch
 from blink.training.results import EpochRow
 from blink.training.trainer import Trainer
 
-_FORMAT = 1
+_FORMAT = 2
 _KEY = "blink checkpoint"
 # the one before may be whole where the last is not
 _KEPT = 2
@@ -34,13 +34,16 @@ class Best:
 
 @dataclass
 class RunState:
-    """What a run has beside its trainer. clock: what is timed; steps_clock: the steps of it; rows: the epochs done."""
+    """What a run has beside its trainer. clock: what is timed; steps_clock: the steps of it; rows: the epochs done;
+    losses: of their steps.
+    """
 
     seed: int
     generator: torch.Generator
     clock: Stopwatch
     steps_clock: Stopwatch
     rows: list[EpochRow] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     best: Best | None = None
 
     @classmethod
@@ -84,7 +87,7 @@ class Checkpoints:
             "rows": [asdict(row) for row in run.rows],
             "seconds": [run.clock.seconds, run.steps_clock.seconds],
         }
-        tensors["generator"] = run.generator.get_state()
+        tensors |= {"generator": run.generator.get_state(), "losses": torch.tensor(run.losses)}
         if run.best is not None:
             content["best"] = {"epoch": run.best.epoch, "accuracy": run.best.accuracy}
             tensors |= {f"best.{name}": value for name, value in run.best.state.items()}
@@ -124,7 +127,7 @@ class Checkpoints:
                 named[kind][inner] = value
         trainer.load_state(named["trainer"])
         run.generator.set_state(tensors["generator"])
-        run.rows = [EpochRow(**row) for row in content["rows"]]
+        run.rows, run.losses = [EpochRow(**row) for row in content["rows"]], tensors["losses"].tolist()
         for clock, seconds in zip((run.clock, run.steps_clock), content["seconds"]):
             clock.go_on_from(seconds)
         if "best" in content:

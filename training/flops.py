@@ -13,7 +13,7 @@ from blink.training.budget import Budget
 from blink.training.evaluation import VIEWS, unsure
 from blink.training.optimizer import Optimizer
 from blink.training.recipes import Recipe
-from blink.training.step import phase_of
+from blink.training.step import phases_of
 
 
 def _counted(call) -> int:
@@ -32,15 +32,13 @@ def run_flops(
     network = Network(recipe.network, classes, image_shape, backend.eager())
     optimizer = Optimizer(network, recipe, budget, backend.reference())
     images = torch.zeros(2, *image_shape, dtype=torch.uint8)
-    training, phases = 0, {}
-    for step in range(budget.total_steps):
-        phase = phase_of(recipe, optimizer, step, budget.total_steps, image_shape[1:])
-        if phase not in phases:
-            optimizer.freeze_all_but(phase.active)
-            params = optimizer.parameters(phase.active)
-            small = torch.zeros(2, image_shape[0], *phase.size, dtype=torch.uint8)
-            phases[phase] = _counted(lambda x=small, ps=params: torch.autograd.grad(network(x).sum(), ps))
-        training += phases[phase] * budget.batch_size // 2
+    training = 0
+    for phase, steps in phases_of(recipe, optimizer, budget.total_steps, image_shape[1:]).items():
+        optimizer.freeze_all_but(phase.active)
+        params = optimizer.parameters(phase.active)
+        small = torch.zeros(2, image_shape[0], *phase.size, dtype=torch.uint8)
+        step = _counted(lambda x=small, ps=params: torch.autograd.grad(network(x).sum(), ps))
+        training += steps * (step * budget.batch_size // 2)
     everything = optimizer.active(0)
     zeros = [torch.zeros_like(p) for p in optimizer.parameters(everything)]
     update = _counted(lambda: optimizer.update(zeros, everything, torch.zeros(1, dtype=torch.int64)))

@@ -76,7 +76,7 @@ class Views(Listener):
     def on_start(self, seed: int) -> None:
         self.views: dict[tuple[int, int], Tensor] = {}
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
         """What those epochs took is not known any more."""
 
     def on_epoch(self, row: EpochRow) -> None:

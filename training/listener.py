@@ -22,13 +22,15 @@ class Listener:
     def on_start(self, seed: int) -> None:
         """A run begins."""
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
-        """The run goes on from a checkpoint, after the epochs of these rows."""
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
+        """The run goes on from a checkpoint, after the epochs of these rows; losses: of their steps."""
         for row in rows:
             self.on_epoch(row)
 
     def on_step(self, done: int, losses: Tensor) -> None:
-        """`done` steps of the run were issued; losses [total steps] float32, on the device, NaN where still to come."""
+        """`done` steps of the run were issued; losses [steps an epoch] float32, on the device: those of this epoch, NaN
+        where still to come.
+        """
 
     def on_epoch(self, row: EpochRow) -> None:
         """An epoch has ended."""
@@ -51,9 +53,9 @@ class Listeners(Listener):
         for listener in self._all:
             listener.on_start(seed)
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
         for listener in self._all:
-            listener.on_resume(rows)
+            listener.on_resume(rows, losses)
 
     def on_step(self, done: int, losses: Tensor) -> None:
         for listener in self._all:

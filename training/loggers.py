@@ -83,8 +83,8 @@ class Guarded(Listener):
     def on_start(self, seed: int) -> None:
         self._call("on_start", seed)
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
-        self._call("on_resume", rows)
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
+        self._call("on_resume", rows, losses)
 
     def on_step(self, done: int, losses: Tensor) -> None:
         self._call("on_step", done, losses)
@@ -104,7 +104,7 @@ class Csv(Listener):
 
     def on_earlier(self, result: RunResult) -> None:
         self.on_start(result.seed)
-        self.on_resume(result.epochs)
+        self.on_resume(result.epochs, result.losses)
         self.on_end(result)
 
     def on_start(self, seed: int) -> None:
@@ -129,36 +129,22 @@ class Scalars(Listener):
     """
 
     def on_start(self, seed: int) -> None:
-        self.seed, self._losses, self._written = seed, None, 0
-        self._rows: list[EpochRow] = []
+        self.seed, self._losses, self._written = seed, torch.empty(0), 0
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
-        # their losses come with the first step
-        self._rows = list(rows)
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
+        for row in rows:
+            self._write(row, losses[self._written : row.step])
 
     def on_step(self, done: int, losses: Tensor) -> None:
         self._losses = losses
 
     def on_epoch(self, row: EpochRow) -> None:
-        self._rows.append(row)
-        self._write_rows()
+        self._write(row, self._losses[: row.step - self._written].tolist())
 
-    def on_end(self, result: RunResult | None) -> None:
-        if result is not None and self._rows:
-            # resumed with no step left
-            self._losses = torch.tensor(result.losses)
-            self._write_rows()
-
-    def _write_rows(self) -> None:
-        for row in self._rows:
-            losses = [] if self._losses is None else self._losses[self._written : row.step].tolist()
-            for step, loss in enumerate(losses, self._written + 1):
-                self.write(step, {"train/step_loss": loss})
-            self._written = row.step
-            self._write_row(row)
-        self._rows = []
-
-    def _write_row(self, row: EpochRow) -> None:
+    def _write(self, row: EpochRow, losses: list[float]) -> None:
+        for step, loss in enumerate(losses, self._written + 1):
+            self.write(step, {"train/step_loss": loss})
+        self._written = row.step
         known = {
             "epoch": row.epoch,
             "train/loss": row.train_loss,

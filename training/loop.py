@@ -58,12 +58,13 @@ def _train(
     if not trainer.ranks.alike(torch.tensor(len(run.rows), device=trainer.device)):
         raise UserError("the ranks found different checkpoints; expected one --out folder that all machines share")
     if run.rows:
-        listener.on_resume(run.rows)
+        listener.on_resume(run.rows, run.losses)
     for epoch in range(len(run.rows), budget.epochs):
         run.steps_clock.start()
         train_epoch(trainer, epoch, run.generator, listener)
         run.steps_clock.stop()
         clock.stop()
+        run.losses += trainer.progress.losses[: len(budget.steps_of(epoch))].tolist()
         run.rows.append(epoch_row(trainer, epoch, clock, validate))
         if keep_best:
             run.best = better(run.best, run.rows[-1], trainer)
@@ -77,8 +78,8 @@ def _train(
         weights = copied(trainer.network)
 
     images_per_second = budget.batch_size * budget.total_steps / max(run.steps_clock.seconds, 1e-9)
-    final, losses = accuracy(logits, labels), trainer.progress.losses.tolist()
-    result = RunResult(seed, final, clock.seconds, images_per_second, losses, run.rows, weights, logits.cpu())
+    final = accuracy(logits, labels)
+    result = RunResult(seed, final, clock.seconds, images_per_second, run.losses, run.rows, weights, logits.cpu())
     counts = confusion(logits.argmax(1), labels, logits.shape[1])
     result.balanced_accuracy = balanced_accuracy(counts)
     if run.best is not None and run.best.epoch < budget.epochs:
@@ -119,7 +120,7 @@ def epoch_row(trainer: Trainer, epoch: int, clock: Stopwatch, validate: int | No
     """What the epoch that just ended came to. Raises UserError when a loss is not finite."""
     recipe, budget, progress = trainer.recipe, trainer.budget, trainer.progress
     steps = budget.steps_of(epoch)
-    losses = progress.losses[steps.start : steps.stop]
+    losses = progress.losses[: len(steps)]
     check_finite(losses, steps.start, budget, trainer.precision)
     return EpochRow(
         epoch + 1,

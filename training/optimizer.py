@@ -65,10 +65,10 @@ class _Call:
 
 
 class Optimizer:
-    """Updates every parameter by its group's rule, with learning rates read from a table on the device.
+    """Updates every parameter by its group's rule, with learning rates read from a table of the epoch's on the device.
 
     Nothing depends on the host between steps, so that a step can be captured as a CUDA graph. `param_groups` are those
-    of the recipe that train anything in this network; rates [steps, groups].
+    of the recipe that train anything in this network.
 
     Of several ranks each orthogonalizes its share of Muon's matrices and gives the others their new weights; their
     momenta stay where they are.
@@ -92,25 +92,38 @@ class Optimizer:
             total_steps if g.epochs is None else min(total_steps, max(1, round(g.epochs / recipe.epochs * total_steps)))
             for g in self.param_groups
         ]
-        rates = torch.zeros(total_steps, len(self.param_groups))
-        for i, (group, own) in enumerate(zip(self.param_groups, self.steps)):
-            peak = group.lr / (self._batch_size if group.mean_lr else 1)
-            rates[:own, i] = torch.tensor([peak * recipe.schedule.factor(step, own) for step in range(own)])
-        self.rates = rates.to(device)
+        self._peaks = [g.lr / (self._batch_size if g.mean_lr else 1) for g in self.param_groups]
+        self._schedule = recipe.schedule
         # groups that one call updates, and of which group each parameter is in the calls' order
         alike: dict[tuple, list[int]] = {}
         for i, group in enumerate(self.param_groups):
             alike.setdefault((group.rule, group.momentum, group.decay), []).append(i)
         self._calls: list[_Call] = []
-        columns: list[int] = []
+        self._columns: list[int] = []
         for key, members in alike.items():
             members.sort(key=lambda i: -self.steps[i])
             params = [p for i in members for p in self.params[i]]
             owners = ranks.owners([_muon_cost(p) for p in params]) if key[0] == "muon" and ranks.size > 1 else ()
-            self._calls.append(_Call(*key, tuple(members), len(columns), tuple(owners)))
-            columns += [i for i in members for _ in self.params[i]]
-        # [steps, parameters], those of a call side by side
-        self._rates = self.rates[:, columns].contiguous()
+            self._calls.append(_Call(*key, tuple(members), len(self._columns), tuple(owners)))
+            self._columns += [i for i in members for _ in self.params[i]]
+        # [steps an epoch, parameters], those of a call side by side
+        self._rates = torch.zeros(min(budget.steps_per_epoch, total_steps), len(self._columns), device=device)
+        self.start_epoch(budget.steps_of(0))
+
+    def rates(self, steps: range) -> Tensor:
+        """[steps, groups] float32, on the CPU."""
+        return torch.tensor(
+            [
+                [peak * self._schedule.factor(step, own) if step < own else 0.0 for step in steps]
+                for peak, own in zip(self._peaks, self.steps)
+            ]
+        ).t()
+
+    def start_epoch(self, steps: range) -> None:
+        """The table becomes that of these steps of the run."""
+        rates = self.rates(steps)[:, self._columns].contiguous()
+        # from pinned memory nobody waits for the copy
+        self._rates[: len(steps)].copy_(rates.pin_memory() if self._rates.is_cuda else rates, non_blocking=True)
 
     def active(self, step: int) -> tuple[int, ...]:
         """The groups that are trained at `step`: the phase it belongs to."""
@@ -126,9 +139,11 @@ class Optimizer:
                 p.requires_grad_(i in active)
 
     @torch.no_grad()
-    def update(self, grads: list[Tensor], active: tuple[int, ...], step: Tensor) -> None:
-        """One step with gradients in the order of `parameters(active)`; step [1] int64 on the device."""
-        rates = self._rates.index_select(0, step)[0]
+    def update(self, grads: list[Tensor], active: tuple[int, ...], batch: Tensor) -> None:
+        """One step with gradients in the order of `parameters(active)`; batch [1] int64 on the device: which step of
+        the epoch it is.
+        """
+        rates = self._rates.index_select(0, batch)[0]
         remaining = iter(grads)
         grads_of = {i: list(islice(remaining, len(self.params[i]))) for i in active}
         for call in self._calls:

@@ -72,8 +72,8 @@ class Report(Listener):
         if self._progress.disable:
             return
         if losses.device.type == "cpu":
-            self._live_loss = f"{losses[done - 1].item():.3f}"
-        last = done == losses.numel()
+            self._live_loss = f"{losses[(done - 1) % len(losses)].item():.3f}"
+        last = done == self.facts["budget"]["total_steps"]
         self._progress.update(
             self._task, completed=done, loss=self._live_loss, description="evaluating" if last else "training"
         )

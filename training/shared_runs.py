@@ -30,7 +30,7 @@ class SharedRuns(Listener):
         self._unowned: dict[int, float] = {}
         self._came: list[RunResult] = []
 
-    def on_resume(self, rows: list[EpochRow]) -> None:
+    def on_resume(self, rows: list[EpochRow], losses: list[float]) -> None:
         """What an earlier process did."""
 
     def on_epoch(self, row: EpochRow) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,30 +32,36 @@ def phase_of(recipe: Recipe, optimizer: Optimizer, step: int, total_steps: int, 
     return Phase(optimizer.active(step), recipe.image_size(step, total_steps, size))
 
 
-class Progress:
-    """Where a run is, in memory that stays.
+def phases_of(recipe: Recipe, optimizer: Optimizer, total_steps: int, size: tuple[int, int]) -> dict[Phase, int]:
+    """All phases of a run, in order, and how many steps each has."""
+    ends = (*optimizer.steps, *(round(resolution.until * total_steps) for resolution in recipe.resolutions))
+    starts = sorted({0, *(end for end in ends if end < total_steps)})
+    counts: dict[Phase, int] = {}
+    for first, next_one in pairwise([*starts, total_steps]):
+        phase = phase_of(recipe, optimizer, first, total_steps, size)
+        counts[phase] = counts.get(phase, 0) + next_one - first
+    return counts
 
-    losses [total steps] float32: mean loss of each step's batch, NaN before it; correct [] int64: right answers in this
-    epoch; step, batch [1] int64: the next step of the run, the next batch of the epoch.
+
+class Progress:
+    """Where an epoch is, in memory that stays.
+
+    losses [steps an epoch] float32: mean loss of each step's batch, NaN before it; correct [] int64: right answers;
+    batch [1] int64: the next one.
     """
 
-    def __init__(self, total_steps: int, device: torch.device):
-        self.losses = torch.full((total_steps,), float("nan"), device=device)
+    def __init__(self, steps_per_epoch: int, device: torch.device):
+        self.losses = torch.full((steps_per_epoch,), float("nan"), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.batch = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.losses, self.correct, self.step, self.batch]
-
-    def start_run(self) -> None:
-        """Back to the first step."""
-        self.step.zero_()
-        self.losses.fill_(float("nan"))
+        return [self.losses, self.correct, self.batch]
 
     def start_epoch(self) -> None:
         """Back to the first batch."""
+        self.losses.fill_(float("nan"))
         self.batch.zero_()
         self.correct.zero_()
 
@@ -108,15 +115,14 @@ def training_step(
         else:
             torch._foreach_add_(grads, found)
         parts.append((logits.detach(), loss.detach(), correct))
-    optimizer.update(ranks.summed(grads), phase.active, progress.step)
+    optimizer.update(ranks.summed(grads), phase.active, progress.batch)
     with torch.no_grad():
         logits, loss, correct = parts[0] if len(parts) == 1 else summed(parts)
-        progress.losses.index_copy_(0, progress.step, loss[None] / len(labels))
+        progress.losses.index_copy_(0, progress.batch, loss[None] / len(labels))
         progress.correct += correct
         if batches.hardness is not None:
             losses = F.cross_entropy(logits.float() * network.config.logit_scale, labels, reduction="none")
             batches.hardness.index_copy_(0, gather.index, losses)
-        progress.step += 1
         progress.batch += 1
 
 

@@ -22,7 +22,7 @@ from blink.training.graph import captured, restored
 from blink.training.optimizer import Optimizer, WeightAverage
 from blink.training.precision import Precision
 from blink.training.recipes import Recipe
-from blink.training.step import Phase, Progress, loss_function, phase_of, training_step
+from blink.training.step import Phase, Progress, loss_function, phase_of, phases_of, training_step
 
 
 def build_network(recipe: Recipe, dataset: Dataset, backend: Backend, precision: Precision, seed: int) -> Network:
@@ -68,7 +68,7 @@ class Trainer:
             self.optimizer = Optimizer(self.network, recipe, budget, backend, ranks)
         except ValueError as error:
             raise UserError(f"recipe {recipe.name}: {error}") from error
-        self.progress = Progress(budget.total_steps, self.device)
+        self.progress = Progress(min(budget.steps_per_epoch, budget.total_steps), self.device)
         self.average = WeightAverage(self.network, recipe.ema_decay**recipe.ema_every) if recipe.ema_fraction else None
         self._loss_of = loss_function(self.network, backend, recipe.label_smoothing)
         self._at_once = images_at_once(self.network, self.image_shape, precision.compute, self.device)
@@ -89,10 +89,9 @@ class Trainer:
             self.average.reset()
 
     def rewind(self) -> None:
-        """Back to step 0 with the weights as they are: no momentum, nothing frozen."""
+        """Back to the start with the weights as they are: no momentum, nothing frozen."""
         self.optimizer.reset()
         self.optimizer.freeze_all_but(tuple(range(len(self.optimizer.param_groups))))
-        self.progress.start_run()
 
     def whiten(self) -> None:
         """Give the stem the filters that whiten the training images' patches, unless it began with some; make the
@@ -119,6 +118,7 @@ class Trainer:
     def start_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Draw epoch 0, 1, ... and begin it."""
         self.batches.draw(generator, epoch)
+        self.optimizer.start_epoch(self.budget.steps_of(epoch))
         self.progress.start_epoch()
 
     def end_epoch(self, epoch: int) -> None:
@@ -126,7 +126,7 @@ class Trainer:
         if self.ranks.size == 1:
             return
         steps, share = self.budget.steps_of(epoch), self.ranks.share(self.budget.batch_size)
-        losses = self.progress.losses[steps.start : steps.stop]
+        losses = self.progress.losses[: len(steps)]
         losses *= (share.stop - share.start) / self.budget.batch_size
         self.ranks.sum_(losses, self.progress.correct)
         if self.batches.hardness is not None:
@@ -139,7 +139,7 @@ class Trainer:
 
     def phases(self) -> list[Phase]:
         """All phases of a run, in order."""
-        return list(dict.fromkeys(self.phase_at(step) for step in range(self.budget.total_steps)))
+        return list(phases_of(self.recipe, self.optimizer, self.budget.total_steps, self.batches.size))
 
     def do_step(self, phase: Phase) -> None:
         """The next step of the epoch, in this phase: `training_step`, or its graph, which the first use captures."""
@@ -176,7 +176,6 @@ class Trainer:
         parts = {
             "network": self.network.state_dict(),
             "momentum": momenta,
-            "progress": {"losses": self.progress.losses, "step": self.progress.step},
             "batches": self.batches.carried(),
             "average": {str(i): tensor for i, tensor in enumerate(average)},
         }

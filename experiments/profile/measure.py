@@ -121,10 +121,11 @@ class Stepper:
 
     def __call__(self) -> None:
         trainer, budget = self.trainer, self.trainer.budget
-        if self._count % budget.steps_per_epoch == 0:
-            trainer.start_epoch(self._count // budget.steps_per_epoch, self._generator)
-        if self._count % budget.total_steps == 0:
+        done = self._count % budget.total_steps
+        if done == 0:
             trainer.rewind()
+        if done % budget.steps_per_epoch == 0:
+            trainer.start_epoch(done // budget.steps_per_epoch, self._generator)
         # always the costliest phase: everything is trained, on whole images
         trainer.do_step(Phase(tuple(range(len(trainer.optimizer.param_groups))), trainer.batches.size))
         self._count += 1
