@@ -137,13 +137,16 @@ def show(console: Console, options: argparse.Namespace, model: Classifier, data:
     half = "" if data.half == "all" else f", its {data.half} half"
     say(f"{options.model.name} on {data.name}{half}: {len(data.images):,} images", "bold")
     for note in filter(None, [*data.notes, seen_in_training(model, data)]):
-        say(f"note         {note}", "yellow")
+        console.print(f"note         {printable(note)}", style="yellow", highlight=False, markup=False)
     confidence = result.probabilities.max(1).values.double().mean().item()
     say(f"accuracy     {result.accuracy:.4f}  ({'views averaged' if options.tta else 'not augmented'})")
     say(f"balanced     {result.balanced:.4f}  (the mean over the classes)")
     say(f"calibration  {result.calibration:.4f}  (expected error; the mean probability is {confidence:.4f})")
     say()
-    console.print(class_table(model.classes, result.counts))
+    table = class_table(model.classes, result.counts)
+    console.print(table)
+    if table.row_count < len(model.classes):
+        say(f"the lowest {table.row_count} of {len(model.classes)} (--json: all)")
     matrix = confusion_table(model.classes, result.counts)
     confusions = [] if matrix else most_frequent(result.counts, options.top)
     if matrix:
@@ -181,8 +184,6 @@ def class_table(classes: tuple[str, ...], counts: Tensor) -> Table:
     for i in shown:
         value = "-" if math.isnan(accuracies[i]) else f"{accuracies[i]:.4f}"
         table.add_row(Text(printable(classes[i])), f"{images[i]:,}", value)
-    if len(classes) > len(shown):
-        table.caption, table.caption_justify = f"the lowest {len(shown)} of {len(classes)} (--json: all)", "left"
     return table
 
 

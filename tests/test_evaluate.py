@@ -208,7 +208,7 @@ def test_many_classes_have_their_most_frequent_confusions():
     assert evaluate.confusion_table(names[:12], 1000 + counts[:12, :12]) is not None
     assert evaluate.confusion_table(names[:12], 100000 + counts[:12, :12]) is None
     table = evaluate.class_table(names, counts)
-    assert table.row_count == 30 and table.caption == "the lowest 30 of 40 (--json: all)"
+    assert table.row_count == 30
     # those with an image come first, the worst of them before
     assert [str(cell) for cell in table.columns[0].cells][:4] == ["class 0", "class 3", "class 7", "class 5"]
 
