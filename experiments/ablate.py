@@ -8,13 +8,14 @@ import re
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from blink.command import natural, positive
 from blink.errors import UserError
-from blink.experiments import compare, records, runs
+from blink.experiments import compare, deciding, records, runs
 from blink.experiments.claims import Claims
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
@@ -32,6 +33,7 @@ from blink.training.trainer import Trainer
 EXAMPLES = (
     "blink ablate recipes --runs 10",
     "blink ablate se --width 0.25 --epochs-factor 0.5 --runs 3 --json se.jsonl",
+    "blink ablate search --tuning-split --runs 32 --decide",
 )
 # seconds between two looks at what other processes have done, at most
 _LOOK_EVERY = 5.0
@@ -50,6 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--width", type=positive(float), default=1.0, metavar="W", help="times the channels (default: %(default)g)")
     add("--epochs-factor", type=positive(float), default=1.0, metavar="F",
         help="times the recipe's epochs (default: %(default)g)")  # fmt: skip
+    add("--decide", action="store_true", help="stop variants that cannot win; --runs is how many seeds one has at most")
     add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
     add("--shard", type=shard, metavar="I/N",
         help="only part 1 <= I <= N of the runs, for machines without a common disk; see blink merge")  # fmt: skip
@@ -65,6 +68,8 @@ def run(options: Namespace) -> int:
         for name, plan in PLANS.items():
             console.print(f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", soft_wrap=False)
         return 0
+    if options.decide and options.shard is not None:
+        raise UserError("--decide looks at all runs, of which --shard trains a part; give one of them")
     began = time.perf_counter()
     plan = named(options.plan, PLANS, Plan)
     chosen = choose_variants(plan, options.plan, options.only)
@@ -112,7 +117,7 @@ def train_missing(
     """Until every run of the queue is on file, or what the options bound: train one that nobody trains, or wait."""
     options, claims, longest, looks = runner.options, Claims(path), 0.0, 0
     with RunBars(console, len(queue)) as bars:
-        while left := missing(queue, path, note):
+        while left := worth_training(queue, path, options.decide, note):
             if options.minutes is not None and time.perf_counter() - began + longest > 60 * options.minutes:
                 number, minutes = queue.index(left[0]) + 1, f"{options.minutes:g} minutes would not hold it"
                 console.print(f"stopped before run {number} of {len(queue)}: {minutes}")
@@ -130,7 +135,7 @@ def train_missing(
                 continue
             with claim:
                 looks = 0
-                if not missing([claim.run], path, note):
+                if not missing([claim.run], runs.read(path, note, wait=True), path):
                     # its last owner wrote it between the look and the claim
                     continue
                 what, steps = f"seed {claim.run['seed']}  {claim.run['variant']}", claim.run["budget"]["total_steps"]
@@ -196,14 +201,23 @@ class Runner:
             "accuracy": result.accuracy,
             "seconds": result.seconds,
             "images_per_second": result.images_per_second,
+            "held_out": result.held_out and asdict(result.held_out),
             "epoch_losses": [row.train_loss for row in result.epochs],
             **self._costs[name],
         }
 
 
-def missing(queue: list[dict], path: Path, note: Callable[[str], None]) -> list[dict]:
-    """The runs of the queue that are not on file. Raises UserError where a variant's recipe was another then."""
+def worth_training(queue: list[dict], path: Path, decide: bool, note: Callable[[str], None]) -> list[dict]:
+    """The runs that are missing, but for those of variants that are stopped, which is noted."""
     written = runs.read(path, note, wait=True)
+    stopped = deciding.stopped(queue, written) if decide else {}
+    for name, why in stopped.items():
+        note(f"{name}: no more runs ({why})")
+    return [run for run in missing(queue, written, path) if run["variant"] not in stopped]
+
+
+def missing(queue: list[dict], written: list[dict], path: Path) -> list[dict]:
+    """The runs of the queue that are not on file. Raises UserError where a variant's recipe was another then."""
     trials, found = {runs.trial(run): run for run in written}, set(map(runs.identity, written))
     for run in queue:
         if not compare.same_recipe(trials.get(runs.trial(run), run), run):

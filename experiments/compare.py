@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import ceil, prod, sqrt
 
 from blink.errors import UserError
 from blink.experiments.plans import Plan
@@ -12,18 +12,30 @@ from blink.tables import fixed
 from blink.tables import markdown as table
 from blink.training.results import spread
 
+# a difference of accuracy that is worth knowing
+_TELLING = 0.001
+# from so many seeds on the noise of a ruler is told
+_MANY_SEEDS = 8
+_RULERS = ("cross_entropy", "margin")
+
 
 @dataclass(frozen=True)
 class Row:
-    """One variant. accuracy, difference, seconds, ratio: mean, std, ci95 and n as `report.spread` gives them.
+    """One variant. accuracy, difference, seconds, ratio: mean, std, ci95 and n as `results.spread` gives them.
 
     difference: accuracy less the baseline's of the same seed; ratio: the baseline's seconds of the same seed over
-    these; both None for the baseline itself and where no seed is shared. pflop: counted for a run.
+    these; both None for the baseline itself and where no seed is shared. pflop: counted for a run. rulers: those of
+    `results.HeldOut`, ruler_differences: less the baseline's, by name, as far as the runs have them. better: the
+    probability that it is the more accurate one, better_by_entropy: that its cross-entropy is lower.
     """
 
     variant: str
     accuracy: dict
     difference: dict | None
+    rulers: dict[str, dict]
+    ruler_differences: dict[str, dict]
+    better: float | None
+    better_by_entropy: float | None
     seconds: dict
     ratio: dict | None
     pflop: float
@@ -86,11 +98,19 @@ def compare(records: list[dict], plan: Plan) -> list[Row]:
         gains = [seen[s]["accuracy"] - baseline[s]["accuracy"] for s in shared]
         ratios = [baseline[s]["seconds"] / seen[s]["seconds"] for s in shared]
         some = next(iter(seen.values()))
+        measured = {seed: run["held_out"] for seed, run in seen.items() if run.get("held_out")}
+        base = {seed: run["held_out"] for seed, run in baseline.items() if run.get("held_out")}
+        both = [seed for seed in shared if seed in measured and seed in base]
+        differences = {ruler: [measured[s][ruler] - base[s][ruler] for s in both] for ruler in _RULERS}
         rows.append(
             Row(
                 name,
                 spread([r["accuracy"] for r in seen.values()]),
                 spread(gains) if shared else None,
+                {ruler: spread([each[ruler] for each in measured.values()]) for ruler in _RULERS if measured},
+                {ruler: spread(values) for ruler, values in differences.items() if values},
+                probability_above_zero(gains),
+                probability_above_zero([-value for value in differences["cross_entropy"]]),
                 spread([r["seconds"] for r in seen.values()]),
                 spread(ratios) if shared else None,
                 some["flops"]["total"] / 1e15,
@@ -99,6 +119,28 @@ def compare(records: list[dict], plan: Plan) -> list[Row]:
             )
         )
     return rows
+
+
+def probability_above_zero(values: list[float]) -> float | None:
+    """That what these were drawn from has a mean above 0: Student's t, nothing known before; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    found = spread(values)
+    if found["std"] == 0:
+        return 0.5 * (1 + (found["mean"] > 0) - (found["mean"] < 0))
+    from scipy.stats import t
+
+    return float(t.cdf(found["mean"] * sqrt(len(values)) / found["std"], len(values) - 1))
+
+
+def pairs_needed(std: float) -> int:
+    """Of runs whose differences have this standard deviation: how many make the half 95 % interval 0.1 points."""
+    from scipy.stats import t
+
+    pairs = max(2, ceil((1.96 * std / _TELLING) ** 2))
+    while t.ppf(0.975, pairs - 1) * std > _TELLING * sqrt(pairs):
+        pairs += 1
+    return pairs
 
 
 def percent(value: dict | None, signed: bool = False) -> str:
@@ -111,6 +153,8 @@ def percent(value: dict | None, signed: bool = False) -> str:
 
 COLUMNS = ("variant", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
 _WIDTHS = (22, 3, 13, 13, 8, 6, 7)
+RULER_COLUMNS = ("variant", "cross-entropy", "margin", "better %", "by CE %", "pairs")
+_RULER_WIDTHS = (22, 17, 14, 8, 8, 6)
 STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
 
 
@@ -125,6 +169,42 @@ def cells(row: Row) -> tuple[str, ...]:
         "1" if row.ratio is None else f"{row.ratio['mean']:.2f}x",
         f"{row.pflop:.4f}",
     )
+
+
+def ruler_cells(row: Row) -> tuple[str, ...]:
+    """A row's cells under RULER_COLUMNS: of the first variant what its runs have, of others the paired differences."""
+    first = row.difference is None
+    found, sign = (row.rulers, "") if first else (row.ruler_differences, "+")
+
+    def cell(ruler: str, digits: int) -> str:
+        value = found.get(ruler)
+        if value is None:
+            return "-"
+        text = f"{value['mean']:{sign}.{digits}f}"
+        return text if first or value["ci95"] is None else f"{text} +-{value['ci95']:.{digits}f}"
+
+    chances = ("-" if p is None else f"{100 * p:.1f}" for p in (row.better, row.better_by_entropy))
+    std = None if first else row.difference["std"]
+    return (
+        row.variant,
+        cell("cross_entropy", 4),
+        cell("margin", 3),
+        *chances,
+        "-" if std is None else str(pairs_needed(std)),
+    )
+
+
+def noise(rows: list[Row]) -> list[str]:
+    """How much the rulers of variants of many seeds vary by the seed alone."""
+    out = []
+    for row in rows:
+        if row.rulers and row.rulers["margin"]["n"] >= _MANY_SEEDS:
+            stds = ", ".join(f"{ruler.replace('_', '-')} {row.rulers[ruler]['std']:.4f}" for ruler in _RULERS)
+            out += [
+                f"noise of {row.variant!r} over seeds (std, n = {row.rulers['margin']['n']}):",
+                f"  accuracy {100 * row.accuracy['std']:.2f} points, {stds}",
+            ]
+    return out
 
 
 def stem_cells(row: Row, baseline: Row) -> tuple[str, ...]:
@@ -208,7 +288,9 @@ def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
     if plan.stems:
         widths = (22, *(max(8, len(name)) for name in STEM_COLUMNS[1:]))
         out += ["", *(fixed(line, widths, " ") for line in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
-    return out + footers(rows, plan)
+    if any(row.better is not None for row in rows):
+        out += ["", *(fixed(line, _RULER_WIDTHS, " ") for line in (RULER_COLUMNS, *map(ruler_cells, rows)))]
+    return out + noise(rows) + footers(rows, plan)
 
 
 def decided(row: Row) -> bool:
@@ -230,7 +312,9 @@ def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
         parts.append(table(COLUMNS, map(cells, [first, *told])))
     if open_ones:
         parts.append(f"Too few runs to tell from {first.variant!r}: {', '.join(open_ones)}.\n")
+    if any(row.ruler_differences for row in rows):
+        parts.append(table(RULER_COLUMNS, map(ruler_cells, rows)))
     if plan.stems:
         parts.append(table(STEM_COLUMNS, [stem_cells(row, first) for row in rows]))
-    below = "".join(f"{line}\n" for line in footers(rows, plan))
+    below = "".join(f"{line}\n" for line in noise(rows) + footers(rows, plan))
     return "\n".join([*parts, below] if below else parts)

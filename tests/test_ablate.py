@@ -89,6 +89,61 @@ def test_table_names_n_and_fits_80_columns():
     assert "Too few runs to tell from 'base': other." in compare.markdown(shared, group, ASKED)
 
 
+def held_out(entropy, margin):
+    return {"cross_entropy": entropy, "temperature": 1.0, "margin": margin}
+
+
+def test_rulers_are_paired_and_probabilities_are_students():
+    """Of the differences (0.04, 0.01): t = 0.025 / 0.015 with one degree of freedom, so 1/2 + atan(t) / pi."""
+    runs = [
+        {**run, "held_out": held_out(entropy, margin)}
+        for run, entropy, margin in zip(RUNS, (0.30, 0.28, 0.31, 0.30, 0.9), (2.0, 2.2, 1.9, 2.1, 9.0))
+    ]
+    base, other = compare.compare(runs, ASKED)
+    assert (base.better, base.ruler_differences) == (None, {})
+    assert base.rulers["cross_entropy"]["mean"] == pytest.approx(0.305)
+    assert other.ruler_differences["cross_entropy"]["mean"] == pytest.approx(-0.015)
+    assert other.ruler_differences["margin"]["n"] == 2
+    assert other.better == pytest.approx(0.5 + math.atan(5 / 3) / math.pi)
+    # (0.02, 0.01): t = 3
+    assert other.better_by_entropy == pytest.approx(0.5 + math.atan(3) / math.pi)
+    said = compare.lines(*compare.comparable(runs)[0], ASKED)
+    assert all(len(line) <= 80 for line in said[2:]), said
+    cells = next(line for line in said[::-1] if line.startswith("other")).split()
+    assert cells == [
+        "other",
+        "-0.0150",
+        "+-0.0635",
+        "+0.200",
+        "+-0.000",
+        "82.8",
+        "89.8",
+        str(compare.pairs_needed(0.03 / 2**0.5)),
+    ]
+    # runs that know none of it, as those of earlier versions
+    assert "cross-entropy" not in compare.markdown(*compare.comparable(RUNS)[0], ASKED)
+    assert "| base | 0.3050 | 1.950 | - | - | - |" in compare.markdown(*compare.comparable(runs)[0], ASKED)
+
+
+def test_how_many_pairs_tell_a_tenth_of_a_point():
+    """The half interval t(0.975, n - 1) * std / sqrt(n): 0.1 points at n, more at n - 1."""
+    # t(0.975, 1) * 0.0001 / sqrt 2 = 0.0009
+    assert compare.pairs_needed(0.0001) == 2
+    # 1.9842 * 0.005 / sqrt 99 = 0.000997, 1.9845 * 0.005 / sqrt 98 = 0.001002
+    assert compare.pairs_needed(0.005) == 99
+
+
+def test_noise_of_rulers_is_told_from_eight_seeds_on():
+    runs = [{**record("base", s, 0.9 + s / 1000), "held_out": held_out(0.3 + s / 100, 2.0)} for s in range(8)]
+    plan = Plan("asked", {"base": AIR})
+    assert compare.noise(compare.compare(runs[:7], plan)) == []
+    std = (6**0.5) / 1000
+    assert compare.noise(compare.compare(runs, plan)) == [
+        "noise of 'base' over seeds (std, n = 8):",
+        f"  accuracy {100 * std:.2f} points, cross-entropy {10 * std:.4f}, margin 0.0000",
+    ]
+
+
 def test_equal_epochs_interpolates_between_rungs():
     ladder = [record(f"off {e}", seed, 0.8 + e / 100, epochs=e) for e in (4, 6) for seed in (0, 1)]
     plan = Plan("asked", {}, ladder=("with", ("off 4", "off 6")))

@@ -42,3 +42,29 @@ def test_the_surest_mistakes_come_first():
     assert metrics.confident_mistakes(PROBABILITIES, LABELS, 5).tolist() == [3, 2]
     assert metrics.confident_mistakes(PROBABILITIES, LABELS, 1).tolist() == [3]
     assert metrics.confident_mistakes(PROBABILITIES, PROBABILITIES.argmax(1), 3).tolist() == []
+
+
+def test_held_out_is_at_the_temperature_that_is_best():
+    """Against a search over temperatures, of logits that are too cold, too hot, and of no use."""
+    labels = torch.randint(5, (400,))
+    right = torch.nn.functional.one_hot(labels, 5).float()
+    for scale, signal in ((0.01, 2.0), (30.0, 2.0), (1.0, 0.3)):
+        logits = scale * (signal * right + torch.randn(400, 5))
+        found = metrics.held_out(logits, labels)
+        tried = torch.logspace(-3, 3, 4001, dtype=torch.float64)
+        entropies = [torch.nn.functional.cross_entropy(logits.double() / t, labels).item() for t in tried]
+        assert found.cross_entropy <= min(entropies) + 1e-12
+        assert found.cross_entropy == pytest.approx(min(entropies), abs=1e-5)
+        assert found.temperature == pytest.approx(tried[entropies.index(min(entropies))].item(), rel=5e-3)
+        cooled = logits.double() / found.temperature
+        others = cooled.masked_fill(right.bool(), -torch.inf).amax(1)
+        assert found.margin == pytest.approx((cooled[right.bool()] - others).mean().item(), rel=1e-9)
+
+
+def test_held_out_of_what_has_no_best_temperature():
+    """Without a mistake colder is always better, and where all are mistakes hotter; the ends of the range hold."""
+    labels = torch.arange(4).repeat(3)
+    sure = torch.nn.functional.one_hot(labels, 4).float()
+    assert metrics.held_out(sure, labels).cross_entropy < 1e-6
+    assert metrics.held_out(-sure, labels).cross_entropy == pytest.approx(math.log(4), abs=1e-2)
+    assert metrics.held_out(sure * torch.inf, labels) is None

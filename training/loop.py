@@ -16,7 +16,7 @@ from blink.training.checkpoint import Best, Checkpoints, RunState
 from blink.training.clock import Stopwatch
 from blink.training.evaluation import accuracy
 from blink.training.listener import SILENT, Listener
-from blink.training.metrics import balanced_accuracy, confusion
+from blink.training.metrics import balanced_accuracy, confusion, held_out
 from blink.training.precision import Precision
 from blink.training.results import EpochRow, Kept, RunResult
 from blink.training.trainer import Trainer
@@ -81,7 +81,7 @@ def _train(
     final = accuracy(logits, labels)
     result = RunResult(seed, final, clock.seconds, images_per_second, run.losses, run.rows, weights, logits.cpu())
     counts = confusion(logits.argmax(1), labels, logits.shape[1])
-    result.balanced_accuracy = balanced_accuracy(counts)
+    result.balanced_accuracy, result.held_out = balanced_accuracy(counts), held_out(logits, labels)
     if run.best is not None and run.best.epoch < budget.epochs:
         trainer.network.load_state_dict(run.best.state)
         with trainer.precision.autocast(trainer.device):

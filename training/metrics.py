@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from blink.training.results import HeldOut
+
 _BINS = 15
+# the inverse temperatures that are tried: a classifier without a mistake has none that is best
+_COLDEST, _HOTTEST = 1e3, 1e-3
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -31,6 +35,34 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     bins = (best * _BINS).long().clamp_(0, _BINS - 1)
     excess = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, best - (predicted == labels).double())
     return excess.abs().sum().item() / len(labels)
+
+
+def held_out(logits: Tensor, labels: Tensor) -> HeldOut | None:
+    """Of logits [N, classes]; None where one is not finite.
+
+    The mean of logsumexp(b z) - b z_y is convex in the inverse temperature b, so that Newton's steps, halved where they
+    leave what brackets the root of the slope, find its least. Source of the temperature: Guo et al. 2017.
+    """
+    if not logits.isfinite().all():
+        return None
+    z, rows = logits.double(), torch.arange(len(labels), device=logits.device)
+    true = z[rows, labels]
+    low, high, b = _HOTTEST, _COLDEST, 1.0
+    for _ in range(60):
+        p = (b * z).softmax(1)
+        mean = (p * z).sum(1)
+        slope = (mean - true).mean().item()
+        low, high = (b, high) if slope < 0 else (low, b)
+        curvature = ((p * z * z).sum(1) - mean**2).mean().item()
+        step = b - slope / curvature if curvature > 0 else -1.0
+        following = step if low < step < high else (low * high) ** 0.5
+        if abs(following - b) <= 1e-9 * b:
+            break
+        b = following
+    others = z.clone()
+    others[rows, labels] = -torch.inf
+    entropy = ((b * z).logsumexp(1) - b * true).mean().item()
+    return HeldOut(entropy, 1 / b, b * (true - others.amax(1)).mean().item())
 
 
 def confident_mistakes(probabilities: Tensor, labels: Tensor, most: int) -> Tensor:

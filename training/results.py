@@ -33,10 +33,22 @@ class Kept:
 
 
 @dataclass
+class HeldOut:
+    """Two rulers with less noise than accuracy: the mean cross-entropy of the test images at the temperature that makes
+    it least, and the mean margin there, the true class's logit less the largest other.
+    """
+
+    cross_entropy: float
+    temperature: float
+    margin: float
+
+
+@dataclass
 class RunResult:
     """accuracy: test-time augmented, of the weight average if there is one; seconds: the timed segments;
     losses: per image, every step; state: the last weights, or those that `kept` tells of; logits [test images, classes]
-    float32: what these gave for the test images; balanced_accuracy: accuracy, but the mean over the classes.
+    float32: what these gave for the test images; balanced_accuracy: accuracy, but the mean over the classes; held_out:
+    of the logits that accuracy is of.
     """
 
     seed: int
@@ -49,6 +61,7 @@ class RunResult:
     logits: Tensor | None = field(default=None, repr=False)
     kept: Kept | None = None
     balanced_accuracy: float | None = None
+    held_out: HeldOut | None = None
 
 
 def run_as_dict(run: RunResult, every: int) -> dict:
@@ -63,6 +76,7 @@ def run_as_dict(run: RunResult, every: int) -> dict:
         "losses": run.losses[::every],
         "epochs": [asdict(row) for row in run.epochs],
         "kept": run.kept and asdict(run.kept),
+        "held_out": run.held_out and asdict(run.held_out),
     }
 
 
@@ -72,8 +86,9 @@ def run_from_dict(content: dict, steps: int) -> RunResult:
     for step, loss in zip(content["logged_steps"], content["losses"]):
         losses[step] = loss
     plain = {key: content[key] for key in ("seed", "accuracy", "balanced_accuracy", "seconds", "images_per_second")}
-    kept = content["kept"] and Kept(**content["kept"])
-    return RunResult(**plain, losses=losses, epochs=[EpochRow(**row) for row in content["epochs"]], kept=kept)
+    kept, ruler = content["kept"] and Kept(**content["kept"]), content.get("held_out")
+    rows, held_out = [EpochRow(**row) for row in content["epochs"]], ruler and HeldOut(**ruler)
+    return RunResult(**plain, losses=losses, epochs=rows, kept=kept, held_out=held_out)
 
 
 def spread(values: list[float]) -> dict:
