@@ -167,4 +167,38 @@ _SEARCH = Plan(
     },
 )
 
-PLANS = {"recipes": _RECIPES, "whitening": _WHITENING, "se": _SE, "blink": _BLINK, "search": _SEARCH}
+
+def _last(recipe: Recipe, channels: int) -> Recipe:
+    """With so many channels in the last group."""
+    *groups, last = recipe.network.conv_groups
+    return with_network(recipe, conv_groups=(*groups, replace(last, channels=channels)))
+
+
+_GATED = gated(BLINK, 16, (1, 2), _gates("sgd", 0.05))
+
+# all gates start alike, which the BatchNorm behind them undoes: as if they started at 1
+_LEVERAGE = Plan(
+    "squeeze-and-excite as leverage in blink: what it gives by itself, and spent on fewer channels or epochs",
+    {
+        "blink": BLINK,
+        "SE /16 last": gated(BLINK, 16, (2,), _gates("sgd", 0.05)),
+        "SE /16 last two": _GATED,
+        "SE /16 all": gated(BLINK, 16, (0, 1, 2), _gates("sgd", 0.05)),
+        "SE /8 last two": gated(BLINK, 8, (1, 2), _gates("sgd", 0.05)),
+        "SE /4 last two": gated(BLINK, 4, (1, 2), _gates("sgd", 0.05)),
+        "SE /16 last two, Muon": gated(BLINK, 16, (1, 2), _gates("muon", 0.05)),
+        "192 channels last": _last(BLINK, 192),
+        "192, SE /16 last two": _last(_GATED, 192),
+        "8 epochs": replace(BLINK, epochs=8),
+        "8 epochs, SE /16": replace(_GATED, epochs=8),
+    },
+)
+
+PLANS = {
+    "recipes": _RECIPES,
+    "whitening": _WHITENING,
+    "se": _SE,
+    "blink": _BLINK,
+    "search": _SEARCH,
+    "leverage": _LEVERAGE,
+}

@@ -239,10 +239,9 @@ class Training:
         job, network = self._job, resume.network_file(self._options, self._job, result.seed)
         shown = resume.gallery_file(network)
         own = {"training": resume.digest(job.facts, self._options), "run": run_as_dict(result, self.report.every)}
-        done = self._outputs.write(network, partial(keep, job, network, result, own))
-        return done & self._outputs.write(
-            shown, partial(gallery.save, shown, result, job.dataset, views, job.recipe.name)
-        )
+        # the network comes last: where it is, the run has ended
+        done = self._outputs.write(shown, partial(gallery.save, shown, result, job.dataset, views, job.recipe.name))
+        return done & self._outputs.write(network, partial(keep, job, network, result, own))
 
     def save(self, last: bool = False) -> None:
         """After each run, so that nothing that ends this process takes a finished one with it.
