@@ -30,7 +30,7 @@ def test_what_is_said(monkeypatch, steps, seconds, said):
 
 
 def test_it_is_said_before_a_run_begins(image_folder, tmp_path):
-    words = ["train", "--data", image_folder, "--device", "cpu", "--batch-size", "4", "--steps", "5000000"]
+    words = ["train", "--data", image_folder, "--device", "cpu", "--batch-size", "4", "--epochs", "1e6"]
     said = tmp_path / "printed.out"
     process = started([*words, "--validate", "0"], tmp_path / "printed")
     while process.exitcode is None and (not said.exists() or "epoch " not in said.read_text()):
@@ -39,4 +39,4 @@ def test_it_is_said_before_a_run_begins(image_folder, tmp_path):
     process.join()
     assert process.exitcode == 143
     printed = " ".join(said.read_text().split())
-    assert re.search(r"a run of 5,000,000 steps takes about \d+ (hours|days|years) here", printed)
+    assert re.search(r"a run of 10,000,000 steps takes about \d+ (hours|days|years) here", printed)

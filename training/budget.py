@@ -9,10 +9,8 @@ from blink.training.recipes import Recipe
 
 # fewer steps than this an epoch leave the schedule too coarse to learn from a small data set
 MIN_STEPS_PER_EPOCH = 16
-
-
-# a loss of each is kept
-MOST_STEPS = 10_000_000
+# above, a number is taken for a slip of the pen
+MOST_STEPS = 1_000_000_000
 
 
 @dataclass(frozen=True)
