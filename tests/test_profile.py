@@ -202,7 +202,7 @@ def test_a_stem_of_several_calls_is_not_counted_in_part():
 
 
 def profile_of(rows, idle=1.0):
-    return Profile(rows, 10**9, 2 * 10**11, 2.0, idle, 10.0, 10.0, 1e12, 1e14)
+    return Profile(rows, 10**9, 2 * 10**11, 2.0, idle, 10.0, 10.0, 1e12, 1e14, "fp16")
 
 
 def test_table_fits_80_columns_and_adds_up():
@@ -224,6 +224,17 @@ def test_convolution_rates_are_against_the_matrix_product():
     assert len(lines) == 5 and all(len(line) <= 80 for line in lines)
     assert "50.000" in lines[2] and "50 %" in lines[2]
     assert "25.000" in lines[3] and "33 %" in lines[4]
+
+
+def test_a_share_above_the_roof_is_explained():
+    rows = [
+        Row("groups.0.conv1", "fwd", 1.0, 10**9, 2 * 10**11, 2.0),
+        Row("groups.0.conv2", "fwd", 4.0, 1, 10**11, 1.0),
+    ]
+    lines = convolution_table(profile_of(rows))
+    assert "200 %" in lines[2] and len(lines) == 7 and all(len(line) <= 80 for line in lines)
+    assert lines[5].startswith("above 100 %: the convolution takes fewer operations")
+    assert "matrix product in fp16 100.00 TFLOP/s" in table(profile_of(rows))[-1]
 
 
 def test_race_states_both_speed_ups():

@@ -18,6 +18,8 @@ from blink.kernels.examine.bench.measure import copy_time, matmul_rate
 from blink.kernels.examine.cases import layers_of
 from blink.kernels.registry import Cost
 from blink.model.backend import Backend
+from blink.model.convolution import arithmetic_dtype
+from blink.training.precision import DTYPES
 from blink.training.step import Phase
 from blink.training.trainer import Trainer
 
@@ -46,7 +48,8 @@ class Row:
 class Profile:
     """A step's parts. step_ms: its median length without the profiler; profiled_ms: with it; idle_ms: gaps between
     pieces of work; bytes, flops, floor_ms: of everything that is counted, whether or not it is a row (a compiled step
-    has no parts); copy_rate in bytes/s, matmul_rate in FLOP/s: the roofs, measured in the same call.
+    has no parts); copy_rate in bytes/s, matmul_rate in FLOP/s: the roofs, measured in the same call, the latter in
+    matmul_dtype, which convolutions compute in.
     """
 
     rows: list[Row]
@@ -58,6 +61,7 @@ class Profile:
     step_ms: float
     copy_rate: float
     matmul_rate: float
+    matmul_dtype: str
 
     @property
     def parts_ms(self) -> float:
@@ -193,9 +197,9 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
 
     classes, weight = len(trainer.dataset.classes), trainer.network.head.weight
     costs = step_costs(trainer.recipe, trainer.budget.batch_size, classes, trainer.image_shape, weight.element_size())
-    dtype = weight.dtype if device.type == "cuda" else torch.float32
     copy_rate = _COPY_BYTES / (copy_time(_COPY_BYTES, device, _ROOF_SECONDS).best * 1e-6)
-    product_rate = matmul_rate(dtype, device, _ROOF_SECONDS)
+    products = arithmetic_dtype(torch.empty(0, dtype=trainer.precision.compute, device=device))
+    product_rate = matmul_rate(products, device, _ROOF_SECONDS)
     mean: dict[tuple[str, str], float] = defaultdict(float)
     for step in steps:
         for owner, microseconds in step.by_owner().items():
@@ -216,6 +220,7 @@ def measure(make_trainer: Callable[[bool, bool], Trainer], layers: bool, seed: i
         statistics.median(rounds),
         copy_rate,
         product_rate,
+        next(name for name, dtype in DTYPES.items() if dtype == products),
     )
 
 

@@ -27,7 +27,8 @@ def table(profile: Profile) -> list[str]:
     difference = 100 * (profile.parts_ms / profile.step_ms - 1)
     lines.append(f"a step without the profiler: {profile.step_ms:.3f} ms; the parts differ by {difference:+.1f} %")
     lines.append(
-        f"roofs: copy {profile.copy_rate / 1e9:,.0f} GB/s, matrix product {profile.matmul_rate / 1e12:.2f} TFLOP/s"
+        f"roofs: copy {profile.copy_rate / 1e9:,.0f} GB/s, matrix product in {profile.matmul_dtype} "
+        f"{profile.matmul_rate / 1e12:.2f} TFLOP/s"
     )
     return lines
 
@@ -43,9 +44,13 @@ def convolution_table(profile: Profile) -> list[str]:
         return f"{part:<22} {direction:<6} {ms:8.3f} {rate / 1e12:8.3f} {100 * rate / profile.matmul_rate:>20.0f} %"
 
     lines += [line(row.part, row.direction, row.ms, row.flops) for row in rows]
-    if rows:
-        lines.append(line("all", "", sum(row.ms for row in rows), sum(row.flops for row in rows)))
-    return lines if rows else []
+    if not rows:
+        return []
+    lines.append(line("all", "", sum(row.ms for row in rows), sum(row.flops for row in rows)))
+    if any(row.flops > profile.matmul_rate * row.ms * 1e-3 for row in rows):
+        lines.append("above 100 %: the convolution takes fewer operations than its definition, or runs")
+        lines.append("faster than the large square product that the roof is measured by")
+    return lines
 
 
 def comparison_lines(eager: Comparison) -> list[str]:
