@@ -32,7 +32,6 @@ from blink.training.trainer import Trainer
 
 EXAMPLES = (
     "blink ablate recipes --runs 10",
-    "blink ablate se --width 0.25 --epochs-factor 0.5 --runs 3 --json se.jsonl",
     "blink ablate search --tuning-split --runs 32 --decide",
 )
 # seconds between two looks at what other processes have done, at most
