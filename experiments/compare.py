@@ -312,8 +312,10 @@ def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
         parts.append(table(COLUMNS, map(cells, [first, *told])))
     if open_ones:
         parts.append(f"Too few runs to tell from {first.variant!r}: {', '.join(open_ones)}.\n")
-    if any(row.ruler_differences for row in rows):
-        parts.append(table(RULER_COLUMNS, map(ruler_cells, rows)))
+    # without an interval a difference says nothing
+    ruled = [row for row in rows[1:] if row.ruler_differences and row.ruler_differences["margin"]["n"] > 1]
+    if ruled:
+        parts.append(table(RULER_COLUMNS, map(ruler_cells, [first, *ruled])))
     if plan.stems:
         parts.append(table(STEM_COLUMNS, [stem_cells(row, first) for row in rows]))
     below = "".join(f"{line}\n" for line in noise(rows) + footers(rows, plan))
