@@ -85,7 +85,7 @@ def sharing() -> Sharing | None:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Saved for backward: x, scale and the statistics."""
+    """What nn.SyncBatchNorm is for GPUs alone. Saved for backward: x, scale, bias and the statistics."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, scale, bias, momentum, eps, shared):
