@@ -197,6 +197,7 @@ class Runner:
                 self._costs[name]["stem"] = cost_of(trainer)
         result = train(trainer, seed, listener, validate=0)
         return {
+            "command": ["blink", "ablate", *self.options.arguments],
             "accuracy": result.accuracy,
             "seconds": result.seconds,
             "images_per_second": result.images_per_second,

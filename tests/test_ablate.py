@@ -267,6 +267,7 @@ def test_a_plan_is_interleaved_written_run_by_run_and_gone_on_with(call, tmp_pat
     assert [(r["variant"], r["seed"]) for r in runs[2:]] == [("first", 1), ("second", 1)]
     for run in runs:
         assert 0 <= run["accuracy"] <= 1 and run["seconds"] > 0 and run["flops"]["total"] > 0
+        assert run["command"][:3] == ["blink", "ablate", "test"] and run["command"][-2] == "--runs"
         assert run["stem"]["output"] == [11, 11] and run["stem"]["milliseconds"] > 0
         assert run["recipe"]["network"]["conv_groups"][0]["channels"] in (8, 16)
     assert runs[0]["stem"]["macs"] == 11 * 11 * 12 * 24 and runs[1]["stem"]["macs"] == 11 * 11 * (12 * 12 + 12 * 8)
