@@ -15,7 +15,7 @@ from rich.console import Console
 
 from blink.command import natural, positive
 from blink.errors import UserError
-from blink.experiments import compare, deciding, records, runs
+from blink.experiments import compare, deciding, pool, records, runs
 from blink.experiments.claims import Claims
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
@@ -104,8 +104,8 @@ def run(options: Namespace) -> int:
         pass
     train_missing(queue, path, runner, console, note, began)
     written = [run for run in runs.read(path, note, wait=True) if run["plan"] == options.plan]
-    for shared, group in compare.comparable(written):
-        for line in compare.lines(shared, group, plan):
+    for each in pool.pooled([(path.name, written)], note):
+        for line in compare.lines(each, plan):
             console.print(line)
     return 0
 
@@ -220,7 +220,7 @@ def missing(queue: list[dict], written: list[dict], path: Path) -> list[dict]:
     """The runs of the queue that are not on file. Raises UserError where a variant's recipe was another then."""
     trials, found = {runs.trial(run): run for run in written}, set(map(runs.identity, written))
     for run in queue:
-        if not compare.same_recipe(trials.get(runs.trial(run), run), run):
+        if not pool.same_recipe(trials.get(runs.trial(run), run), run):
             raise UserError(
                 f"{path} holds runs of {run['variant']!r} with another recipe or budget; name another --json"
             )

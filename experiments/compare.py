@@ -1,19 +1,26 @@
-"""From the runs of a plan to its table: each variant against the first, paired by seed, with 95 % intervals."""
+"""From the runs of a plan to its table: each variant against the first, paired by machine and seed, with 95 %
+intervals.
+"""
 
-import json
-from collections.abc import Iterable
+import statistics
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod, sqrt
 
 from blink.errors import UserError
 from blink.experiments.plans import Plan
+from blink.experiments.pool import Pool, machine_of, pair_of, same_recipe
 from blink.tables import fixed
 from blink.tables import markdown as table
 from blink.training.results import spread
 
 # a difference of accuracy that is worth knowing
 _TELLING = 0.001
+# an interval around 0 that is narrower bounds a difference
+EQUIVALENT = 0.004
+# what rounding leaves of a standard deviation of 0
+_NOTHING = 1e-9
 # from so many seeds on the noise of a ruler is told
 _MANY_SEEDS = 8
 _RULERS = ("cross_entropy", "margin")
@@ -23,102 +30,89 @@ _RULERS = ("cross_entropy", "margin")
 class Row:
     """One variant. accuracy, difference, seconds, ratio: mean, std, ci95 and n as `results.spread` gives them.
 
-    difference: accuracy less the baseline's of the same seed; ratio: the baseline's seconds of the same seed over
-    these; both None for the baseline itself and where no seed is shared. pflop: counted for a run. rulers: those of
+    first: whether it is the baseline. difference: accuracy less the baseline's on the same machine with the same seed;
+    ratio: the baseline's seconds there over these; both None for the baseline itself and where nothing is shared.
+    seconds: None where the table's runs are of several machines. pflop: counted for a run. rulers: those of
     `results.HeldOut`, ruler_differences: less the baseline's, by name, as far as the runs have them. better: the
-    probability that it is the more accurate one, better_by_entropy: that its cross-entropy is lower.
+    probability that it is the more accurate one, better_by_entropy: that its cross-entropy is lower. stem_ratio: the
+    stem's milliseconds over the baseline's on the same machine, the mean over these.
     """
 
     variant: str
+    first: bool
     accuracy: dict
     difference: dict | None
     rulers: dict[str, dict]
     ruler_differences: dict[str, dict]
     better: float | None
     better_by_entropy: float | None
-    seconds: dict
+    seconds: dict | None
     ratio: dict | None
     pflop: float
     stem: dict | None
+    stem_ratio: float | None
     epochs: float
 
-
-def machine_of(environment: dict) -> dict:
-    """What of its description two machines, and the software on them, must share."""
-    return {key: environment.get(key) for key in ("device", "threads", "power_limit", "torch", "triton")}
-
-
-def conditions(record: dict) -> dict:
-    """What two runs must share to be compared: the plan, the data, the scale, the machine and how it computes."""
-    data = record["data"]
-    return {
-        "plan": record["plan"],
-        "data": f"{data['name']} {data['fingerprint']}, {data['train']:,} training and {data['test']:,} test images",
-        "width": record["width"],
-        "epochs": record["epochs_factor"],
-        "kernels": record["kernels"]["name"],
-        "dtype": record["dtype"],
-        "graph": record["graph"],
-        "deterministic": record["deterministic"],
-        **machine_of(record["environment"]),
-    }
-
-
-def same_recipe(a: dict, b: dict) -> bool:
-    """Whether two runs trained the same recipe for as many steps."""
-    return a["recipe"] == b["recipe"] and a["budget"] == b["budget"]
-
-
-def comparable(records: Iterable[dict]) -> list[tuple[dict, list[dict]]]:
-    """The records in groups that share their conditions, in order of appearance."""
-    groups: dict[str, tuple[dict, list[dict]]] = {}
-    for record in records:
-        shared = conditions(record)
-        groups.setdefault(json.dumps(shared), (shared, []))[1].append(record)
-    return list(groups.values())
+    @property
+    def pairs(self) -> int:
+        return 0 if self.difference is None else self.difference["n"]
 
 
 def compare(records: list[dict], plan: Plan) -> list[Row]:
-    """Rows of one comparable group in the plan's order; the first is the baseline.
+    """Rows of one pool's runs in the plan's order; the first is the baseline.
 
-    Of a seed that occurs twice the first run counts. Raises UserError when a variant's runs are of different recipes.
+    Of a machine's seed that occurs twice the first run counts. Raises UserError when a variant's runs are of different
+    recipes.
     """
-    runs: dict[str, dict[int, dict]] = {name: {} for name in plan.variants}
+    runs: dict[str, dict[tuple[str, int], dict]] = {name: {} for name in plan.variants}
     for record in records:
-        name, seed = record["variant"], record["seed"]
+        name = record["variant"]
         seen = runs.setdefault(name, {})
         if seen and not same_recipe(next(iter(seen.values())), record):
             raise UserError(f"the runs of {name!r} are of two recipes or budgets; keep those of one")
-        seen.setdefault(seed, record)
+        seen.setdefault(pair_of(record), record)
     runs = {name: seen for name, seen in runs.items() if seen}
     baseline = next(iter(runs.values()))
+    one_machine = len({machine for seen in runs.values() for machine, _ in seen}) == 1
     rows = []
     for name, seen in runs.items():
-        shared = [seed for seed in seen if seed in baseline and seen is not baseline]
-        gains = [seen[s]["accuracy"] - baseline[s]["accuracy"] for s in shared]
-        ratios = [baseline[s]["seconds"] / seen[s]["seconds"] for s in shared]
+        shared = [at for at in seen if at in baseline and seen is not baseline]
+        gains = [seen[at]["accuracy"] - baseline[at]["accuracy"] for at in shared]
+        ratios = [baseline[at]["seconds"] / seen[at]["seconds"] for at in shared]
         some = next(iter(seen.values()))
-        measured = {seed: run["held_out"] for seed, run in seen.items() if run.get("held_out")}
-        base = {seed: run["held_out"] for seed, run in baseline.items() if run.get("held_out")}
-        both = [seed for seed in shared if seed in measured and seed in base]
-        differences = {ruler: [measured[s][ruler] - base[s][ruler] for s in both] for ruler in _RULERS}
+        measured = {at: run["held_out"] for at, run in seen.items() if run.get("held_out")}
+        base = {at: run["held_out"] for at, run in baseline.items() if run.get("held_out")}
+        both = [at for at in shared if at in measured and at in base]
+        differences = {ruler: [measured[at][ruler] - base[at][ruler] for at in both] for ruler in _RULERS}
         rows.append(
             Row(
                 name,
+                seen is baseline,
                 spread([r["accuracy"] for r in seen.values()]),
                 spread(gains) if shared else None,
                 {ruler: spread([each[ruler] for each in measured.values()]) for ruler in _RULERS if measured},
                 {ruler: spread(values) for ruler, values in differences.items() if values},
                 probability_above_zero(gains),
                 probability_above_zero([-value for value in differences["cross_entropy"]]),
-                spread([r["seconds"] for r in seen.values()]),
+                spread([r["seconds"] for r in seen.values()]) if one_machine else None,
                 spread(ratios) if shared else None,
                 some["flops"]["total"] / 1e15,
                 some.get("stem"),
+                _stem_ratio(seen, baseline),
                 some["budget"]["total_steps"] / some["budget"]["steps_per_epoch"],
             )
         )
     return rows
+
+
+def _stem_ratio(seen: dict[tuple[str, int], dict], baseline: dict[tuple[str, int], dict]) -> float | None:
+    """Of runs by (machine, seed): a stem is measured once on a machine, so any of its runs there stands for it."""
+    own, other = (
+        {machine: run["stem"]["milliseconds"] for (machine, _), run in reversed(runs.items()) if run.get("stem")}
+        for runs in (seen, baseline)
+    )
+    ratios = [own[machine] / other[machine] for machine in own if machine in other]
+    return statistics.fmean(ratios) if ratios else None
 
 
 def probability_above_zero(values: list[float]) -> float | None:
@@ -152,43 +146,44 @@ def percent(value: dict | None, signed: bool = False) -> str:
 
 
 COLUMNS = ("variant", "n", "accuracy %", "difference", "seconds", "speed", "PFLOP")
-_WIDTHS = (22, 3, 13, 13, 8, 6, 7)
+_WIDTHS = (22, 5, 13, 13, 8, 6, 7)
 RULER_COLUMNS = ("variant", "cross-entropy", "margin", "better %", "by CE %", "pairs")
 _RULER_WIDTHS = (22, 17, 14, 8, 8, 6)
 STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """A row's cells under COLUMNS; every +- is half of a 95 % t interval."""
+    """A row's cells under COLUMNS; +- is half of a 95 % t interval; n: runs, or pairs/runs where some have no pair."""
+    n = row.accuracy["n"]
+    speed = "-" if row.ratio is None else f"{row.ratio['mean']:.2f}x"
     return (
         row.variant,
-        str(row.accuracy["n"]),
+        str(n) if row.first or row.pairs == n else f"{row.pairs}/{n}",
         percent(row.accuracy),
         percent(row.difference, signed=True),
-        f"{row.seconds['mean']:.1f}",
-        "1" if row.ratio is None else f"{row.ratio['mean']:.2f}x",
+        "-" if row.seconds is None else f"{row.seconds['mean']:.1f}",
+        "1" if row.first else speed,
         f"{row.pflop:.4f}",
     )
 
 
+def figure(value: dict | None, digits: int, sign: str = "", interval: bool = True) -> str:
+    """A spread's mean, with its interval unless that is unknown or not asked for."""
+    if value is None:
+        return "-"
+    text = f"{value['mean']:{sign}.{digits}f}"
+    return f"{text} +-{value['ci95']:.{digits}f}" if interval and value["ci95"] is not None else text
+
+
 def ruler_cells(row: Row) -> tuple[str, ...]:
     """A row's cells under RULER_COLUMNS: of the first variant what its runs have, of others the paired differences."""
-    first = row.difference is None
-    found, sign = (row.rulers, "") if first else (row.ruler_differences, "+")
-
-    def cell(ruler: str, digits: int) -> str:
-        value = found.get(ruler)
-        if value is None:
-            return "-"
-        text = f"{value['mean']:{sign}.{digits}f}"
-        return text if first or value["ci95"] is None else f"{text} +-{value['ci95']:.{digits}f}"
-
+    found, form = (row.rulers, ("", False)) if row.first else (row.ruler_differences, ("+", True))
     chances = ("-" if p is None else f"{100 * p:.1f}" for p in (row.better, row.better_by_entropy))
-    std = None if first else row.difference["std"]
+    std = None if row.difference is None else row.difference["std"]
     return (
         row.variant,
-        cell("cross_entropy", 4),
-        cell("margin", 3),
+        figure(found.get("cross_entropy"), 4, *form),
+        figure(found.get("margin"), 3, *form),
         *chances,
         "-" if std is None else str(pairs_needed(std)),
     )
@@ -207,30 +202,41 @@ def noise(rows: list[Row]) -> list[str]:
     return out
 
 
-def stem_cells(row: Row, baseline: Row) -> tuple[str, ...]:
-    """A row's cells under STEM_COLUMNS."""
+def stem_cells(row: Row) -> tuple[str, ...]:
+    """A row's cells under STEM_COLUMNS; milliseconds of one machine only, as seconds."""
     stem = row.stem
     side = "x".join(str(n) for n in stem["output"])
-    milliseconds = f"{stem['milliseconds']:.2f}", f"{stem['milliseconds'] / baseline.stem['milliseconds']:.2f}x"
-    return row.variant, str(stem["features"]), str(stem["channels"]), side, f"{stem['macs'] / 1e3:.0f}", *milliseconds
+    milliseconds = "-" if row.seconds is None else f"{stem['milliseconds']:.2f}"
+    cost = f"{stem['macs'] / 1e3:.0f}", milliseconds, _times(row.stem_ratio)
+    return row.variant, str(stem["features"]), str(stem["channels"]), side, *cost
 
 
-def machine(shared: dict) -> str:
-    """Where and how runs of these conditions were trained."""
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def machine(shared: dict, how: str | None = None) -> str:
+    """A machine and its software in a few words; how: how it computed, if that is to stand there too."""
     power = shared["power_limit"] or f"{shared['threads']} thread{'s' if shared['threads'] != 1 else ''}"
-    return (
-        f"{shared['device']}, {power}, {shared['dtype']}, {shared['kernels']}, torch {shared['torch']}, "
-        f"triton {shared['triton']}"
-    )
+    parts = shared["device"], power, how, f"torch {shared['torch']}", f"triton {shared['triton']}"
+    return ", ".join(filter(None, parts))
 
 
-def heading(shared: dict, rows: list[Row]) -> str:
-    """One line that names what the table's runs share, n included."""
-    counts = sorted({row.accuracy["n"] for row in rows})
+def how(shared: dict) -> str:
+    """How runs of these conditions compute."""
+    words = [shared["dtype"], shared["kernels"]]
+    return ", ".join(words + [word for word in ("graph", "deterministic") if shared.get(word)])
+
+
+def heading(pool: Pool, rows: list[Row]) -> str:
+    """One line that names what the table's runs share, n included, and how many came from which machine."""
+    shared, counts = pool.shared, sorted({row.accuracy["n"] for row in rows})
     n = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
     width = "full width" if shared["width"] == 1 else f"{shared['width']:g} x the channels"
     epochs = "the recipes' epochs" if shared["epochs"] == 1 else f"{shared['epochs']:g} x the epochs"
-    return f"{n}; {shared['data']}; {width}, {epochs}; {machine(shared)}"
+    machines = Counter(machine(machine_of(run["environment"])) for run in pool.runs)
+    origins = (f"{count} run{'s' if count != 1 else ''} on {name}" for name, count in machines.items())
+    return f"{n}; {shared['data']}; {width}, {epochs}; {how(shared)}; {'; '.join(origins)}"
 
 
 def _epochs_saved(rows: list[Row], name: str, rungs: tuple[str, ...]) -> list[str]:
@@ -262,15 +268,22 @@ def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
         return []
     old, new = by_name[before], by_name[after]
     pixels = [prod(row.stem["output"]) for row in (old, new)]
-    seconds, saved = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
+    known = old.stem_ratio is not None and new.stem_ratio is not None
+    time = _times(new.stem_ratio / old.stem_ratio if known else None)
+    if old.seconds is None:
+        faster = [1.0 if row.first else row.ratio and row.ratio["mean"] for row in (old, new)]
+        saved = f"{100 * (1 - faster[0] / faster[1]):.1f} %" if all(faster) else "no machine trained both"
+    else:
+        seconds, less = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
+        saved = f"{less:.1f} s of {seconds:.1f} s, {100 * less / seconds:.1f} %"
     lost = f", here {percent(new.difference, signed=True)} points" if decided(new) else ": too few runs here to tell"
     return [
         f"claimed of {before} -> {after}, beside what is measured here:",
         f"- 27 -> 12 features: {old.stem['features']} -> {new.stem['features']}",
         f"- 4/9 of the kernel's cost: {new.stem['macs'] / old.stem['macs']:.2f}x the stem's multiply-adds, "
-        f"{new.stem['milliseconds'] / old.stem['milliseconds']:.2f}x its time",
+        f"{time} its time",
         f"- fewer pixels: {pixels[0]} -> {pixels[1]}, {pixels[1] / pixels[0]:.2f}x",
-        f"- over a second saved of about ten: {saved:.1f} s of {seconds:.1f} s, {100 * saved / seconds:.1f} %",
+        f"- over a second saved of about ten: {saved}",
         f"- accuracy lost, which squeeze-and-excite pays back{lost}",
     ]
 
@@ -281,33 +294,56 @@ def footers(rows: list[Row], plan: Plan) -> list[str]:
     return out + (_epochs_saved(rows, *plan.ladder) if plan.ladder else [])
 
 
-def lines(shared: dict, records: list[dict], plan: Plan) -> list[str]:
-    """One comparable group as text of at most 80 columns but for its heading."""
-    rows = compare(records, plan)
-    out = ["", heading(shared, rows), *(fixed(line, _WIDTHS, " ") for line in (COLUMNS, *map(cells, rows)))]
+def interval(row: Row) -> tuple[float, float] | None:
+    """The 95 % interval of the difference, as fractions of the test images.
+
+    None of fewer than two pairs, and where all differ by the same: so few that they tell nothing of the noise.
+    """
+    found = row.difference
+    if found is None or found["std"] is None or found["std"] < _NOTHING:
+        return None
+    return found["mean"] - found["ci95"], found["mean"] + found["ci95"]
+
+
+def decided(row: Row) -> bool:
+    """Whether the runs tell this variant from the first one: the interval of the difference does not hold 0."""
+    bounds = interval(row)
+    return bounds is not None and not bounds[0] <= 0 <= bounds[1]
+
+
+def verdict(row: Row) -> str | None:
+    """What the interval of the difference says of a variant; None where it says nothing yet."""
+    bounds = interval(row)
+    if decided(row):
+        return "better" if bounds[0] > 0 else "worse"
+    if bounds is None or bounds[1] - bounds[0] >= EQUIVALENT:
+        return None
+    # upwards, so that it stays true
+    most = ceil(1e4 * max(map(abs, bounds)) - 1e-6) / 100
+    return f"no more than {most:.2f} points either way"
+
+
+def lines(pool: Pool, plan: Plan) -> list[str]:
+    """One pool as text of at most 80 columns but for its heading."""
+    rows = compare(pool.runs, plan)
+    out = ["", heading(pool, rows), *(fixed(line, _WIDTHS, " ") for line in (COLUMNS, *map(cells, rows)))]
     if plan.stems:
         widths = (22, *(max(8, len(name)) for name in STEM_COLUMNS[1:]))
-        out += ["", *(fixed(line, widths, " ") for line in (STEM_COLUMNS, *(stem_cells(row, rows[0]) for row in rows)))]
+        out += ["", *(fixed(line, widths, " ") for line in (STEM_COLUMNS, *map(stem_cells, rows)))]
     if any(row.better is not None for row in rows):
         out += ["", *(fixed(line, _RULER_WIDTHS, " ") for line in (RULER_COLUMNS, *map(ruler_cells, rows)))]
     return out + noise(rows) + footers(rows, plan)
 
 
-def decided(row: Row) -> bool:
-    """Whether the runs tell this variant from the first one: the interval of the difference does not hold 0."""
-    return (
-        row.difference is not None
-        and row.difference["ci95"] is not None
-        and (abs(row.difference["mean"]) > row.difference["ci95"])
-    )
+def markdown(pool: Pool, plan: Plan, origin: str) -> str:
+    """The same as Markdown under its heading, of the variants only that the runs have a verdict on.
 
-
-def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
-    """The same as Markdown under its heading, of the variants only that the runs tell from the first."""
-    rows = compare(records, plan)
-    first, told = rows[0], [row for row in rows if decided(row)]
+    origin: a paragraph to stand below the heading.
+    """
+    rows = compare(pool.runs, plan)
+    first, told = rows[0], [row for row in rows if verdict(row)]
     open_ones = [row.variant for row in rows[1:] if row not in told]
-    parts = [heading(shared, rows) + "\n"]
+    parts = [f"{heading(pool, rows)}\n", origin]
     if told:
         parts.append(table(COLUMNS, map(cells, [first, *told])))
     if open_ones:
@@ -317,6 +353,6 @@ def markdown(shared: dict, records: list[dict], plan: Plan) -> str:
     if ruled:
         parts.append(table(RULER_COLUMNS, map(ruler_cells, [first, *ruled])))
     if plan.stems:
-        parts.append(table(STEM_COLUMNS, [stem_cells(row, first) for row in rows]))
+        parts.append(table(STEM_COLUMNS, map(stem_cells, rows)))
     below = "".join(f"{line}\n" for line in noise(rows) + footers(rows, plan))
     return "\n".join([*parts, below] if below else parts)

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from blink.errors import UserError
-from blink.experiments import compare, runs
+from blink.experiments import runs
 from blink.experiments.claims import Claims
+from blink.experiments.pool import same_recipe
 from blink.experiments.records import as_line
 from blink.files import check_output, replacing
 
@@ -38,7 +39,7 @@ def run(options: Namespace) -> int:
             raise UserError(f"{out} is one of the files to merge, which are kept as they are; name another --out")
         for each in runs.read(path):
             other, like = first.setdefault(runs.trial(each), (path, each))
-            if not compare.same_recipe(like, each):
+            if not same_recipe(like, each):
                 what = f"the runs of {each['variant']!r} in {other} and {path} are of two recipes or budgets"
                 raise UserError(f"{what}; merge those of one")
             found.setdefault(runs.identity(each), each)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blink.errors import UserError
 from blink.experiments import records
-from blink.experiments.compare import conditions, same_recipe
+from blink.experiments.pool import conditions, same_recipe
 
 # what each has at least
 _KEYS = (

@@ -1,5 +1,6 @@
-"""Make the tables of results/README.md and README.md from the JSON files in results/. Files of `blink train` and `blink
-profile` become rows, JSON lines of `blink ablate` and `blink race` tables; others, such as a benchmark's, are left out.
+"""Make the tables of results/README.md, results/search.md and README.md from the JSON files in results/. Files of
+`blink train` and `blink profile` become rows, JSON lines of `blink ablate` and `blink race` tables; others, such as a
+benchmark's, are left out.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from blink.errors import UserError
-from blink.experiments import compare, records
+from blink.experiments import compare, log, pool, provenance, records
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
 from blink.experiments.runs import distinct
@@ -21,7 +22,7 @@ from blink.training.results import with_spread
 _ROOT = Path(__file__).resolve().parent.parent
 _HEADER = """# Results
 
-Made by `blink tabulate`; nothing here is typed in.
+Made by `blink tabulate`; nothing here is typed in. All variants of all plans in one table: [search.md](search.md).
 
 ## Trainings
 
@@ -42,8 +43,10 @@ _PLANS = """
 # Plans
 
 Variants of a plan against its first one, by `blink ablate`, with the same seeds, interleaved. "difference" is of
-accuracy, in points, paired by seed; "speed" is the first variant's seconds over this one's, paired too; +- is half of a
-95 % t interval of the mean. Only variants that the runs tell from the first are in a table.
+accuracy, in points, paired by machine and seed; "speed" is the first variant's seconds over this one's, paired too; +-
+is half of a 95 % t interval of the mean. Runs of several machines share a table, which then has no seconds, and "n" is
+pairs/runs where some runs have no partner. Only variants that the runs tell from the first, or bound to a small
+difference from it, are in a table.
 """
 _RACES = """
 # Races
@@ -107,42 +110,69 @@ def profile_row(path: Path, content: dict) -> list[str]:
     ]
 
 
+def origin(path: Path, content: dict) -> str:
+    """The command of a training or profile, and the seeds of its runs, as an item of a list."""
+    seeds = "".join(f"; {provenance.seeds(run['seed'] for run in runs)}" for runs in [content.get("runs")] if runs)
+    return f"- {path.stem}: {provenance.commands([content])}{seeds}\n"
+
+
 def tables(folder: Path) -> tuple[str, str]:
-    """(trainings, profiles) of every JSON file in `folder`. Raises UserError."""
-    runs, profiles = [], []
+    """(trainings, profiles) of every JSON file in `folder`, with their commands. Raises UserError."""
+    runs, profiles, sources = [], [], {"runs": "", "profiles": ""}
     for path in sorted(folder.glob("*.json")):
         with refused_unless_whole(path):
             content = json.loads(path.read_text())
             if "profile" in content:
                 profiles.append(profile_row(path, content))
+                sources["profiles"] += origin(path, content)
             elif content.get("summary"):
                 runs.append(run_row(path, content))
-    return table(RUN_COLUMNS, runs), table(PROFILE_COLUMNS, profiles)
+                sources["runs"] += origin(path, content)
+    return tuple(
+        table(columns, rows) + (f"\n{sources[name]}" if rows else "")
+        for columns, rows, name in ((RUN_COLUMNS, runs, "runs"), (PROFILE_COLUMNS, profiles, "profiles"))
+    )
 
 
-def line_tables(folder: Path) -> tuple[str, str, str]:
-    """(every plan's tables, every race's, for README.md the races on GPUs or, where there are none, those on CPUs) of
-    the files of JSON lines in `folder`.
+def race_origin(found: list[dict]) -> str:
+    """A paragraph on a race's records; seeds: of this project's runs, which alone are told theirs."""
+    told = [record for record in found if record.get("seed") is not None]
+    seeds = (record["seed"] + i for record in told for i in range(len(record["runs"])))
+    return provenance.paragraph(found, seeds)
+
+
+def line_tables(folder: Path) -> tuple[str, str, str, str]:
+    """(every plan's tables, the log of all plans, every race's tables, for README.md the races on GPUs or, where there
+    are none, those on CPUs) of the files of JSON lines in `folder`.
     """
-    plans, races, near = dict.fromkeys(PLANS, ""), "", {"cuda": "", "cpu": ""}
+    races, near, files = "", {"cuda": "", "cpu": ""}, {}
     for path in sorted(folder.glob("*.jsonl")):
         with refused_unless_whole(path):
             found = records.read(path)
             if found and "contestant" in found[0]:
-                races += f"\n[{path.name}]({path.name}): {race.markdown(found)}"
+                races += f"\n[{path.name}]({path.name}): {race.markdown(found)}\n{race_origin(found)}"
                 link = f"[{path.name}](results/{path.name})"
                 near[found[0]["environment"]["device_type"]] += f"{link}: {race.markdown(found, brief=True)}\n"
                 continue
-            for shared, group in compare.comparable(distinct(found, path)):
-                name = shared["plan"]
-                plans[name] += f"\n[{path.name}]({path.name}): {compare.markdown(shared, group, PLANS[name])}"
+            files[path.name] = distinct(found, path)
+            unknown = next((run["plan"] for run in files[path.name] if run["plan"] not in PLANS), None)
+            if unknown is not None:
+                raise UserError(f"{path} holds runs of {unknown!r}, which is no plan of this version; remove it")
+    pools = pool.pooled(files.items(), records.tell)
     # in the order of the plans, whatever their files are called
+    plans = dict.fromkeys(PLANS, "")
+    for each in pools:
+        name = each.shared["plan"]
+        links = ", ".join(f"[{file}]({file})" for file in each.by_file)
+        with refused_unless_whole(", ".join(each.by_file)):
+            text = compare.markdown(each, PLANS[name], provenance.paragraph(each.runs, [r["seed"] for r in each.runs]))
+        plans[name] += f"\n{links}: {text}"
     told = "".join(f"\n## {name}\n\n{PLANS[name].summary}\n{text}" for name, text in plans.items() if text)
-    return told, races, near["cuda"] or near["cpu"]
+    return told, log.markdown(pools), races, near["cuda"] or near["cpu"]
 
 
 @contextmanager
-def refused_unless_whole(path: Path) -> Iterator[None]:
+def refused_unless_whole(path: Path | str) -> Iterator[None]:
     """Inside, a file that is not as a command of this project wrote it raises UserError."""
     try:
         yield
@@ -169,9 +199,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     folder, readme = options.root / "results", options.root / "README.md"
     runs, profiles = tables(folder)
-    plans, races, near_races = line_tables(folder)
+    plans, search, races, near_races = line_tables(folder)
     text = _HEADER + runs + _PERFORMANCE + profiles + _PLANS + plans + (_RACES + races if races else "")
-    wanted = {folder / "README.md": text}
+    wanted = {folder / "README.md": text, folder / "search.md": search}
     try:
         wanted[readme] = fill(readme.read_text(), "record", near_races)
         stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

@@ -12,6 +12,7 @@ from blink.__main__ import main
 from blink.errors import UserError
 from blink.experiments import compare, records
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
+from blink.experiments.pool import Pool, pooled
 from blink.model import backend
 from blink.training import precision
 from blink.training.budget import plan_budget
@@ -53,6 +54,11 @@ RUNS = [
 ASKED = Plan("asked", {"base": AIR, "absent": AIR, "other": HLB})
 
 
+def pool_of(runs) -> Pool:
+    (pool,) = pooled([("runs.jsonl", runs)], pytest.fail)
+    return pool
+
+
 def test_differences_are_paired_by_seed():
     other, base = RUNS[1], RUNS[0]
     base, other = compare.compare([other, base, *RUNS[2:]], ASKED)
@@ -66,9 +72,8 @@ def test_differences_are_paired_by_seed():
 
 
 def test_only_runs_under_the_same_conditions_are_compared():
-    elsewhere = record("base", 0, 0.5, environment={"device": "gpu", "threads": 1, "torch": "2", "triton": "3"})
-    groups = compare.comparable([*RUNS, elsewhere, record("base", 0, 0.5, width=1.0)])
-    assert [len(group) for _, group in groups] == [5, 1, 1]
+    apart = [record("base", 0, 0.5, **change) for change in ({"width": 1.0}, {"dtype": "fp16"}, {"graph": True})]
+    assert [len(pool.runs) for pool in pooled([("a", [*RUNS, *apart])], pytest.fail)] == [5, 1, 1, 1]
 
 
 def test_runs_that_do_not_belong_together_are_refused():
@@ -81,12 +86,14 @@ def test_of_a_seed_that_is_there_twice_the_first_run_counts():
 
 
 def test_table_names_n_and_fits_80_columns():
-    (shared, group), *_ = compare.comparable(RUNS)
-    _, head, *lines = compare.lines(shared, group, ASKED)
+    pool = pool_of(RUNS)
+    _, head, *lines = compare.lines(pool, ASKED)
     assert head.startswith("n = 2 to 3; d f, 10 training and 5 test images; 0.5 x the channels")
     assert all(len(line) <= 80 for line in lines)
     assert "+2.50 +-19.06" in lines[2] and "1.75x" in lines[2]
-    assert "Too few runs to tell from 'base': other." in compare.markdown(shared, group, ASKED)
+    assert head.endswith("fp32, reference; 5 runs on cpu, 1 thread, torch 2, triton 3")
+    assert lines[2].split()[1] == "2/3"
+    assert "Too few runs to tell from 'base': other." in compare.markdown(pool, ASKED, "")
 
 
 def held_out(entropy, margin):
@@ -107,7 +114,7 @@ def test_rulers_are_paired_and_probabilities_are_students():
     assert other.better == pytest.approx(0.5 + math.atan(5 / 3) / math.pi)
     # (0.02, 0.01): t = 3
     assert other.better_by_entropy == pytest.approx(0.5 + math.atan(3) / math.pi)
-    said = compare.lines(*compare.comparable(runs)[0], ASKED)
+    said = compare.lines(pool_of(runs), ASKED)
     assert all(len(line) <= 80 for line in said[2:]), said
     cells = next(line for line in said[::-1] if line.startswith("other")).split()
     assert cells == [
@@ -121,8 +128,8 @@ def test_rulers_are_paired_and_probabilities_are_students():
         str(compare.pairs_needed(0.03 / 2**0.5)),
     ]
     # runs that know none of it, as those of earlier versions
-    assert "cross-entropy" not in compare.markdown(*compare.comparable(RUNS)[0], ASKED)
-    assert "| base | 0.3050 | 1.950 | - | - | - |" in compare.markdown(*compare.comparable(runs)[0], ASKED)
+    assert "cross-entropy" not in compare.markdown(pool_of(RUNS), ASKED, "")
+    assert "| base | 0.3050 | 1.950 | - | - | - |" in compare.markdown(pool_of(runs), ASKED, "")
 
 
 def test_how_many_pairs_tell_a_tenth_of_a_point():
@@ -145,7 +152,7 @@ def test_noise_of_rulers_is_told_from_eight_seeds_on():
 
 
 def test_equal_epochs_interpolates_between_rungs():
-    ladder = [record(f"off {e}", seed, 0.8 + e / 100, epochs=e) for e in (4, 6) for seed in (0, 1)]
+    ladder = [record(f"off {e}", s, 0.8 + (e + e * (s - 0.5) / 1e3) / 100, epochs=e) for e in (4, 6) for s in (0, 1)]
     plan = Plan("asked", {}, ladder=("with", ("off 4", "off 6")))
 
     def footer(accuracy):
@@ -176,7 +183,7 @@ def test_claims_stand_beside_what_is_measured():
         for seed in (0, 1)
         for name, accuracy, seconds, each in (
             ("base", 0.80, 10.0, stem(27, 32, 1000, 4.0)),
-            ("other", 0.79, 8.5, stem(12, 31, 250, 3.0)),
+            ("other", 0.79 + seed / 1e5, 8.5, stem(12, 31, 250, 3.0)),
         )
     ]
     plan = Plan("asked", ASKED.variants, stems=("base", "other"))
@@ -184,9 +191,9 @@ def test_claims_stand_beside_what_is_measured():
     assert "- 27 -> 12 features: 27 -> 12" in said
     assert any("0.25x the stem's multiply-adds, 0.75x its time" in line for line in said)
     assert any("1024 -> 961, 0.94x" in line for line in said)
-    assert any("1.5 s of 10.0 s, 15.0 %" in line for line in said) and "here -1.00 +-0.00 points" in said[-1]
-    assert all(len(line) <= 80 for line in compare.lines(*compare.comparable(runs)[0], plan)[2:]), said
-    text = compare.markdown(*compare.comparable(runs)[0], plan)
+    assert any("1.5 s of 10.0 s, 15.0 %" in line for line in said) and "here -1.00 +-0.01 points" in said[-1]
+    assert all(len(line) <= 80 for line in compare.lines(pool_of(runs), plan)[2:]), said
+    text = compare.markdown(pool_of(runs), plan, "")
     assert "| other | 12 | 32 | 31x31 | 0 | 3.00 | 0.75x |" in text and "- 27 -> 12" in text
 
 

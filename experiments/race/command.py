@@ -12,7 +12,8 @@ from rich.console import Console
 
 from blink.command import natural, positive
 from blink.errors import UserError
-from blink.experiments import compare, records
+from blink.experiments import records
+from blink.experiments.pool import machine_of
 from blink.experiments.race import data, table
 from blink.experiments.race.contest import OURS, Block, Contestant, run_block
 from blink.experiments.race.peers import PEERS, find_script
@@ -88,7 +89,9 @@ def run(options: Namespace) -> int:
                 seed = options.seed + number * options.runs
                 bar.update(within, description=f"runs of {contestant.name}", completed=0, total=asked)
                 block = run_block(contestant, asked, seed, setting.device, caches / contestant.name, show)
-                records.append(path, facts[contestant.name] | {"kind": kind, "block": number} | vars(block))
+                ours = contestant.peer is None
+                known = {"kind": kind, "block": number, "seed": seed if ours else None}
+                records.append(path, facts[contestant.name] | known | vars(block))
                 console.print(f"{kind:<5} {number + 1:3}  {contestant.name:<20} {summary(block)}")
                 if block.error is not None:
                     print(f"blink: {contestant.name} {block.error}", file=sys.stderr)
@@ -149,11 +152,12 @@ def describe(contestant: Contestant, setting: Setting, dataset: Dataset, options
     sizes = f"{len(dataset.train_images):,} training and {len(dataset.test_images):,} test images"
     return {
         "contestant": contestant.name,
+        "command": ["blink", "race", *options.arguments],
         "shared": {
             "data": f"{dataset.name} {dataset.fingerprint}, {sizes}",
             "kernels": f"{OURS}: {options.recipe}, {setting.backend.name}",
             "dtype": setting.compute.name,
-            **compare.machine_of(environment),
+            **machine_of(environment),
         },
         "environment": environment,
         "pflop": flops,

@@ -3,7 +3,7 @@
 import statistics
 from dataclasses import dataclass
 
-from blink.experiments.compare import machine, percent
+from blink.experiments.compare import how, machine, percent
 from blink.experiments.race.contest import OURS
 from blink.tables import fixed, number
 from blink.tables import markdown as table
@@ -95,7 +95,7 @@ def more_cells(row: Row) -> tuple[str, ...]:
 
 def heading(shared: dict) -> str:
     """What all contestants had in common."""
-    return f"{shared['data']}; {machine(shared)}"
+    return f"{shared['data']}; {machine(shared, how(shared))}"
 
 
 def notes(records: list[dict]) -> list[str]:
