@@ -282,6 +282,22 @@ def test_a_plan_is_interleaved_written_run_by_run_and_gone_on_with(call, tmp_pat
     assert "n = 2;" in out and "what a test asks" in out
 
 
+def test_another_machines_runs_in_the_file_share_the_table_and_are_not_ours(call, tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    assert call("--json", path) == 0
+    for run in records.read(path):
+        records.append(path, {**run, "environment": {**run["environment"], "device": "another", "threads": 3}})
+    capsys.readouterr()
+    assert call("--json", path) == 0 and len(records.read(path)) == 4
+    out = capsys.readouterr().out
+    assert out.count("n = 2;") == out.count("2 runs on another, 3 threads,") == 1 and "; 2 runs on " in out
+    # what another machine trained of seed 1 is still missing here
+    for run in records.read(path)[2:]:
+        records.append(path, {**run, "seed": 1})
+    assert call("--json", path, "--runs", "2") == 0 and len(records.read(path)) == 8
+    assert [(r["seed"], r["environment"]["device"] != "another") for r in records.read(path)[-2:]] == [(1, True)] * 2
+
+
 def test_runs_of_a_recipe_that_changed_are_not_gone_on_with(call, plan, tmp_path, capsys, monkeypatch):
     path = tmp_path / "runs.jsonl"
     assert call("--json", path, "--only", "second") == 0

@@ -267,6 +267,8 @@ def test_blocks_alternate_and_a_crash_keeps_what_others_did(arena, tmp_path, cap
         ("blink", 0), ("airbench94_muon", 0), ("airbench94_muon", 1), ("blink", 1),
     ]  # fmt: skip
     assert all(len(r["runs"]) == 2 and r["process_seconds"] > 0 and r["error"] is None for r in found)
+    assert [r["seed"] for r in found] == [0, None, None, 2]
+    assert all(r["command"][:2] == ["blink", "race"] and "--no-cold" in r["command"] for r in found)
     out = capsys.readouterr().out
     assert "airbench94_muon on a CPU: CUDA turned to the CPU" in out and "60.00 +-0.00" in out
 
