@@ -67,8 +67,8 @@ def test_runs_of_a_plan_become_its_table_where_they_decide_something(copy):
         assert ("Too few runs to tell from 'air': blink." in text) != shown
 
 
-def write_runs(copy: Path, name: str, runs: list[dict]) -> None:
-    (copy / "results" / name).write_text("".join(json.dumps({**run, "plan": "recipes"}) + "\n" for run in runs))
+def write_runs(copy: Path, name: str, runs: list[dict], plan: str = "recipes") -> None:
+    (copy / "results" / name).write_text("".join(json.dumps({**run, "plan": plan}) + "\n" for run in runs))
 
 
 @pytest.fixture
@@ -135,6 +135,17 @@ def test_the_log_names_what_is_open_without_figures(empty):
         (empty / "results" / name).unlink()
     left = pages(empty)[1].split("without a run on file:\n")[1]
     assert "- recipes: 'air', 'blink'\n" in left and "'SGD in Muon's place'" not in left.split("- whitening")[0]
+
+
+def test_the_log_compares_with_the_first_of_the_plan_alone(empty):
+    """Without runs of that, two others that differ clearly are both open; results/README.md compares them."""
+    runs = [record(f"reduction {r}", s, 0.5 + r / 100 + s * r / 1e4) for r in (4, 8) for s in (0, 1, 2)]
+    write_runs(empty, "se.jsonl", runs, "se")
+    readme, search = pages(empty)
+    assert "| reduction 8 | 3 | 58.08 +-0.20 | +4.04 +-0.10 |" in readme
+    assert [line.split(" | ")[-3:] for line in search.splitlines() if "(se.jsonl)" in line] == 2 * [
+        ["-", "-", "open (n = 0) |"]
+    ]
 
 
 def test_the_log_links_to_what_is_there():
