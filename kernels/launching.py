@@ -37,8 +37,8 @@ _record: Callable[["Launch"], None] | None = None
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, and the most
-    registers that a thread may take (None: what NVIDIA's assembler thinks best).
+    """One recorded launch: the kernel, its runtime arguments in order, its constexprs, its warps, the most registers
+    that a thread may take (None: what NVIDIA's assembler thinks best), and its programs.
     """
 
     kernel: triton.JITFunction
@@ -46,6 +46,7 @@ class Launch(NamedTuple):
     constexprs: dict
     num_warps: int
     maxnreg: int | None = None
+    grid: tuple[int, ...] = (1,)
 
     @property
     def compile_options(self) -> dict:
@@ -127,7 +128,7 @@ def launch(
     maxnreg: see `Launch`; stated where the assembler would otherwise aim at few registers and spill some.
     """
     check_argument_names(kernel)
-    this = Launch(kernel, arguments, constexprs, num_warps, maxnreg)
+    this = Launch(kernel, arguments, constexprs, num_warps, maxnreg, grid)
     if _record is not None:
         _record(this)
         return

@@ -353,7 +353,7 @@ def test_offenses(changes, reason, monkeypatch, capsys):
     assert found == ([f"whiten._fwd_kernel ({row['target']}, float16, some): {reason}"] if reason else [])
     monkeypatch.setattr("blink.kernels.launching._INTERPRETED", False)
     monkeypatch.setattr(ahead_of_time, "jobs", lambda *arguments: [])
-    monkeypatch.setattr(compile_report, "_compile", lambda jobs: [dict(row)])
+    monkeypatch.setattr(compile_report, "_compile", lambda examine, jobs: [dict(row)])
     assert main(["inspect"]) == (1 if reason else 0)
     printed = capsys.readouterr().out
     assert all(line in printed for line in found)

@@ -94,8 +94,13 @@ def source_of(launch: Launch) -> ASTSource:
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile for one of TARGETS and read the resources. Raises RuntimeError under the interpreter."""
+    return compile_fully(launch, target)[1]
+
+
+def compile_fully(launch: Launch, target: str) -> tuple[CompiledKernel, Resources]:
+    """Compile for one of TARGETS: what the compiler made, and the resources."""
     compiled = _compiled(launch, target)
-    return _resources(launch, target, compiled, *_assemblies([compiled], target))
+    return compiled, _resources(launch, target, compiled, *_assemblies([compiled], target))
 
 
 def _compiled(launch: Launch, target: str) -> CompiledKernel:

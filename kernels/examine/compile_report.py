@@ -16,10 +16,11 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,6 +32,7 @@ from blink.files import check_json, write_json
 from blink.training.recipes import RECIPES
 
 from .. import HAS_TRITON
+from ..environment import commit
 
 DTYPES = ("float16", "bfloat16", "float32")
 # the version of triton that is held to no spill, and how many accesses others may make to spilled registers
@@ -51,6 +53,7 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from .ahead_of_time import TARGETS
+    from .bounds import GPUS
 
     add = parser.add_argument_group("what is compiled").add_argument
     add("ops", nargs="*", metavar="OP", help="which ops (default: all)")
@@ -60,15 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=RECIPES, help="at the shapes of this recipe (default: blink's, hlb's and further ones)")
     add("--tiles", action="store_true", help="of what differs only in sizes that tiles do not depend on, one")
     add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
+    add("--bounds", type=listed(GPUS), metavar="GPU,...", help="how long each kernel of a step takes at least, and "
+        f"why: of {', '.join(GPUS)}")  # fmt: skip
     add = parser.add_argument_group("what is written").add_argument
     add("--sass", action="store_true", help="print the machine code too")
     add_json_argument(add, "write every number")
 
 
-def _compile(jobs: list) -> Iterator[dict]:
+def _compile(examine: Callable[[NamedTuple], list[dict]], jobs: list) -> Iterator[dict]:
     """Rows of all jobs in order."""
-    from .ahead_of_time import examine
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = max(1, min(cores or 1, len(jobs)))
     # a fork would copy torch's threads in whatever state they are
@@ -179,16 +182,19 @@ def run(options: argparse.Namespace) -> int:
     for op in options.ops:
         if op not in OPS:
             raise UserError(f"unknown op {op!r}; expected one of {', '.join(OPS)}")
-    options.target = options.target or (["sm_90"] if options.quick else list(ahead_of_time.TARGETS))
     check_json(options)
     if interpreting():
         raise UserError("TRITON_INTERPRET is set, which makes kernels plain functions; unset it")
+    if options.bounds is not None:
+        return _bounds(options)
+    options.target = options.target or (["sm_90"] if options.quick else list(ahead_of_time.TARGETS))
     cases = recipe_cases(options.recipe) if options.recipe else network_cases()
     cases = [case for case in cases if case.op in (options.ops or OPS)]
     if options.quick:
         cases = list({case.op: case for case in reversed(cases)}.values())[::-1]
     start = time.perf_counter()
-    rows = list(_compile(ahead_of_time.jobs(cases, options.dtype, options.target, options.tiles)))
+    jobs = ahead_of_time.jobs(cases, options.dtype, options.target, options.tiles)
+    rows = list(_compile(ahead_of_time.examine, jobs))
     seconds = time.perf_counter() - start
     assemblies = [row.pop("assembly", "") for row in rows]
     found = offenses(rows, triton.__version__)
@@ -199,6 +205,30 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     print("\n" + "\n".join(found + [_summary(rows, seconds)]))
     if options.json is not None:
-        versions = {"torch": torch.__version__, "triton": triton.__version__}
-        write_json(options.json, {"versions": versions, "seconds": round(seconds, 1), "rows": rows, "offenses": found})
+        write_json(options.json, {**_about(), "seconds": round(seconds, 1), "rows": rows, "offenses": found})
     return 1 if found else 0
+
+
+def _about() -> dict:
+    """What a file of results names beside its rows."""
+    import triton
+
+    return {"versions": {"torch": torch.__version__, "triton": triton.__version__}}
+
+
+def _bounds(options: argparse.Namespace) -> int:
+    from . import bounds_report
+
+    if options.target or options.sass or options.tiles or options.quick:
+        raise UserError("--bounds compiles a step's kernels for the GPUs it names; it goes with ops, --dtype, --recipe")
+    recipe = options.recipe or "blink"
+    jobs = bounds_report.jobs(recipe, options.dtype, options.bounds, options.ops)
+    if not jobs:
+        raise UserError(f"a step of {recipe} calls none of {', '.join(options.ops)}; name another --recipe")
+    rows = list(_compile(bounds_report.examine, jobs))
+    for line in bounds_report.table(rows, recipe, options.bounds):
+        print(line)
+    if options.json is not None:
+        about = {"command": ["blink", "inspect", *options.arguments], "commit": commit(), "recipe": recipe}
+        write_json(options.json, {**_about(), **about, "rows": rows})
+    return 0
