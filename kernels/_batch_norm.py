@@ -249,7 +249,6 @@ def _bwd_reduce_kernel(
             if gate_ptr is not None:
                 v = v * gate[None, :]
             centered = v - mean[None, :]
-            xhat = centered * rstd[None, :]
             t = load_fp32(upstream.dy + base * S.C, offsets, mask)
             if upstream.dy2 is not None:
                 t += load_fp32(upstream.dy2 + base * S.C, offsets, mask)
@@ -259,9 +258,10 @@ def _bwd_reduce_kernel(
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
-            sum_gx += tl.where(mask, g * xhat, 0.0)
+            # with a mean that is not finite a sum is NaN, whatever lies outside the mask
+            sum_gx += g * centered
     tl.store(sum_ptr + program * 2 * S.C + c, tl.sum(sum_g, 0), mask=in_c)
-    tl.store(sum_ptr + program * 2 * S.C + S.C + c, tl.sum(sum_gx, 0), mask=in_c)
+    tl.store(sum_ptr + program * 2 * S.C + S.C + c, tl.sum(sum_gx, 0) * rstd, mask=in_c)
 
 
 @triton.jit
