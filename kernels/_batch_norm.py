@@ -16,16 +16,18 @@ from torch import Tensor
 from ._common import block_of, rounded_product, sum_partials
 from ._synchronized import sharing
 from .activations import ACTIVATIONS
-from .launching import launch
+from .launching import launch, resident
 from .registry import Arguments, fp32
 
-# enough programs to fill any current GPU several times over, few enough that merging them stays negligible
-_PROGRAMS = 1024
+# warps that share a processor, of at most 128 registers a thread
+RESIDENT_WARPS = 16
 # bytes of x that a program holds at a time: more would spill registers (see tests/test_ahead_of_time.py)
 _TILE_BYTES = 8192
 # the backward passes also hold dy
 _BWD_TILE_BYTES = 4096
 _UNGATED_SEGMENT = 128
+# channels that a program takes at least, where there are too few segments: 64 bytes of a row in 16 bits
+_FEW_CHANNELS = 32
 
 # of the normalizing ops' cases
 OPTIONS = {"training": True, "momentum": 0.8, "eps": 1e-12, "activation": "gelu"}
@@ -321,9 +323,13 @@ class Tiling:
         segment = height * width if by_image else _UNGATED_SEGMENT
         self.segments = triton.cdiv(self.rows, segment)
         block_c = block_of(channels, 128)
+        fitting = resident(x.device, RESIDENT_WARPS // 4)
+        while block_c > _FEW_CHANNELS and self.segments * triton.cdiv(channels, block_c) <= fitting // 2:
+            block_c //= 2
         block_rows = block_of(segment, max(1, tile_bytes // x.element_size() // block_c))
         channel_blocks = triton.cdiv(channels, block_c)
-        self.programs = min(self.segments, max(1, _PROGRAMS // channel_blocks))
+        # one wave: all run at once, and none waits for others to end
+        self.programs = min(self.segments, max(1, fitting // channel_blocks))
         self.grid = (self.programs, channel_blocks)
         self.sizes = Sizes(channels, segment, block_rows, block_c)
 
@@ -380,7 +386,7 @@ def batch_statistics(
     """Mean and biased variance [C] float32 of x * gate; updates the running statistics in place."""
     tiling = Tiling(x, gate is not None)
     partials = Partials.empty(tiling.programs, x.shape[1], x.device)
-    launch(_stats_kernel, tiling.grid, x, gate, partials, tiling.rows, tiling.segments, S=tiling.sizes)
+    launch(_stats_kernel, tiling.grid, x, gate, partials, tiling.rows, tiling.segments, S=tiling.sizes, maxnreg=128)
     return partials.merge(tiling.rows, running_mean, running_var, momentum)
 
 
@@ -408,7 +414,7 @@ def reduce_gradients(upstream: Upstream, x: Tensor, gate: Tensor | None, norm: N
     partials = torch.empty(tiling.programs, 2 * x.shape[1], dtype=torch.float32, device=x.device)
     arguments = (upstream, x, gate, norm, partials, tiling.rows, tiling.segments)
     launch(
-        _bwd_reduce_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=144
+        _bwd_reduce_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=128
     )
     return sum_partials(partials)
 
@@ -423,7 +429,7 @@ def backward(
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     used = sums_for_dx(sums, training)
     arguments = (dy, x, gate, norm, used, dx, dgate, tiling.rows, tiling.segments)
-    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
+    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=128)
     return dx, dgate, sums
 
 

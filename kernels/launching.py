@@ -176,6 +176,31 @@ def on_device(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+# of a device that is not there: of the interpreter, and of a compilation ahead
+_processors = 132
+
+
+@contextmanager
+def assumed_processors(count: int) -> Iterator[None]:
+    """Inside, a device that is not there has so many processors (SMs, CUs)."""
+    global _processors
+    before, _processors = _processors, count
+    try:
+        yield
+    finally:
+        _processors = before
+
+
+@cache
+def _processors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def resident(device: torch.device, programs: int) -> int:
+    """As many programs as run at once, where `programs` share a processor: for kernels that loop over their tiles."""
+    return programs * (_processors_of(device) if device.type == "cuda" else _processors)
+
+
 def opaque_op(name: str, mutates: tuple[str, ...] = ()) -> Callable:
     """Register a launcher as the operator `blink::<name>`; its shape rule is added with `.register_fake`."""
     return torch.library.custom_op(f"blink::{name}", mutates_args=mutates)

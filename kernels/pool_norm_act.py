@@ -16,16 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _batch_norm, _checks, _options
-from ._batch_norm import Norm, Partials, Upstream, load_fp32, load_means, load_norm, store_partials, welford
+from ._batch_norm import (
+    RESIDENT_WARPS,
+    Norm,
+    Partials,
+    Upstream,
+    load_fp32,
+    load_means,
+    load_norm,
+    store_partials,
+    welford,
+)
 from ._common import block_of, channels_last_like
 from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
-from .launching import launch, opaque_op
+from .launching import launch, opaque_op, resident
 from .registry import Arguments, Cost, data, fp32, op
 
 # windows times channels that a program holds at a time, of one of the four pixels of each window
 _TILE = 512
-_PROGRAMS = 1024
 
 
 @triton.jit
@@ -154,17 +163,19 @@ class _Sizes(NamedTuple):
 class _Tiling:
     """Whole images per program, four windows a lane."""
 
-    def __init__(self, x_shape: tuple[int, ...], itemsize: int):
+    def __init__(self, x_shape: tuple[int, ...], itemsize: int, device: torch.device):
         self.batch, channels, height, width = x_shape
         block_c = block_of(channels, 128)
         self.groups = triton.cdiv((height // 2) * (width // 2), 4)
-        self.programs = min(self.batch, max(1, _PROGRAMS // triton.cdiv(channels, block_c)))
-        self.grid = (self.programs, triton.cdiv(channels, block_c))
         block_g = block_of(self.groups, max(1, _TILE // block_c))
         self.sizes = _Sizes(channels, height, width, block_g, block_c)
         # as many threads as the tile has 16-byte pieces
         tile_bytes = block_g * block_c * itemsize
         self.num_warps = max(1, min(4, tile_bytes // (32 * 16)))
+        channel_blocks = triton.cdiv(channels, block_c)
+        fitting = resident(device, RESIDENT_WARPS // self.num_warps)
+        self.programs = min(self.batch, max(1, fitting // channel_blocks))
+        self.grid = (self.programs, channel_blocks)
 
 
 @opaque_op("pool_norm_act_fwd", mutates=("running_mean", "running_var"))
@@ -190,7 +201,7 @@ def _fwd(
     running = {"running_mean": running_mean, "running_var": running_var}
     _checks.separate("pool_norm_act", running, {"x": x, "bias": bias, "weight": weight})
     batch, channels, height, width = x.shape
-    tiling = _Tiling(x.shape, x.element_size())
+    tiling = _Tiling(x.shape, x.element_size(), x.device)
     pooled = channels_last_like(x, channels, height // 2, width // 2, x.dtype)
     index_shape = (batch, tiling.groups, channels) if save else (0,)
     index = torch.empty(index_shape, dtype=torch.uint8, device=x.device)
@@ -244,7 +255,7 @@ def _bwd(
     upstream, norm = Upstream(dy, dy2, dsqueeze), Norm(mean, var, bias, eps, weight)
     sums = _batch_norm.reduce_gradients(upstream, pooled, None, norm, activation)
     dx = channels_last_like(pooled, channels, height, width, pooled.dtype)
-    tiling = _Tiling(dx.shape, pooled.element_size())
+    tiling = _Tiling(dx.shape, pooled.element_size(), dx.device)
     used = _batch_norm.sums_for_dx(sums, training)
     arguments = (upstream, pooled, index, norm, used, dx, batch, pooled.numel() // channels)
     sizes = dict(S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)

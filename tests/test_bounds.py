@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blink.__main__ import main
+from blink.kernels import launching
 from blink.kernels.examine import bounds_report
 from blink.kernels.examine.bounds import GPUS, Work, cost
 from blink.kernels.examine.control_flow import Loop, Program, loops, memory_of
@@ -218,7 +219,7 @@ def test_the_table_names_what_bounds_each_kernel(tmp_path):
 
 def test_a_step_is_compiled_once_for_gpus_of_one_kind():
     jobs = bounds_report.jobs("blink", ["float16"], ["H100", "H200", "A100"], ["whiten"])
-    assert [(job.target, job.calls) for job in jobs] == [("sm_90", 1), ("sm_80", 1)]
+    assert [(job.target, job.sms, job.calls) for job in jobs] == [("sm_90", 132, 1), ("sm_80", 108, 1)]
 
 
 @pytest.mark.parametrize(
@@ -234,3 +235,10 @@ def test_a_mistake_gets_one_line(arguments, expected, capsys, monkeypatch):
     assert main(["inspect", *arguments]) == 2
     printed = capsys.readouterr()
     assert expected in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_programs_fill_a_device_once():
+    device = torch.device("cpu")
+    with launching.assumed_processors(108):
+        assert launching.resident(device, 4) == 432
+    assert launching.resident(device, 4) == 528

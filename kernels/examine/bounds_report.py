@@ -12,7 +12,7 @@ import torch
 
 from blink.training.recipes import RECIPES
 
-from ..launching import Launch, leaves
+from ..launching import Launch, assumed_processors, leaves
 from ..registry import OPS
 from . import ahead_of_time
 from .bounds import GPUS, Work, work
@@ -39,21 +39,24 @@ class Job(NamedTuple):
     calls: int
     dtype: str
     target: str
+    sms: int
 
 
 def jobs(recipe: str, dtypes: list[str], gpus: list[str], ops: list[str]) -> list[Job]:
-    """The calls of a step that trains everything on images of full size, once for each target and dtype."""
+    """The calls of a step that trains everything on images of full size, once for each kind of GPU and dtype."""
     recorded = recorded_calls(RECIPES[recipe], RECIPES[recipe].batch_size, whole=True)
     cases = [Case(call.op, call.arguments, call.options) for call in recorded if call.op in OPS]
     counts = Counter((case.op, case.label) for case in cases)
     distinct = {(case.op, case.label): case for case in cases if case.op in (ops or OPS)}
-    targets = dict.fromkeys(GPUS[gpu].target for gpu in gpus)
-    return [Job(case, counts[key], d, t) for t in targets for d in dtypes for key, case in distinct.items()]
+    # programs go by how many processors there are
+    kinds = dict.fromkeys((GPUS[gpu].target, GPUS[gpu].sms) for gpu in gpus)
+    return [Job(case, counts[key], d, *k) for k in kinds for d in dtypes for key, case in distinct.items()]
 
 
 def examine(job: Job) -> list[dict]:
     """A row of plain values for each launch of a case, equal ones as one."""
-    launches = ahead_of_time.capture(job.case, getattr(torch, job.dtype))
+    with assumed_processors(job.sms):
+        launches = ahead_of_time.capture(job.case, getattr(torch, job.dtype))
     rows: dict[tuple, dict] = {}
     for launch in launches:
         key = (*ahead_of_time.identity(launch), launch.grid)
@@ -70,7 +73,7 @@ def examine(job: Job) -> list[dict]:
             "target": job.target,
             "launches": job.calls,
             **asdict(done),
-            "gpus": {name: _on(gpu, done) for name, gpu in GPUS.items() if gpu.target == job.target},
+            "gpus": {name: _on(gpu, done) for name, gpu in GPUS.items() if (gpu.target, gpu.sms) == job[-2:]},
         }
     return list(rows.values())
 
