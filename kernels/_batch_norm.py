@@ -386,7 +386,7 @@ def batch_statistics(
     """Mean and biased variance [C] float32 of x * gate; updates the running statistics in place."""
     tiling = Tiling(x, gate is not None)
     partials = Partials.empty(tiling.programs, x.shape[1], x.device)
-    launch(_stats_kernel, tiling.grid, x, gate, partials, tiling.rows, tiling.segments, S=tiling.sizes, maxnreg=128)
+    launch(_stats_kernel, tiling.grid, x, gate, partials, tiling.rows, tiling.segments, S=tiling.sizes)
     return partials.merge(tiling.rows, running_mean, running_var, momentum)
 
 
@@ -429,7 +429,7 @@ def backward(
     dgate = torch.empty(gate.shape if gate is not None else (0,), dtype=torch.float32, device=x.device)
     used = sums_for_dx(sums, training)
     arguments = (dy, x, gate, norm, used, dx, dgate, tiling.rows, tiling.segments)
-    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward, maxnreg=128)
+    launch(_bwd_kernel, tiling.grid, *arguments, S=tiling.sizes, DACT=ACTIVATIONS[activation].backward)
     return dx, dgate, sums
 
 

@@ -125,7 +125,8 @@ def _tile(images: Tensor, channels: int, source: PatchSource, out_dtype: torch.d
     tile = tile_of(source, channels, needs_float32(images, out_dtype), backward)
     if backward and source.jittered:
         return tile._replace(BLOCK_P=jittered_positions(source), BLOCK_O=16)
-    return tile
+    # two float32 products of many features, and the activation's gradient between them, take all registers
+    return tile._replace(BLOCK_P=min(32, tile.BLOCK_P)) if backward and tile.EXACT and source.f_pad > 16 else tile
 
 
 @opaque_op("whiten_project_norm_act_fwd", mutates=("running_mean", "running_var"))
@@ -227,7 +228,7 @@ def _bwd(
     partials = torch.empty(programs, channels, source.f_pad, **fp32)
     arguments = (dy, source.pixels, Folded(matrix, shift, rstd), partials, source.positions)
     sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
-    maxnreg = 255 if tile.EXACT and not source.jittered else None
+    maxnreg = 255 if tile.EXACT else None
     launch(_bwd_kernel, (programs, triton.cdiv(channels, tile.BLOCK_O)), *arguments, maxnreg=maxnreg, **sizes)
     dproject, dbias = torch.empty(channels, filters, **fp32), torch.empty(channels, **fp32)
     weights = Weights(project_weight, whiten_weight, mean, std)
