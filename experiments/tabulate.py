@@ -46,7 +46,7 @@ Variants of a plan against its first one, by `blink ablate`, with the same seeds
 accuracy, in points, paired by machine and seed; "speed" is the first variant's seconds over this one's, paired too; +-
 is half of a 95 % t interval of the mean. Runs of several machines share a table, which then has no seconds, and "n" is
 pairs/runs where some runs have no partner. Only variants that the runs tell from the first, or bound to a small
-difference from it, are in a table.
+difference from it, are in a table. Seconds on a CPU hold what else it did meanwhile: PFLOP says what a variant costs.
 """
 _RACES = """
 # Races
