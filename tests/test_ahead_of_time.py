@@ -138,7 +138,8 @@ def test_tiles_leave_out_sizes_only(rows):
     for (target, dtype, kernel), found in count.items():
         if dtype == "float16":
             assert found <= count["sm_90", dtype, kernel], (target, kernel)
-    assert count["sm_80", "float16", "_batch_norm._fwd_kernel"] == 3
+    # of many segments, of images with a gate or a squeeze, and of few segments
+    assert count["sm_80", "float16", "_batch_norm._fwd_kernel"] == 4
 
 
 def test_large_tensors_are_moved_in_16_byte_pieces(cuda_rows):
