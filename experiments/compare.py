@@ -152,26 +152,28 @@ _RULER_WIDTHS = (22, 17, 14, 8, 8, 6)
 STEM_COLUMNS = ("variant", "features", "channels", "output", "kMAC/image", "stem ms", "of first")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row's cells under COLUMNS; +- is half of a 95 % t interval; n: runs, or pairs/runs where some have no pair."""
+def cells(row: Row, timed: bool = False) -> tuple[str, ...]:
+    """A row's cells under COLUMNS; +- is half of a 95 % t interval; n: runs, or pairs/runs where some have no pair.
+
+    timed: with intervals of seconds and speed, for which a terminal has no room.
+    """
     n = row.accuracy["n"]
-    speed = "-" if row.ratio is None else f"{row.ratio['mean']:.2f}x"
     return (
         row.variant,
         str(n) if row.first or row.pairs == n else f"{row.pairs}/{n}",
         percent(row.accuracy),
         percent(row.difference, signed=True),
-        "-" if row.seconds is None else f"{row.seconds['mean']:.1f}",
-        "1" if row.first else speed,
+        figure(row.seconds, 1, interval=timed),
+        "1" if row.first else figure(row.ratio, 2, unit="x", interval=timed),
         f"{row.pflop:.4f}",
     )
 
 
-def figure(value: dict | None, digits: int, sign: str = "", interval: bool = True) -> str:
+def figure(value: dict | None, digits: int, sign: str = "", interval: bool = True, unit: str = "") -> str:
     """A spread's mean, with its interval unless that is unknown or not asked for."""
     if value is None:
         return "-"
-    text = f"{value['mean']:{sign}.{digits}f}"
+    text = f"{value['mean']:{sign}.{digits}f}{unit}"
     return f"{text} +-{value['ci95']:.{digits}f}" if interval and value["ci95"] is not None else text
 
 
@@ -345,7 +347,7 @@ def markdown(pool: Pool, plan: Plan, origin: str) -> str:
     open_ones = [row.variant for row in rows[1:] if row not in told]
     parts = [f"{heading(pool, rows)}\n", origin]
     if told:
-        parts.append(table(COLUMNS, map(cells, [first, *told])))
+        parts.append(table(COLUMNS, [cells(row, timed=True) for row in (first, *told)]))
     if open_ones:
         parts.append(f"Too few runs to tell from {first.variant!r}: {', '.join(open_ones)}.\n")
     # without an interval a difference says nothing

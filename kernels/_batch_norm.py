@@ -260,8 +260,7 @@ def _bwd_reduce_kernel(
             # outside the mask dy is 0, but 0 * inf would not be
             g = tl.where(mask, g, 0.0)
             sum_g += g
-            # with a mean that is not finite a sum is NaN, whatever lies outside the mask
-            sum_gx += g * centered
+            sum_gx += tl.where(mask, g * centered, 0.0)
     tl.store(sum_ptr + program * 2 * S.C + c, tl.sum(sum_g, 0), mask=in_c)
     tl.store(sum_ptr + program * 2 * S.C + S.C + c, tl.sum(sum_gx, 0) * rstd, mask=in_c)
 

@@ -8,7 +8,7 @@ import torch
 from blink.__main__ import main
 from blink.kernels import launching
 from blink.kernels.examine import bounds_report
-from blink.kernels.examine.bounds import GPUS, Work, cost
+from blink.kernels.examine.bounds import GPUS, Work, cost, machine_loops
 from blink.kernels.examine.control_flow import Loop, Program, loops, memory_of
 from tests.test_ahead_of_time import ROOT, compiling
 
@@ -103,6 +103,30 @@ def test_memory_is_read_within_what_is_known():
 
 def test_loops_nest_by_their_ranges():
     assert loops([(5, 9), (1, 20), (5, 12), (30, 31)]) == [Loop(1, 20, None), Loop(5, 12, 0), Loop(30, 31, None)]
+
+
+# as for sm_80: a loop is left by a call of what stands behind it, and the slow path of a division behind all
+MACHINE_CODE = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   CALL.REL.NOINC 0x90 ;
+        /*0020*/                   FFMA R2, R2, R2, R2 ;
+        /*0030*/              @!P0 CALL.REL.NOINC 0x50 ;
+        /*0040*/                   BRA 0x20 ;
+        /*0050*/              @!P1 CALL.REL.NOINC 0x70 ;
+        /*0060*/                   BRA 0x10 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   NOP ;
+        /*0090*/               @P2 BRA 0xb0 ;
+        /*00a0*/                   MUFU.RCP R3, R3 ;
+        /*00b0*/                   RET.REL.NODEC R4 0x0 ;
+        /*00c0*/                   BRA 0xc0 ;
+"""
+
+
+def test_loops_of_machine_code_are_found_and_subroutines_left_out():
+    instructions, found = machine_loops(MACHINE_CODE)
+    assert found == [Loop(0x10, 0x60, None), Loop(0x20, 0x40, 0)]
+    assert [address for address, _ in instructions] == [*range(0, 0x80, 0x10)]
 
 
 @pytest.mark.parametrize(
@@ -203,6 +227,8 @@ def test_the_table_names_what_bounds_each_kernel(tmp_path):
         rows = [row for row in content["rows"] if gpu in row["gpus"]]
         pooling = [row for row in rows if row["kernel"] == "pool_norm_act._pool_kernel"]
         assert [row["launches"] for row in pooling] == [1, 1, 1]
+        # three loops, one in the other, in either machine code
+        assert not any(row["guessed"] for row in rows)
         for row in pooling:
             # what it reads, and writes, a quarter as much with two bits for the index
             b, c, h, w = map(int, row["case"].split("-")[0].split("x"))
@@ -213,6 +239,7 @@ def test_the_table_names_what_bounds_each_kernel(tmp_path):
             assert max(units, key=units.get) == row["gpus"][gpu]["bound"]
     for line in done.stdout.splitlines():
         assert len(line) <= 80 or not line[0].isdigit()
+    assert done.stdout.startswith("blink inspect pool_norm_act --bounds A100,H200 --json ")
     assert "A100: 108 SMs" in done.stdout and "H200: 132 SMs" in done.stdout
     assert "us, " in done.stdout.splitlines()[-1]
 

@@ -113,7 +113,7 @@ def test_files_of_two_machines_make_one_table_and_a_verdict(empty):
         "`blink ablate recipes --json results/there.jsonl`, not recorded of 2 runs; seeds 0 to 2; "
         "commit c0ffee, commit not recorded."
     )
-    assert "| blink | 3 | 84.43 +-7.39 | +1.10 +-0.25 | - | 1.00x | 0.0020 |" in readme
+    assert "| blink | 3 | 84.43 +-7.39 | +1.10 +-0.25 | - | 1.00x +-0.00 | 0.0020 |" in readme
     assert (
         "| [recipes](here.jsonl) [2](there.jsonl) | blink | 3 | d, fp32, reference | 0.5 x, whole | 0.0020 "
         "| +1.10 +-0.25 | -0.0110 +-0.0025 | better |"

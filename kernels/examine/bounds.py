@@ -1,9 +1,10 @@
-"""How long a kernel takes at least on a GPU that is not here, by what it is made of: for each launch, the instructions
-that all its warps issue, by the unit that runs them, and the bytes that must move, over the GPU's published rates.
+"""What bounds a kernel on a GPU that is not here, by what it is made of: for each launch, the instructions that all its
+warps issue, by the unit that runs them, and the bytes that must move, over the GPU's published rates.
 
 The instructions are those of the machine code, each as often as its loop runs (`control_flow`); what a condition guards
 counts as run, the slow path of a division does not. A unit's time is its own if nothing else made it wait; the largest
-of all is the bound. Latency, caches and conflicts of shared memory are in none of them, so the truth lies above.
+of all is the bound. Left out are latency and conflicts of shared memory, which cost time, and the L2 cache, which
+saves some where one kernel reads what the one before it wrote.
 Sources: NVIDIA's CUDA C++ Programming Guide (throughput of native instructions) and the GPUs' data sheets.
 """
 
@@ -59,12 +60,12 @@ _UNITS = (
     ),
 )
 _LANES_A_CLOCK = {"sfu": 16, "lsu": 32, "fma": 128, "alu": 64, "fp64": 64}
-_OTHER_LANES = {"sm_80": {"fma": 64, "fp64": 32}} | {t: {"fp64": 2} for t in ("sm_86", "sm_89", "sm_120")}
+_OTHER_LANES = {"sm_80": {"fma": 64, "fp64": 32}} | {t: {"fp64": 2} for t in ("sm_89", "sm_120")}
 # integer products take the wider half of the unit alone
 _SLOW_FMA = re.compile(r"IMAD(?!\.MOV|\.SHL|\.IADD)")
 _FAST_HALF = re.compile(r"H(?:FMA2|ADD2|MUL2)")
 # float16 multiply-adds a clock of an SM's tensor cores, by warps and, where there is another way, by groups of four
-_TENSOR = {"sm_80": 1024, "sm_86": 256, "sm_89": 256, "sm_90": 1280, "sm_120": 256}
+_TENSOR = {"sm_80": 1024, "sm_89": 256, "sm_90": 1280, "sm_120": 256}
 _GROUP_TENSOR = 2048
 
 
@@ -120,7 +121,7 @@ def work(launch: Launch, ptx: str, compiled: Resources, limits: dict[int, int]) 
     for number in followed:
         for at, count in enumerate(program.run(values, _place(number, launch.grid), launch.grid, threads, load)):
             counts[at] += count / len(followed)
-    instructions, again = _machine_loops(compiled.assembly)
+    instructions, again = machine_loops(compiled.assembly)
     alike = [loop.parent for loop in again] == [loop.parent for loop in program.loops]
     if alike:
         often = [counts[loop.first] for loop in program.loops]
@@ -156,10 +157,10 @@ def _place(number: int, grid: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def _machine_loops(assembly: str) -> tuple[list[tuple[int, str]], list[Loop]]:
+def machine_loops(assembly: str) -> tuple[list[tuple[int, str]], list[Loop]]:
     """((address, name) of each instruction of NVIDIA's machine code but those of subroutines, its loops)."""
     found = [(int(address, 16), name, operands) for address, _, name, operands in _LINE.findall(assembly)]
-    backward, called, returns = [], set(), []
+    backward, called = [], set()
     for address, name, operands in found:
         if target := re.search(r"0x([0-9a-f]+)", operands):
             to = int(target[1], 16)
@@ -167,12 +168,11 @@ def _machine_loops(assembly: str) -> tuple[list[tuple[int, str]], list[Loop]]:
                 backward.append((to, address))
             elif name.startswith("CALL"):
                 called.add(to)
-        if name.startswith("RET"):
-            returns.append(address)
-    first = min(called, default=None)
-    # the compiler puts subroutines, the slow paths of divisions and square roots, behind everything else
-    kept = [(address, name) for address, name, _ in found if first is None or address < first]
-    return [(a, n) for a, n in kept if n != "NOP"], loops(pair for pair in backward if first is None or pair[1] < first)
+    # subroutines, the slow paths of divisions and square roots, stand behind all exits; a call may also be a mere jump
+    exits = max((address for address, name, _ in found if name == "EXIT"), default=0)
+    end = min((to for to in called if to > exits), default=found[-1][0])
+    kept = [(address, name) for address, name, _ in found if address < end and name != "NOP"]
+    return kept, loops(pair for pair in backward if pair[1] < end)
 
 
 def cost(name: str, target: str) -> tuple[str | None, float]:

@@ -1,5 +1,5 @@
-"""For `blink inspect --bounds`: of every kernel that a training step launches, how long it takes at least on GPUs that
-need not be here, and what bounds it (see `bounds`). Convolutions and the head are not among them.
+"""For `blink inspect --bounds`: of every kernel that a training step launches, what bounds it on GPUs that need not be
+here (see `bounds`). Convolutions and the head are not among them.
 """
 
 from collections import Counter
@@ -24,8 +24,8 @@ GOAL = 0.7
 SMALL = 2.0
 _UNITS = ("memory", "issue", "fma", "alu", "sfu", "lsu", "tensor")
 _LEGEND = f"""\
-Microseconds that each unit takes at least if nothing else made it wait, and, as
-"us", the longest of them with the last wave of programs counted as a full one.
+Microseconds that each unit is busy, if nothing else made it wait, and, as "us",
+the longest of them with the last wave of programs counted as a full one.
 n: launches a step.  *: a unit takes more than {GOAL:g} of memory's time, or waves
 lose as much.  ~: loops of the machine code are not the PTX's; estimated.
 Launches below {SMALL:g} us, which mostly wait for themselves, are only counted."""

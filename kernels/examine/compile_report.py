@@ -12,6 +12,7 @@ made of multiply-adds, whose operands take registers.
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -63,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=RECIPES, help="at the shapes of this recipe (default: blink's, hlb's and further ones)")
     add("--tiles", action="store_true", help="of what differs only in sizes that tiles do not depend on, one")
     add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
-    add("--bounds", type=listed(GPUS), metavar="GPU,...", help="how long each kernel of a step takes at least, and "
-        f"why: of {', '.join(GPUS)}")  # fmt: skip
+    add("--bounds", type=listed(GPUS), metavar="GPU,...", help="what bounds each kernel of a step, by count: on any "
+        f"of {', '.join(GPUS)}")  # fmt: skip
     add = parser.add_argument_group("what is written").add_argument
     add("--sass", action="store_true", help="print the machine code too")
     add_json_argument(add, "write every number")
@@ -226,9 +227,11 @@ def _bounds(options: argparse.Namespace) -> int:
     if not jobs:
         raise UserError(f"a step of {recipe} calls none of {', '.join(options.ops)}; name another --recipe")
     rows = list(_compile(bounds_report.examine, jobs))
+    about = {"command": ["blink", "inspect", *options.arguments], "commit": commit(), **_about(), "recipe": recipe}
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    print(f"{shlex.join(about['command'])}; commit {about['commit']}; {versions}\n")
     for line in bounds_report.table(rows, recipe, options.bounds):
         print(line)
     if options.json is not None:
-        about = {"command": ["blink", "inspect", *options.arguments], "commit": commit(), "recipe": recipe}
-        write_json(options.json, {**_about(), **about, "rows": rows})
+        write_json(options.json, {**about, "rows": rows})
     return 0

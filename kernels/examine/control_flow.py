@@ -20,7 +20,6 @@ _REGISTER = re.compile(r"%(?:p|rs|rd|r|f|fd)\d+\b")
 _INSTRUCTION = re.compile(r"\s*(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);")
 _TWO = {"and": and_, "or": or_, "xor": xor, "min": min, "max": max}
 _COMPARISONS = {"eq": eq, "ne": ne, "lt": lt, "le": le, "gt": gt, "ge": ge, "lo": lt, "ls": le, "hi": gt, "hs": ge}
-_BITS = {"pred": 1}
 _ACCESS = re.compile(r"(ld|st)\.global(?:\.\w+(?:::\w+)?)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
 
 
@@ -75,8 +74,7 @@ class Program:
     def __init__(self, ptx: str):
         self.instructions: list[Instruction] = []
         self._labels: dict[str, int] = {}
-        parameters = re.findall(r"\.param \.(\w+)[^,\n]*?(\w+_param_\d+)", ptx)
-        self.parameters = [name for _, name in parameters]
+        self.parameters = re.findall(r"\.param \.[^,\n]*?(\w+_param_\d+)", ptx)
         for line in ptx[ptx.index("{") :].splitlines():
             if label := _LABEL.match(line):
                 self._labels[label[1]] = len(self.instructions)
@@ -95,10 +93,8 @@ class Program:
 
     def _slice(self) -> list[bool]:
         """Which instructions the branches depend on."""
-        wanted, grown = (
-            set(),
-            {i.predicate[1] for i in self.instructions if i.predicate and i.name[:3] in ("bra", "ret")},
-        )
+        wanted: set[str] = set()
+        grown = {i.predicate[1] for i in self.instructions if i.predicate and i.name[:3] in ("bra", "ret")}
         while grown - wanted:
             wanted |= grown
             grown = {r for i in self.instructions if wanted & set(i.written) for r in i.read}
