@@ -19,6 +19,11 @@ def rounded_product(a, b):
 
 
 @triton.jit
+def load_fp32(ptr, offsets, mask):
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sum_partials_kernel(
     partial_ptr, out_ptr, n_partials, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._batch_norm import update_running
+from ._batch_statistics import update_running
 from ._common import rounded_product
 from ._patches import PIXEL_OFFSET, Geometry, PatchSource, jittered_positions, load_jitter, load_patches, weight_offset
 from ._synchronized import sharing

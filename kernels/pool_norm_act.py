@@ -16,18 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _batch_norm, _checks, _options
-from ._batch_norm import (
-    RESIDENT_WARPS,
-    Norm,
-    Partials,
-    Upstream,
-    load_fp32,
-    load_means,
-    load_norm,
-    store_partials,
-    welford,
-)
-from ._common import block_of, channels_last_like
+from ._batch_norm import RESIDENT_WARPS, Norm, Upstream, load_means, load_norm
+from ._batch_statistics import Partials, store_partials, welford
+from ._common import block_of, channels_last_like, load_fp32
 from .activations import ACTIVATIONS
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op, resident

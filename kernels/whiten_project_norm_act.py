@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _checks, _options
-from ._batch_norm import OPTIONS, Running, statistics
+from ._batch_norm import OPTIONS, statistics
+from ._batch_statistics import Running
 from ._common import channels_last_like, rounded_product
 from ._patch_moments import (
     Folded,
