@@ -55,21 +55,27 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def _reflect(v, SIZE: tl.constexpr):
+def reflect(v, SIZE: tl.constexpr):
     """gather.reflect; in 0..SIZE - 1 for every |v| up to 2 (SIZE - 1)."""
     return (SIZE - 1) - tl.abs((SIZE - 1) - tl.abs(v))
 
 
 @triton.jit
-def _load_clamped(pointer, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """An image's translation or corner as int32, clamped before it is narrowed: none reads outside the image."""
-    return tl.minimum(tl.maximum(tl.load(pointer, mask=inside, other=0), LOW), HIGH).to(tl.int32)
+def load_clamped(pointer, inside, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """An image's translation or corner as int32, clamped before it is narrowed: none reads outside the image.
+
+    inside: a mask, or None.
+    """
+    other = None if inside is None else 0
+    return tl.minimum(tl.maximum(tl.load(pointer, mask=inside, other=other), LOW), HIGH).to(tl.int32)
 
 
 @triton.jit
-def _cutout_pixel(mean_ptr, G: tl.constexpr):
-    """What a cut pixel holds, as q [F_PAD]; in float64, where 255 * mean is exact and every rounding the same."""
-    mean = tl.load(mean_ptr + tl.arange(0, G.F_PAD) % G.C_IN).to(tl.float64)
+def cutout_pixel(mean_ptr, channel):
+    """What a cut pixel holds, as q of every channel given; in float64, where 255 * mean is exact and every rounding the
+    same.
+    """
+    mean = tl.load(mean_ptr + channel).to(tl.float64)
     return tl.minimum(tl.maximum(tl.floor(mean * 255.0 + 0.5), 0.0), 255.0).to(tl.float32) - PIXEL_OFFSET
 
 
@@ -94,13 +100,13 @@ def load_patches(pixels, position, n_positions, G: tl.constexpr):
         image = tl.load(pixels.index + b, mask=inside, other=0).to(tl.int64) * (G.H * G.W * G.C_IN)
         patch_row, patch_column = f // (G.K * G.C_IN), f // G.C_IN % G.K
         if pixels.translation is not None:
-            down = _load_clamped(pixels.translation + 2 * b, inside, 1 - G.H, G.H - 1)
-            right = _load_clamped(pixels.translation + 2 * b + 1, inside, 1 - G.W, G.W - 1)
+            down = load_clamped(pixels.translation + 2 * b, inside, 1 - G.H, G.H - 1)
+            right = load_clamped(pixels.translation + 2 * b + 1, inside, 1 - G.W, G.W - 1)
         if pixels.flip is not None:
             mirrored = tl.load(pixels.flip + b, mask=inside, other=0) != 0
         if pixels.cutout is not None:
-            top = _load_clamped(pixels.cutout + 2 * b, inside, -G.CUTOUT, G.H)
-            left = _load_clamped(pixels.cutout + 2 * b + 1, inside, -G.CUTOUT, G.W)
+            top = load_clamped(pixels.cutout + 2 * b, inside, -G.CUTOUT, G.H)
+            left = load_clamped(pixels.cutout + 2 * b + 1, inside, -G.CUTOUT, G.W)
             cut_rows = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int1)
             cut_columns = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int1)
         rows = tl.zeros([position.shape[0], G.F_PAD], dtype=tl.int32)
@@ -114,7 +120,7 @@ def load_patches(pixels, position, n_positions, G: tl.constexpr):
             if pixels.flip is not None:
                 at_x = tl.where(mirrored, G.W - 1 - at_x, at_x)
             if pixels.translation is not None:
-                at_y, at_x = _reflect(at_y + down, G.H), _reflect(at_x + right, G.W)
+                at_y, at_x = reflect(at_y + down, G.H), reflect(at_x + right, G.W)
             of_row, of_column = (patch_row == i)[None, :], (patch_column == i)[None, :]
             rows = tl.where(of_row, (at_y * (G.W * G.C_IN))[:, None], rows)
             columns = tl.where(of_column, (at_x * G.C_IN)[:, None], columns)
@@ -132,7 +138,7 @@ def load_patches(pixels, position, n_positions, G: tl.constexpr):
     if pixels.images.dtype.element_ty == tl.uint8:
         q -= PIXEL_OFFSET
     if pixels.cutout is not None:
-        q = tl.where(cut_rows & cut_columns, _cutout_pixel(pixels.mean, G)[None, :], q)
+        q = tl.where(cut_rows & cut_columns, cutout_pixel(pixels.mean, f % G.C_IN)[None, :], q)
     one = tl.where(inside[:, None] & (f == features)[None, :], 1.0, 0.0)
     return tl.where(mask, q, one)
 
@@ -144,18 +150,28 @@ def weight_offset(f, G: tl.constexpr):
 
 
 @triton.jit
-def _split_fp16(x):
-    """x = scale * (hi + lo / 2048) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
+def split_fp16(x):
+    """x = scale * (hi + lo) to about 2^-22 of each column's max |x|, with hi, lo float16, one scale a column.
 
     Two tensor-core products with an operand that is exact in float16 then replace a float32 one.
     """
     # a power of two: what was 16 bits long stays exact
     scale = (tl.max(tl.abs(x), 0).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scale = tl.where(scale > 0, scale, 1.0)
-    unit = x * (1.0 / scale)[None, :]
+    # so large that lo is no subnormal number, and that sums of products with 128 stay far from float32's end
+    unit = x * (4096.0 / scale)[None, :]
     hi = unit.to(tl.float16)
-    lo = ((unit - hi.to(tl.float32)) * 2048.0).to(tl.float16)
-    return hi, lo, scale
+    lo = (unit - hi.to(tl.float32)).to(tl.float16)
+    return hi, lo, scale * (1.0 / 4096.0)
+
+
+@triton.jit
+def product_of(q, factors, EXACT: tl.constexpr):
+    """q [BLOCK_P, F_PAD] times a float32 matrix, or its two halves: float32, small terms first."""
+    if EXACT:
+        return tl.dot(q, factors[0], input_precision="ieee")
+    q16 = q.to(tl.float16)
+    return tl.dot(q16, factors[0], tl.dot(q16, factors[1]))
 
 
 @triton.jit
@@ -165,10 +181,9 @@ def project_patches(q, matrix, EXACT: tl.constexpr):
     EXACT runs float32 products; otherwise q must be exact in float16, and the matrix is split in two float16 halves.
     """
     if EXACT:
-        return tl.dot(q, matrix, input_precision="ieee")
-    hi, lo, scale = _split_fp16(matrix)
-    q16 = q.to(tl.float16)
-    return (tl.dot(q16, hi) + tl.dot(q16, lo) * (1.0 / 2048.0)) * scale[None, :]
+        return product_of(q, (matrix,), EXACT)
+    hi, lo, scale = split_fp16(matrix)
+    return product_of(q, (hi, lo), EXACT) * scale[None, :]
 
 
 @triton.jit
@@ -200,9 +215,9 @@ def correlate_patches(g, q, EXACT: tl.constexpr):
     """g^T q: [BLOCK_P, BLOCK_O] and [BLOCK_P, F_PAD] -> [BLOCK_O, F_PAD] float32; precision as project_patches."""
     if EXACT:
         return tl.dot(tl.trans(g), q, input_precision="ieee")
-    hi, lo, scale = _split_fp16(g)
+    hi, lo, scale = split_fp16(g)
     q16 = q.to(tl.float16)
-    return (tl.dot(tl.trans(hi), q16) + tl.dot(tl.trans(lo), q16) * (1.0 / 2048.0)) * scale[:, None]
+    return tl.dot(tl.trans(hi), q16, tl.dot(tl.trans(lo), q16)) * scale[:, None]
 
 
 class PatchSource:
@@ -225,6 +240,10 @@ class PatchSource:
     @property
     def jittered(self) -> bool:
         return self.pixels.jitter is not None
+
+    @property
+    def bytes(self) -> bool:
+        return self.pixels.images.dtype == torch.uint8
 
 
 def tile_of(source: PatchSource, filters: int, exact: bool, backward: bool) -> Tile:

@@ -8,114 +8,91 @@ and its jitter (contrast a, brightness b) leaves them as they are: z = a A (u - 
 e = 128 (a - 1) + 255 b. The fold holds only without padding. Source of the layer: hlb-CIFAR10 (2x2, unpadded, frozen).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _checks, _options
-from ._common import channels_last_like, rounded_product, sum_partials
+from ._common import channels_last_like, sum_partials
 from ._patches import (
-    PIXEL_OFFSET,
     PatchSource,
-    Tile,
-    filter_patches,
-    load_patches,
     needs_float32,
     output_dtype,
     patch_arguments,
     patch_counts,
     pixel_statistics,
-    tile_of,
-    weight_offset,
+)
+from ._windows import (
+    Filters,
+    filter_windows,
+    first_column,
+    fold_all,
+    load_windows,
+    row_jitter,
+    tile_rows,
+    window_tile,
 )
 from .activations import ACTIVATIONS, identity_backward
 from .differentiation import differentiable_once
 from .gather import PARTS, Gather, unflatten
-from .launching import launch, opaque_op
+from .launching import launch, opaque_op, resident
 from .registry import Arguments, Cost, fp32, op
 
-_BWD_PROGRAMS = 512
+# matrix rows of a tile, and programs that a processor's registers hold at once
+_FWD_ROWS, _BWD_ROWS = 128, 64
+_FWD_RESIDENT, _BWD_RESIDENT = 3, 3
 # what the compile report would otherwise report as stores that are narrower than the layout allows
 NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
 
-class _Filters(NamedTuple):
-    """weight [O, C_in, k, k] and bias [O] or None, for images normalized by std [C_in], or as they are for None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    std: Tensor | None
-
-
 @triton.jit
-def _folded(filters, mean_ptr, o, G: tl.constexpr, O: tl.constexpr):
-    """A^T [F_PAD, BLOCK_O] and c [BLOCK_O], float32."""
-    features: tl.constexpr = G.K * G.K * G.C_IN
-    f = tl.arange(0, G.F_PAD)
-    in_f = f < features
-    mask = in_f[:, None] & (o < O)[None, :]
-    at = o[None, :] * features + weight_offset(f, G)[:, None]
-    w = tl.load(filters.weight + at, mask=mask, other=0.0).to(tl.float32)
-    c = tl.zeros(o.shape, dtype=tl.float32)
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + f % G.C_IN, mask=in_f, other=0.0)
-        std = tl.load(filters.std + f % G.C_IN, mask=in_f, other=1.0)
-        w = w / std[:, None]
-        c = tl.sum(rounded_product(w, (-mean + PIXEL_OFFSET / 255.0)[:, None]), 0)
-        w = w / 255.0
-    if filters.bias is not None:
-        c += tl.load(filters.bias + o, mask=o < O, other=0.0).to(tl.float32)
-    return w, c
-
-
-@triton.jit
-def _fwd_kernel(pixels, filters, y_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
-    """y [positions, O] = act(q A^T + c)."""
-    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
-    matrix, c = _folded(filters, pixels.mean, o, G, T.O)
-    start = tl.program_id(0) * T.BLOCK_P
-    lane = tl.arange(0, T.BLOCK_P)
-    position = start + lane
-    q = load_patches(pixels, position, n_positions, G)
-    y = ACT(filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G))
-    mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
-    out = y_ptr + tl.cast(start, tl.int64) * T.O
-    tl.store(out + lane[:, None] * T.O + o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+def _fwd_kernel(pixels, filters, y_ptr, n_images, n_tiles, G: tl.constexpr, T: tl.constexpr, ACT: tl.constexpr):
+    """y [runs, RUN * O] = act(q A^T + c)."""
+    parts = fold_all(filters, G, T)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        q = load_windows(pixels, tile, n_images, G, T)
+        first_image, i, offset, width = tile_rows(tile, n_images, G, T)
+        jitter = row_jitter(pixels.jitter, first_image, i, n_images)
+        out = y_ptr + tl.cast(first_image, tl.int64) * ((G.H - G.K + 1) * (G.W - G.K + 1) * T.O)
+        for part in tl.static_range(T.PARTS):
+            n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
+            y = ACT(filter_windows(q, parts[part], jitter, T.EXACT))
+            mask = (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
+            tl.store(out + (offset[:, None] + n[None, :]), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _bwd_kernel(
-    dy_ptr, pixels, filters, partial_ptr, n_positions, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr
+    dy_ptr, pixels, filters, partial_ptr, n_images, n_tiles, G: tl.constexpr, T: tl.constexpr, DACT: tl.constexpr
 ):
-    """Per program and filter: sum of dy * act'(z), z recomputed from the pixels (not read when act is the identity)."""
-    o = tl.program_id(1) * T.BLOCK_O + tl.arange(0, T.BLOCK_O)
+    """Per program, position of a run and filter: sum of dy * act'(z); z recomputed, but where act is the identity."""
+    sums = ()
+    for _ in tl.static_range(T.PARTS):
+        sums += (tl.zeros([T.ROWS * T.RUNS * T.IMAGES, T.BLOCK_N], dtype=tl.float32),)
     if DACT is not identity_backward:
-        matrix, c = _folded(filters, pixels.mean, o, G, T.O)
-    lane = tl.arange(0, T.BLOCK_P)
-    acc = tl.zeros([T.BLOCK_P, T.BLOCK_O], dtype=tl.float32)
-    for start in range(tl.program_id(0) * T.BLOCK_P, n_positions, tl.num_programs(0) * T.BLOCK_P):
-        position = start + lane
-        mask = (position < n_positions)[:, None] & (o < T.O)[None, :]
-        dy = dy_ptr + tl.cast(start, tl.int64) * T.O
-        g = tl.load(dy + lane[:, None] * T.O + o[None, :], mask=mask, other=0.0).to(tl.float32)
+        parts = fold_all(filters, G, T)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        first_image, i, offset, width = tile_rows(tile, n_images, G, T)
+        dy = dy_ptr + tl.cast(first_image, tl.int64) * ((G.H - G.K + 1) * (G.W - G.K + 1) * T.O)
         if DACT is not identity_backward:
-            q = load_patches(pixels, position, n_positions, G)
-            z = filter_patches(q, matrix, c, pixels.jitter, position, n_positions, T.EXACT, G)
-            g = DACT(g, z)
-        acc += tl.where(mask, g, 0.0)
-    tl.store(partial_ptr + tl.program_id(0) * T.O + o, tl.sum(acc, 0), mask=o < T.O)
-
-
-def _setup(
-    images: Tensor, weight: Tensor, mean: Tensor | None, gather: Gather | None, out_dtype: torch.dtype, backward: bool
-) -> tuple[PatchSource, Tile, tuple[int, int]]:
-    """(the patches, a program's tile of the result, how many tiles there are)"""
-    source = PatchSource(images, weight.shape[2], mean, gather)
-    tile = tile_of(source, weight.shape[0], needs_float32(images, out_dtype), backward)
-    return source, tile, (triton.cdiv(source.positions, tile.BLOCK_P), triton.cdiv(tile.O, tile.BLOCK_O))
+            q = load_windows(pixels, tile, n_images, G, T)
+            jitter = row_jitter(pixels.jitter, first_image, i, n_images)
+        added = ()
+        for part in tl.static_range(T.PARTS):
+            n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
+            mask = (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
+            g = tl.load(dy + (offset[:, None] + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+            if DACT is not identity_backward:
+                g = DACT(g, filter_windows(q, parts[part], jitter, T.EXACT))
+                # bytes have no z that could make more of a gradient of 0
+                g = g if pixels.images.dtype.element_ty == tl.uint8 else tl.where(mask, g, 0.0)
+            added += (sums[part] + g,)
+        sums = added
+    for part in tl.static_range(T.PARTS):
+        n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
+        out = partial_ptr + tl.program_id(0) * (T.RUN * T.O)
+        tl.store(out + n, tl.sum(sums[part], 0), mask=n < T.RUN * T.O)
 
 
 @opaque_op("whiten_fwd")
@@ -135,11 +112,13 @@ def _fwd(
     cutout_size: int,
 ) -> Tensor:
     gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
-    source, tile, grid = _setup(images, weight, mean, gather, dtype, backward=False)
-    y = channels_last_like(images, tile.O, source.height, source.width, dtype, source.batch)
-    arguments = (source.pixels, _Filters(weight, bias, std), y, source.positions)
-    sizes = dict(G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
-    launch(_fwd_kernel, grid, *arguments, maxnreg=168 if source.jittered else None, **sizes)
+    source = PatchSource(images, weight.shape[2], mean, gather)
+    filters = weight.shape[0]
+    tile, tiles, blocks = window_tile(source, filters, needs_float32(images, dtype), _FWD_ROWS)
+    y = channels_last_like(images, filters, source.height, source.width, dtype, source.batch)
+    arguments = (source.pixels, Filters(weight, bias, mean, std), y, source.batch, tiles)
+    grid = (min(tiles, resident(images.device, _FWD_RESIDENT)), blocks)
+    launch(_fwd_kernel, grid, *arguments, G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
     return y
 
 
@@ -166,12 +145,13 @@ def _bwd(
     cutout_size: int,
 ) -> Tensor:
     gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
-    source, tile, (tiles, blocks) = _setup(images, weight, mean, gather, dy.dtype, backward=True)
-    programs = min(tiles, _BWD_PROGRAMS)
-    partials = torch.empty(programs, tile.O, dtype=torch.float32, device=dy.device)
-    arguments = (dy, source.pixels, _Filters(weight, bias, std), partials, source.positions)
+    source = PatchSource(images, weight.shape[2], mean, gather)
+    tile, tiles, blocks = window_tile(source, weight.shape[0], needs_float32(images, dy.dtype), _BWD_ROWS)
+    programs = min(tiles, resident(images.device, _BWD_RESIDENT))
+    partials = torch.empty(programs * tile.RUN, tile.O, dtype=torch.float32, device=dy.device)
+    arguments = (dy, source.pixels, Filters(weight, bias, mean, std), partials, source.batch, tiles)
     sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
-    launch(_bwd_kernel, (programs, blocks), *arguments, maxnreg=255 if source.jittered else None, **sizes)
+    launch(_bwd_kernel, (programs, blocks), *arguments, **sizes)
     return sum_partials(partials)
 
 
