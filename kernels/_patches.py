@@ -169,9 +169,11 @@ def split_fp16(x):
 def product_of(q, factors, EXACT: tl.constexpr):
     """q [BLOCK_P, F_PAD] times a float32 matrix, or its two halves: float32, small terms first."""
     if EXACT:
-        return tl.dot(q, factors[0], input_precision="ieee")
-    q16 = q.to(tl.float16)
-    return tl.dot(q16, factors[0], tl.dot(q16, factors[1]))
+        product = tl.dot(q, factors[0], input_precision="ieee")
+    else:
+        q16 = q.to(tl.float16)
+        product = tl.dot(q16, factors[0], tl.dot(q16, factors[1]))
+    return product
 
 
 @triton.jit
@@ -181,9 +183,11 @@ def project_patches(q, matrix, EXACT: tl.constexpr):
     EXACT runs float32 products; otherwise q must be exact in float16, and the matrix is split in two float16 halves.
     """
     if EXACT:
-        return product_of(q, (matrix,), EXACT)
-    hi, lo, scale = split_fp16(matrix)
-    return product_of(q, (hi, lo), EXACT) * scale[None, :]
+        product = product_of(q, (matrix,), EXACT)
+    else:
+        hi, lo, scale = split_fp16(matrix)
+        product = product_of(q, (hi, lo), EXACT) * scale[None, :]
+    return product
 
 
 @triton.jit

@@ -75,10 +75,14 @@ def fold_filters(filters, n, G: tl.constexpr, T: tl.constexpr):
         w = w / 255.0
     if filters.bias is not None:
         c += tl.load(filters.bias + o, mask=used, other=0.0).to(tl.float32)
+    sums = tl.sum(w, 0)
     if T.EXACT:
-        return (w,), tl.full(n.shape, 1.0, tl.float32), c, tl.sum(w, 0)
-    hi, lo, scale = split_fp16(w)
-    return (hi, lo), scale, c, tl.sum(w, 0)
+        factors = (w,)
+        scale = tl.full(n.shape, 1.0, tl.float32)
+    else:
+        hi, lo, scale = split_fp16(w)
+        factors = (hi, lo)
+    return factors, scale, c, sums
 
 
 @triton.jit
@@ -149,8 +153,8 @@ def load_windows(pixels, tile, n_images, G: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def tile_rows(tile, n_images, G: tl.constexpr, T: tl.constexpr):
-    """Of a tile's matrix rows, all [ROWS * RUNS * IMAGES]: image, offset in a [B, H, W, O] result from the first
-    image's start, which columns lie in it (how many from the left).
+    """(first image of the tile; of each of its matrix rows: image, offset in a [B, H, W, O] result from the first
+    image's start, whether it lies in that, and how many of its columns do, from the left).
     """
     out_h: tl.constexpr = G.H - G.K + 1
     out_w: tl.constexpr = G.W - G.K + 1
@@ -159,24 +163,18 @@ def tile_rows(tile, n_images, G: tl.constexpr, T: tl.constexpr):
     i, row, run = m % T.IMAGES, first_row + m // (T.IMAGES * T.RUNS), first_run + m // T.IMAGES % T.RUNS
     offset = ((i * out_h + row) * out_w + run * T.RUN) * T.O
     inside = (first_image + i < n_images) & (row < out_h)
-    return first_image, i, offset, tl.where(inside, (out_w - run * T.RUN) * T.O, 0)
+    return first_image, first_image + i, offset, inside, (out_w - run * T.RUN) * T.O
 
 
 @triton.jit
-def filter_windows(q, folded, jitter, EXACT: tl.constexpr):
-    """z of one part [rows, BLOCK_N], float32; jitter: (contrast, offset) of every row, or None."""
+def filter_windows(q, folded, jitter_ptr, image, n_images, EXACT: tl.constexpr):
+    """z of one part [rows, BLOCK_N] float32, for rows of these images."""
     factors, scale, c, sums = folded
-    z = product_of(q, factors, EXACT)
-    if jitter is None:
-        return z * scale[None, :] + c[None, :]
-    return z * scale[None, :] * jitter[0][:, None] + (jitter[1][:, None] * sums[None, :] + c[None, :])
-
-
-@triton.jit
-def row_jitter(jitter_ptr, first_image, i, n_images):
-    if jitter_ptr is None:
-        return None
-    return load_jitter(jitter_ptr, first_image + i, first_image + i < n_images)
+    z = product_of(q, factors, EXACT) * scale[None, :]
+    if jitter_ptr is not None:
+        contrast, offset = load_jitter(jitter_ptr, image, image < n_images)
+        z = z * contrast[:, None] + offset[:, None] * sums[None, :]
+    return z + c[None, :]
 
 
 def window_tile(source: PatchSource, filters: int, exact: bool, rows: int) -> tuple[WindowTile, int, int]:
@@ -188,9 +186,8 @@ def window_tile(source: PatchSource, filters: int, exact: bool, rows: int) -> tu
     features = kernel * (run + kernel - 1) * channels
     f_pad = max(16, triton.next_power_of_2(features))
     rows //= (f_pad + 31) // 32
-    if exact:
-        rows //= 2
-    rows = max(16, rows)
+    # what a jitter does to each row takes registers too
+    rows = max(16, rows // (2 if exact or source.jittered else 1))
     runs = triton.cdiv(source.width, run)
 
     def tiles(shape: tuple[int, int, int]) -> int:
@@ -199,7 +196,7 @@ def window_tile(source: PatchSource, filters: int, exact: bool, rows: int) -> tu
     powers = [1 << k for k in range(rows.bit_length())]
     shapes = [(r, s, rows // (r * s)) for r in powers for s in powers if r * s <= rows <= 8 * r * s]
     # the least that is computed for nothing, and then the fewest images
-    shape = min(shapes, key=lambda s: (tiles(s) / s[2], s[2], s[1]))
+    shape = min(shapes, key=lambda s: (tiles(s) / s[2], s[2], -s[1]))
     tile = WindowTile(filters, exact, run, *shape, f_pad, block, parts)
     return tile, tiles(shape) * triton.cdiv(source.batch, shape[2]), triton.cdiv(run * filters, parts * block)
 

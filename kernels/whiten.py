@@ -29,7 +29,6 @@ from ._windows import (
     first_column,
     fold_all,
     load_windows,
-    row_jitter,
     tile_rows,
     window_tile,
 )
@@ -41,7 +40,7 @@ from .registry import Arguments, Cost, fp32, op
 
 # matrix rows of a tile, and programs that a processor's registers hold at once
 _FWD_ROWS, _BWD_ROWS = 128, 64
-_FWD_RESIDENT, _BWD_RESIDENT = 3, 3
+_RESIDENT = 2
 # what the compile report would otherwise report as stores that are narrower than the layout allows
 NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
@@ -52,13 +51,12 @@ def _fwd_kernel(pixels, filters, y_ptr, n_images, n_tiles, G: tl.constexpr, T: t
     parts = fold_all(filters, G, T)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         q = load_windows(pixels, tile, n_images, G, T)
-        first_image, i, offset, width = tile_rows(tile, n_images, G, T)
-        jitter = row_jitter(pixels.jitter, first_image, i, n_images)
+        first_image, image, offset, inside, width = tile_rows(tile, n_images, G, T)
         out = y_ptr + tl.cast(first_image, tl.int64) * ((G.H - G.K + 1) * (G.W - G.K + 1) * T.O)
         for part in tl.static_range(T.PARTS):
             n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
-            y = ACT(filter_windows(q, parts[part], jitter, T.EXACT))
-            mask = (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
+            y = ACT(filter_windows(q, parts[part], pixels.jitter, image, n_images, T.EXACT))
+            mask = inside[:, None] & (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
             tl.store(out + (offset[:, None] + n[None, :]), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -73,18 +71,17 @@ def _bwd_kernel(
     if DACT is not identity_backward:
         parts = fold_all(filters, G, T)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        first_image, i, offset, width = tile_rows(tile, n_images, G, T)
+        first_image, image, offset, inside, width = tile_rows(tile, n_images, G, T)
         dy = dy_ptr + tl.cast(first_image, tl.int64) * ((G.H - G.K + 1) * (G.W - G.K + 1) * T.O)
         if DACT is not identity_backward:
             q = load_windows(pixels, tile, n_images, G, T)
-            jitter = row_jitter(pixels.jitter, first_image, i, n_images)
-        added = ()
+            added = ()
         for part in tl.static_range(T.PARTS):
             n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
-            mask = (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
+            mask = inside[:, None] & (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
             g = tl.load(dy + (offset[:, None] + n[None, :]), mask=mask, other=0.0).to(tl.float32)
             if DACT is not identity_backward:
-                g = DACT(g, filter_windows(q, parts[part], jitter, T.EXACT))
+                g = DACT(g, filter_windows(q, parts[part], pixels.jitter, image, n_images, T.EXACT))
                 # bytes have no z that could make more of a gradient of 0
                 g = g if pixels.images.dtype.element_ty == tl.uint8 else tl.where(mask, g, 0.0)
             added += (sums[part] + g,)
@@ -117,7 +114,7 @@ def _fwd(
     tile, tiles, blocks = window_tile(source, filters, needs_float32(images, dtype), _FWD_ROWS)
     y = channels_last_like(images, filters, source.height, source.width, dtype, source.batch)
     arguments = (source.pixels, Filters(weight, bias, mean, std), y, source.batch, tiles)
-    grid = (min(tiles, resident(images.device, _FWD_RESIDENT)), blocks)
+    grid = (min(tiles, resident(images.device, _RESIDENT)), blocks)
     launch(_fwd_kernel, grid, *arguments, G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
     return y
 
@@ -147,7 +144,7 @@ def _bwd(
     gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, weight.shape[2], mean, gather)
     tile, tiles, blocks = window_tile(source, weight.shape[0], needs_float32(images, dy.dtype), _BWD_ROWS)
-    programs = min(tiles, resident(images.device, _BWD_RESIDENT))
+    programs = min(tiles, resident(images.device, _RESIDENT))
     partials = torch.empty(programs * tile.RUN, tile.O, dtype=torch.float32, device=dy.device)
     arguments = (dy, source.pixels, Filters(weight, bias, mean, std), partials, source.batch, tiles)
     sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
