@@ -113,7 +113,7 @@ def _tile_corner(tile, G: tl.constexpr, T: tl.constexpr):
 def load_windows(pixels, tile, n_images, G: tl.constexpr, T: tl.constexpr):
     """The windows of a tile's runs [ROWS * RUNS * IMAGES, F_PAD]: float16 q = u - 128 of bytes, or float32 if EXACT.
 
-    Features run in memory order (row, column, channel); what is past them has no weight, and is finite if the window is.
+    Features run in memory order (row, column, channel); what is past them has no weight, and is finite if they are.
     """
     span: tl.constexpr = T.RUN + G.K - 1
     features: tl.constexpr = G.K * span * G.C_IN

@@ -6,6 +6,8 @@ A = w / (255 std) and c = bias + sum_f w_f (128 / 255 - mean) / std are folded i
 as bytes and y is written once; no normalized image exists. With a `Gather` the bytes come straight from the data set,
 and its jitter (contrast a, brightness b) leaves them as they are: z = a A (u - 128) + e rowsum(A) + c with
 e = 128 (a - 1) + 255 b. The fold holds only without padding. Source of the layer: hlb-CIFAR10 (2x2, unpadded, frozen).
+Programs fold the filters once and go from tile to tile; where bytes allow it, several positions side by side are one
+matrix row, which reads the pixels that they share once: see `_windows`.
 """
 
 import torch
@@ -75,15 +77,16 @@ def _bwd_kernel(
         dy = dy_ptr + tl.cast(first_image, tl.int64) * ((G.H - G.K + 1) * (G.W - G.K + 1) * T.O)
         if DACT is not identity_backward:
             q = load_windows(pixels, tile, n_images, G, T)
-            added = ()
+        added = ()
         for part in tl.static_range(T.PARTS):
             n = first_column(part, T) + tl.arange(0, T.BLOCK_N)
             mask = inside[:, None] & (n[None, :] < width[:, None]) & (n < T.RUN * T.O)[None, :]
             g = tl.load(dy + (offset[:, None] + n[None, :]), mask=mask, other=0.0).to(tl.float32)
             if DACT is not identity_backward:
                 g = DACT(g, filter_windows(q, parts[part], pixels.jitter, image, n_images, T.EXACT))
-                # bytes have no z that could make more of a gradient of 0
-                g = g if pixels.images.dtype.element_ty == tl.uint8 else tl.where(mask, g, 0.0)
+                if pixels.images.dtype.element_ty != tl.uint8:
+                    # outside, z is of copies of an edge's pixels, which an infinite one makes more of than 0
+                    g = tl.where(mask, g, 0.0)
             added += (sums[part] + g,)
         sums = added
     for part in tl.static_range(T.PARTS):
@@ -215,7 +218,12 @@ def _cost(arguments: Arguments, options: dict, itemsize: int) -> dict[str, Cost]
     cost=_cost,
     differentiable=("bias",),
     options={"activation": "gelu"},
-    small=[dict(batch=3, height=6, width=7, filters=40, gather=parts) for parts in (None, PARTS)],
+    # single positions, and runs of four in blocks of 32 and of 16 columns
+    small=[
+        dict(batch=3, height=6, width=7, filters=filters, gather=parts)
+        for filters in (40, 24, 12)
+        for parts in (None, PARTS)
+    ],
     further=[
         dict(height=32, width=32, filters=24),
         dict(height=32, width=32, filters=12),
