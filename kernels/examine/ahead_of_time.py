@@ -179,6 +179,10 @@ def identity(launch: Launch) -> tuple:
     return launch.num_warps, launch.maxnreg, source_of(launch).hash()
 
 
+# what sizes a tile beside a BLOCK_*
+_TILE_FIELDS = ("F_PAD", "DTYPE", "RUN", "ROWS", "RUNS", "IMAGES", "PARTS")
+
+
 def tile(launch: Launch) -> tuple:
     """Equal for two launches of a kernel whose tiles have the same sizes, of the same dtypes and flags; what else they
     differ in are sizes that no tile depends on, activations, and arguments that are there or not.
@@ -188,7 +192,7 @@ def tile(launch: Launch) -> tuple:
         for name, value in values.items():
             if hasattr(value, "_asdict"):
                 yield from chosen(value._asdict())
-            elif name.startswith("BLOCK_") or name in ("F_PAD", "DTYPE") or isinstance(value, bool):
+            elif name.startswith("BLOCK_") or name in _TILE_FIELDS or isinstance(value, bool):
                 yield name, str(value)
 
     kinds = {specialized(value)[0] for _, value in leaves(launch.arguments)}
