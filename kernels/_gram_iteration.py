@@ -27,8 +27,9 @@ from ._common import add_product, rounded_product
 from ._multi_tensor import running_sums, select, select_int
 from .launching import launch
 
-_TILE = tl.constexpr(64)
-_ROWS = tl.constexpr(32)  # of a tile of the first pass, and a tile's side in the products of m x m matrices
+_TILE = tl.constexpr(64)  # a multiple of which matrices are padded to
+_ROWS = tl.constexpr(32)  # of a tile of the first pass
+_COLS = tl.constexpr(32)  # of a tile of the products of m x m matrices
 _SLICE = tl.constexpr(16)
 _CHUNK = tl.constexpr(256)  # columns of X that one program of R = X X^T sums over
 _STEPS_A_GRAM = 3
@@ -45,6 +46,13 @@ def _upper_tile(index):
     j += (index >= (j + 1) * (j + 2) // 2).to(tl.int32)
     j -= (index < j * (j + 1) // 2).to(tl.int32)
     return index - j * (j + 1) // 2, j
+
+
+@triton.jit
+def _upper_tiles(m, TILE: tl.constexpr):
+    """How many tiles of an m x m matrix are on or above the diagonal."""
+    side = (m + TILE - 1) // TILE
+    return side * (side + 1) // 2
 
 
 @triton.jit
@@ -116,106 +124,149 @@ def _gather_kernel(
 
 
 @triton.jit
+def _multiplied(acc, left, right, DTYPE: tl.constexpr):
+    """acc + left right."""
+    if tl.float32 == DTYPE:
+        acc = add_product(acc, left, right)
+    else:
+        acc = tl.dot(left, right, acc)
+    return acc
+
+
+@triton.jit
 def _gram_kernel(
-    x_ptr, x_sums_ptr, partial_ptr, eps,
+    x_ptr, x_sums_ptr, operand_ptr, partial_ptr, eps,
     SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr,
-    PARTIAL_AT: tl.constexpr, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTIAL_AT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of m k X X^T / |X|^2 on and above the diagonal, each summed over a chunk of columns."""
+    """Tiles of m k X X^T / |X|^2 on and above the diagonal, each summed over a chunk of columns.
+
+    Those on the diagonal leave the scaled X that was multiplied, in DTYPE, to the other product with it.
+    """
     tile, matrix, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
-    tiles = (m // _TILE) * (m // _TILE + 1) // 2
+    tiles = _upper_tiles(m, TILE)
     if (tile >= tiles) | (chunk * _CHUNK >= k):
         return
     i, j = _upper_tile(tile)
     scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT)
-    lane = tl.arange(0, _TILE)
+    lane = tl.arange(0, TILE)
+    row, other = (i * TILE + lane)[:, None], (j * TILE + lane)[:, None]
     x = x_ptr + select_int(X_AT, matrix)
-    left = x + tl.cast(i * _TILE + lane, tl.int64)[:, None] * k
-    right = x + tl.cast(j * _TILE + lane, tl.int64)[:, None] * k
-    acc = tl.zeros([_TILE, _TILE], dtype=tl.float32)
-    for start in range(chunk * _CHUNK, tl.minimum(chunk * _CHUNK + _CHUNK, k), BLOCK_K):
-        col = start + tl.arange(0, BLOCK_K)[None, :]
-        a = (tl.load(left + col) * scale).to(DTYPE)
-        b = (tl.load(right + col) * scale).to(DTYPE)
-        if tl.float32 == DTYPE:
-            acc = add_product(acc, a, tl.trans(b))
-        else:
-            acc = tl.dot(a, tl.trans(b), acc)
-    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(chunk * tiles + tile, tl.int64) * (_TILE * _TILE)
-    tl.store(partial + lane[:, None] * _TILE + lane[None, :], acc)
+    left, right = x + tl.cast(row, tl.int64) * k, x + tl.cast(other, tl.int64) * k
+    first, end = chunk * _CHUNK, tl.minimum(chunk * _CHUNK + _CHUNK, k)
+    acc = tl.zeros([TILE, TILE], dtype=tl.float32)
+    if i == j:
+        operand = operand_ptr + select_int(X_AT, matrix) + tl.cast(row, tl.int64) * k
+        for start in range(first, end, BLOCK_K):
+            col = start + tl.arange(0, BLOCK_K)[None, :]
+            a = (tl.load(left + col, mask=row < m, other=0.0) * scale).to(DTYPE)
+            tl.store(operand + col, a, mask=row < m)
+            acc = _multiplied(acc, a, tl.trans(a), DTYPE)
+    else:
+        for start in range(first, end, BLOCK_K):
+            col = start + tl.arange(0, BLOCK_K)[None, :]
+            a = (tl.load(left + col, mask=row < m, other=0.0) * scale).to(DTYPE)
+            b = (tl.load(right + col, mask=other < m, other=0.0) * scale).to(DTYPE)
+            acc = _multiplied(acc, a, tl.trans(b), DTYPE)
+    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(chunk * tiles + tile, tl.int64) * (TILE * TILE)
+    tl.store(partial + lane[:, None] * TILE + lane[None, :], acc)
 
 
 @triton.jit
 def _sum_chunks_kernel(
     partial_ptr, r_ptr,
     SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R_AT: tl.constexpr, PARTIAL_AT: tl.constexpr,
+    SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """R = X X^T / |X|^2, whole and symmetric, from the sums over chunks in their order."""
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
-    tiles = (m // _TILE) * (m // _TILE + 1) // 2
+    tiles = _upper_tiles(m, TILE)
     if tile >= tiles:
         return
     i, j = _upper_tile(tile)
     inner = tl.program_id(2) * _SLICE + tl.arange(0, _SLICE)
-    lane = tl.arange(0, _TILE)
-    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (_TILE * _TILE)
-    at = inner[:, None] * _TILE + lane[None, :]
-    acc = tl.zeros([_SLICE, _TILE], dtype=tl.float32)
+    lane = tl.arange(0, TILE)
+    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (TILE * TILE)
+    at = inner[:, None] * TILE + lane[None, :]
+    acc = tl.zeros([_SLICE, TILE], dtype=tl.float32)
     for chunk in range((k + _CHUNK - 1) // _CHUNK):
-        acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (_TILE * _TILE) + at)
+        acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (TILE * TILE) + at)
     acc = acc * (1.0 / select_int(SIZES, matrix).to(tl.float32))
     r = r_ptr + select_int(R_AT, matrix)
-    row, col = i * _TILE + inner, j * _TILE + lane
-    tl.store(r + row[:, None] * m + col[None, :], acc)
-    if i != j:
-        tl.store(r + col[:, None] * m + row[None, :], tl.trans(acc))
+    row, col = i * TILE + inner, j * TILE + lane
+    _store_symmetric(r, acc, row, col, m, i != j, 2048.0, SPLIT)
 
 
 @triton.jit
-def _split(x):
-    """x = hi + lo / 2048 with hi, lo float16: 22 bits, down to 2^-35 of the unit that these matrices are scaled to."""
-    hi = x.to(tl.float16)
-    return hi, ((x - hi.to(tl.float32)) * 2048.0).to(tl.float16)
+def _split(x, UNIT: tl.constexpr, DTYPE: tl.constexpr):
+    """x = high + low / UNIT."""
+    high = x.to(DTYPE)
+    return high, ((x - high.to(tl.float32)) * UNIT).to(DTYPE)
+
+
+@triton.jit
+def _store_symmetric(out, value, row, col, m, mirrored, UNIT: tl.constexpr, SPLIT: tl.constexpr):
+    """value into the rows and columns of an m x m matrix inside of it; if mirrored, into its columns and rows too."""
+    at = row[:, None] * m + col[None, :]
+    mask = (row < m)[:, None] & (col < m)[None, :]
+    across = col[:, None] * m + row[None, :]
+    mask_across = (col < m)[:, None] & (row < m)[None, :]
+    if SPLIT:
+        high, low = _split(value, UNIT, out.dtype.element_ty)
+        tl.store(out + at, high, mask=mask)
+        tl.store(out + m * m + at, low, mask=mask)
+        if mirrored:
+            tl.store(out + across, tl.trans(high), mask=mask_across)
+            tl.store(out + m * m + across, tl.trans(low), mask=mask_across)
+    else:
+        tl.store(out + at, value, mask=mask)
+        if mirrored:
+            tl.store(out + across, tl.trans(value), mask=mask_across)
 
 
 @triton.jit
 def _product_kernel(
     left_ptrs, right_ptrs, out_ptrs, a, b, c,
-    M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr,
+    M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself."""
+    """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself.
+
+    Tiles of _TILE rows and _COLS columns; those in the squares on the diagonal are not mirrored.
+    """
     tile, matrix, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m = select_int(M, matrix).to(tl.int32)
-    if tile >= (m // _ROWS) * (m // _ROWS + 1) // 2:
+    if tile >= _upper_tiles(m, _TILE) * (_TILE // _COLS):
         return
-    i, j = _upper_tile(tile)
+    i, j = _upper_tile(tile // (_TILE // _COLS))
     first = select_int(R_AT, matrix)
     left = select(left_ptrs, which) + first
     right, out = select(right_ptrs, which) + first, select(out_ptrs, which) + first
-    row, col = i * _ROWS + tl.arange(0, _ROWS), j * _ROWS + tl.arange(0, _ROWS)
-    main = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
-    rest = tl.zeros([_ROWS, _ROWS], dtype=tl.float32)
+    row, col = i * _TILE + tl.arange(0, _TILE), j * _TILE + tile % (_TILE // _COLS) * _COLS + tl.arange(0, _COLS)
+    main = tl.zeros([_TILE, _COLS], dtype=tl.float32)
+    rest = tl.zeros([_TILE, _COLS], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        l = tl.load(left + row[:, None] * m + inner[None, :])
-        r = tl.load(right + inner[:, None] * m + col[None, :])
+        # the right one is symmetric: its rows are read, which are columns
+        of_left, of_right = row[:, None] * m + inner[None, :], col[:, None] * m + inner[None, :]
+        l, r = tl.load(left + of_left), tl.trans(tl.load(right + of_right))
         if SPLIT:
-            l_hi, l_lo = _split(l)
-            r_hi, r_lo = _split(r)
-            main = tl.dot(l_hi, r_hi, main)
-            rest = tl.dot(l_hi, r_lo, rest)
-            rest = tl.dot(l_lo, r_hi, rest)
+            main = tl.dot(l, r, main)
+            rest = tl.dot(l, tl.trans(tl.load(right + m * m + of_right)), rest)
+            rest = tl.dot(tl.load(left + m * m + of_left), r, rest)
         else:
             main = add_product(main, l, r)
     value = main + rest * (1.0 / 2048.0)
     if POLYNOMIAL:
-        value = b * tl.load(left + row[:, None] * m + col[None, :]) + c * value
+        at = row[:, None] * m + col[None, :]
+        own = tl.load(left + at).to(tl.float32)
+        if SPLIT:
+            own += tl.load(left + m * m + at).to(tl.float32) * (1.0 / 2048.0)
+        value = b * own + c * value
         value += tl.where(row[:, None] == col[None, :], a, 0.0)
-    tl.store(out + row[:, None] * m + col[None, :], value)
-    if i != j:
-        tl.store(out + col[:, None] * m + row[None, :], tl.trans(value))
+    _store_symmetric(out, value, row, col, m, i != j, UNIT, SPLIT)
 
 
 @triton.jit
@@ -233,10 +284,10 @@ def _shape_factor(rows, cols, KIND: tl.constexpr):
 
 @triton.jit
 def _finish_kernel(
-    out_ptrs, q_ptr, x_ptr, x_sums_ptr, p_sums_ptr, lr_ptr, eps, weight_decay,
+    out_ptrs, q_ptr, operand_ptr, p_sums_ptr, lr_ptr, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
     R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, LR_AT: tl.constexpr,
-    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, FACTOR: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]. With a learning rate outs are weights, which become
     weights * shrink - lr * factor * U, the factor being what FACTOR names, renormalized where their sums of squares
@@ -244,25 +295,22 @@ def _finish_kernel(
     """
     tile, matrix = tl.program_id(0), tl.program_id(1)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
-    if tile >= (m // _TILE) * (k // _TILE):
+    across = (k + TILE - 1) // TILE
+    if tile >= (m + TILE - 1) // TILE * across:
         return
-    lane = tl.arange(0, _TILE)
-    row, col = tile // (k // _TILE) * _TILE + lane, tile % (k // _TILE) * _TILE + lane
-    scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT)
+    lane = tl.arange(0, TILE)
+    row, col = tile // across * TILE + lane, tile % across * TILE + lane
+    in_row, in_col = (row < m)[:, None], (col < k)[None, :]
     left = q_ptr + select_int(R_AT, matrix) + row[:, None] * m
-    right = x_ptr + select_int(X_AT, matrix) + col[None, :]
-    u = tl.zeros([_TILE, _TILE], dtype=tl.float32)
+    right = operand_ptr + select_int(X_AT, matrix) + col[None, :]
+    u = tl.zeros([TILE, TILE], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        q = tl.load(left + inner[None, :])
-        x = (tl.load(right + tl.cast(inner, tl.int64)[:, None] * k) * scale).to(DTYPE)
+        x = tl.load(right + tl.cast(inner, tl.int64)[:, None] * k, mask=in_col, other=0.0)
+        u = _multiplied(u, tl.load(left + inner[None, :], mask=in_row, other=0.0), x, DTYPE)
         if SPLIT:
-            high = q.to(DTYPE)
-            u = tl.dot(high, x, u)
             # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
-            u = tl.dot((q - high.to(tl.float32)).to(DTYPE), x, u)
-        else:
-            u = add_product(u, q, x)
+            u = tl.dot(tl.load(left + m * m + inner[None, :], mask=in_row, other=0.0), x, u)
     u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
     if TRANSPOSED:
         u = tl.trans(u)
@@ -299,26 +347,29 @@ class Batch:
         self._m = tuple(triton.cdiv(min(shape), tile) * tile for shape in shapes)
         self._k = tuple(triton.cdiv(max(shape), tile) * tile for shape in shapes)
         self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
-        tiles, small = ([m // side * (m // side + 1) // 2 for m in self._m] for side in (tile, part))
+        # of the products with X: large tiles read it less often, where accumulators are all that takes registers
+        side = tile if self._full or max(self._m) == tile else 2 * tile
+        tiles, squares = ([triton.cdiv(m, s) * (triton.cdiv(m, s) + 1) // 2 for m in self._m] for s in (side, tile))
         chunks = [triton.cdiv(k, _CHUNK.value) for k in self._k]
         sums = tuple(size // (part * tile) for size in self._x_sizes)
         x_at, x_size = running_sums(self._x_sizes)
-        r_at, self._r_size = running_sums([m * m for m in self._m])
+        r_at, self._r_size = running_sums([m * m * (1 if self._full else 2) for m in self._m])
         n_at, n_size = running_sums(sums)
-        partial_at, partial_size = running_sums([t * c * tile**2 for t, c in zip(tiles, chunks)])
+        partial_at, partial_size = running_sums([t * c * side**2 for t, c in zip(tiles, chunks)])
         count = len(shapes)
         self._gather_grid, self._gram_grid = (max(sums), count), (max(tiles), count, max(chunks))
-        self._sum_grid = (max(tiles), count, tile // _SLICE.value)
-        self._product_grid, self._finish_grid = (max(small), count), (max(self._x_sizes) // tile**2, count)
+        self._sum_grid = (max(tiles), count, side // _SLICE.value)
+        self._product_grid = (tile // _COLS.value * max(squares), count)
+        self._finish_grid = (max(triton.cdiv(m, side) * triton.cdiv(k, side) for m, k in zip(self._m, self._k)), count)
         self._layout = dict(
             ROWS=rows, COLS=cols, TRANSPOSED=rows[0] > cols[0], SIZES=tuple(a * b for a, b in shapes), M=self._m,
             K=self._k, X_AT=x_at, R_AT=r_at, PARTIAL_AT=partial_at, N=sums, N_AT=n_at, DTYPE=_DTYPES[dtype],
-            SPLIT=not self._full, LR_AT=(0,),
-            NESTEROV=True, AVERAGED=False, FACTOR=None,
+            SPLIT=not self._full, TILE=side, LR_AT=(0,), NESTEROV=True, AVERAGED=False, FACTOR=None,
         )  # fmt: skip
         self._x, self._partial, self._x_sums, self._p_sums = (
             torch.empty(size, dtype=torch.float32, device=device) for size in (x_size, partial_size, n_size, n_size)
         )
+        self._operand = torch.empty(x_size, dtype=dtype, device=device)
 
     def gather(
         self,
@@ -364,32 +415,31 @@ class Batch:
         self._finish(params, q, sums, lr, weight_decay, LR_AT=lr_at, FACTOR=shape_factor)
 
     def _gram(self) -> Tensor:
-        arguments = (self._x, self._x_sums, self._partial, self._eps)
+        arguments = (self._x, self._x_sums, self._operand, self._partial, self._eps)
         self._launch(_gram_kernel, self._gram_grid, *arguments, BLOCK_K=32, num_warps=4 if self._full else 8)
-        r = self._x.new_empty(self._r_size)
+        r = self._x.new_empty(self._r_size, dtype=torch.float32 if self._full else torch.float16)
         self._launch(_sum_chunks_kernel, self._sum_grid, self._partial, r)
         return r
 
     def _polynomial(self, r: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
-        """The product of `steps` steps' P."""
+        """The product of `steps` steps' P, as the product with X takes it."""
         q = None
-        for step in range(1, steps + 1):
+        for _ in range(steps - 1):
             (p,) = self._multiply([(r, r)], coefficients)
-            pairs = [] if q is None else [(p, q)]
-            if step < steps:
-                pairs.append((p, r))
-            products = self._multiply(pairs) if pairs else []
+            products = self._multiply([(p, r)] if q is None else [(p, q), (p, r)])
             q = p if q is None else products[0]
-            if step < steps:
-                (r,) = self._multiply([(products[-1], p)])
-        return q
+            (r,) = self._multiply([(products[-1], p)])
+        (p,) = self._multiply([(r, r)], coefficients, last=q is None)
+        return p if q is None else self._multiply([(p, q)], last=True)[0]
 
-    def _multiply(self, pairs: list[tuple[Tensor, Tensor]], polynomial: Sequence[float] | None = None) -> list[Tensor]:
-        """Each pair's product, or the polynomial of a pair that is one matrix twice."""
+    def _multiply(
+        self, pairs: list[tuple[Tensor, Tensor]], polynomial: Sequence[float] | None = None, last: bool = False
+    ) -> list[Tensor]:
+        """Each pair's product, or the polynomial of a pair that is one matrix twice; last: for the product with X."""
         lefts, rights = zip(*pairs)
-        outs = [torch.empty_like(left) for left in lefts]
+        outs = [torch.empty_like(left, dtype=self._operand.dtype if last else None) for left in lefts]
         arguments = (lefts, rights, tuple(outs), *map(float, polynomial or (0, 0, 1)))
-        sizes = dict(POLYNOMIAL=polynomial is not None, BLOCK_K=32 if self._full else 64)
+        sizes = dict(POLYNOMIAL=polynomial is not None, UNIT=1.0 if last else 2048.0, BLOCK_K=32 if self._full else 64)
         self._launch(_product_kernel, (*self._product_grid, len(pairs)), *arguments, **sizes)
         return outs
 
@@ -402,7 +452,7 @@ class Batch:
         weight_decay: float = 0.0,
         **constexprs,
     ) -> None:
-        arguments = (tuple(outs), q, self._x, self._x_sums, p_sums, lr, self._eps, weight_decay)
+        arguments = (tuple(outs), q, self._operand, p_sums, lr, weight_decay)
         sizes = dict(BLOCK_K=16 if self._full else 32, num_warps=4 if self._full else 8)
         self._launch(_finish_kernel, self._finish_grid, *arguments, **sizes, **constexprs)
 
