@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import add_product, rounded_product
-from ._multi_tensor import running_sums, select, select_int
+from ._multi_tensor import owner_of, running_sums, select, select_int
 from .launching import launch
 
 _TILE = tl.constexpr(64)  # a multiple of which matrices are padded to
@@ -46,6 +46,14 @@ def _upper_tile(index):
     j += (index >= (j + 1) * (j + 2) // 2).to(tl.int32)
     j -= (index < j * (j + 1) // 2).to(tl.int32)
     return index - j * (j + 1) // 2, j
+
+
+@triton.jit
+def _place(FIRST: tl.constexpr):
+    """(matrix, which of its programs this is), where matrix i's programs begin at FIRST[i]."""
+    program = tl.program_id(0)
+    matrix = owner_of(program, FIRST)
+    return matrix, program - select_int(FIRST, matrix).to(tl.int32)
 
 
 @triton.jit
@@ -80,21 +88,19 @@ def _scale_to_unit_rms(sums_ptr, matrix, eps, SIZES: tl.constexpr, N: tl.constex
 def _gather_kernel(
     matrix_ptrs, buffer_ptrs, param_ptrs, x_ptr, x_sums_ptr, p_sums_ptr, momentum,
     ROWS: tl.constexpr, COLS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N_AT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, NESTEROV: tl.constexpr, AVERAGED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NESTEROV: tl.constexpr, AVERAGED: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Each matrix [ROWS, COLS] into the workspace, [M, K] float32, and a sum of squares a tile; of params too.
 
     With buffers, matrices are gradients, AVERAGED or summed in the momentum, and what goes on is the momentum or, if
     NESTEROV, the next one by the same gradient.
     """
-    tile, matrix = tl.program_id(0), tl.program_id(1)
+    matrix, tile = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     # a transposed matrix has the long side first
-    high, wide = m, k
+    wide = k
     if TRANSPOSED:
-        high, wide = k, m
-    if tile >= (high // _ROWS) * (wide // _TILE):
-        return
+        wide = m
     row = tile // (wide // _TILE) * _ROWS + tl.arange(0, _ROWS)
     col = tile % (wide // _TILE) * _TILE + tl.arange(0, _TILE)
     cols = select_int(COLS, matrix)
@@ -137,17 +143,16 @@ def _multiplied(acc, left, right, DTYPE: tl.constexpr):
 def _gram_kernel(
     x_ptr, x_sums_ptr, operand_ptr, partial_ptr, eps,
     SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr,
-    PARTIAL_AT: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTIAL_AT: tl.constexpr, FIRST: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles of m k X X^T / |X|^2 on and above the diagonal, each summed over a chunk of columns.
 
     Those on the diagonal leave the scaled X that was multiplied, in DTYPE, to the other product with it.
     """
-    tile, matrix, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    matrix, part = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     tiles = _upper_tiles(m, TILE)
-    if (tile >= tiles) | (chunk * _CHUNK >= k):
-        return
+    chunk, tile = part // tiles, part % tiles
     i, j = _upper_tile(tile)
     scale = _scale_to_unit_rms(x_sums_ptr, matrix, eps, SIZES, N, N_AT)
     lane = tl.arange(0, TILE)
@@ -169,7 +174,7 @@ def _gram_kernel(
             a = (tl.load(left + col, mask=row < m, other=0.0) * scale).to(DTYPE)
             b = (tl.load(right + col, mask=other < m, other=0.0) * scale).to(DTYPE)
             acc = _multiplied(acc, a, tl.trans(b), DTYPE)
-    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(chunk * tiles + tile, tl.int64) * (TILE * TILE)
+    partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(part, tl.int64) * (TILE * TILE)
     tl.store(partial + lane[:, None] * TILE + lane[None, :], acc)
 
 
@@ -177,16 +182,14 @@ def _gram_kernel(
 def _sum_chunks_kernel(
     partial_ptr, r_ptr,
     SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, R_AT: tl.constexpr, PARTIAL_AT: tl.constexpr,
-    SPLIT: tl.constexpr, TILE: tl.constexpr,
+    FIRST: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """R = X X^T / |X|^2, whole and symmetric, from the sums over chunks in their order."""
-    tile, matrix = tl.program_id(0), tl.program_id(1)
+    matrix, tile = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     tiles = _upper_tiles(m, TILE)
-    if tile >= tiles:
-        return
     i, j = _upper_tile(tile)
-    inner = tl.program_id(2) * _SLICE + tl.arange(0, _SLICE)
+    inner = tl.program_id(1) * _SLICE + tl.arange(0, _SLICE)
     lane = tl.arange(0, TILE)
     partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (TILE * TILE)
     at = inner[:, None] * TILE + lane[None, :]
@@ -229,17 +232,16 @@ def _store_symmetric(out, value, row, col, m, mirrored, UNIT: tl.constexpr, SPLI
 @triton.jit
 def _product_kernel(
     left_ptrs, right_ptrs, out_ptrs, a, b, c,
-    M: tl.constexpr, R_AT: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    M: tl.constexpr, R_AT: tl.constexpr, FIRST: tl.constexpr, POLYNOMIAL: tl.constexpr, SPLIT: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = left right, or aI + b left + c left right, of commuting symmetric matrices, so symmetric itself.
 
     Tiles of _TILE rows and _COLS columns; those in the squares on the diagonal are not mirrored.
     """
-    tile, matrix, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    matrix, tile = _place(FIRST)
+    which = tl.program_id(1)
     m = select_int(M, matrix).to(tl.int32)
-    if tile >= _upper_tiles(m, _TILE) * (_TILE // _COLS):
-        return
     i, j = _upper_tile(tile // (_TILE // _COLS))
     first = select_int(R_AT, matrix)
     left = select(left_ptrs, which) + first
@@ -286,18 +288,17 @@ def _shape_factor(rows, cols, KIND: tl.constexpr):
 def _finish_kernel(
     out_ptrs, q_ptr, operand_ptr, p_sums_ptr, lr_ptr, weight_decay,
     ROWS: tl.constexpr, COLS: tl.constexpr, SIZES: tl.constexpr, M: tl.constexpr, K: tl.constexpr, X_AT: tl.constexpr,
-    R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, TRANSPOSED: tl.constexpr, LR_AT: tl.constexpr,
-    DTYPE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, FACTOR: tl.constexpr,
+    R_AT: tl.constexpr, N: tl.constexpr, N_AT: tl.constexpr, FIRST: tl.constexpr, TRANSPOSED: tl.constexpr,
+    LR_AT: tl.constexpr, DTYPE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    FACTOR: tl.constexpr,
 ):  # fmt: skip
     """U = Q X, stored as each out [ROWS, COLS]. With a learning rate outs are weights, which become
     weights * shrink - lr * factor * U, the factor being what FACTOR names, renormalized where their sums of squares
     are given.
     """
-    tile, matrix = tl.program_id(0), tl.program_id(1)
+    matrix, tile = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     across = (k + TILE - 1) // TILE
-    if tile >= (m + TILE - 1) // TILE * across:
-        return
     lane = tl.arange(0, TILE)
     row, col = tile // across * TILE + lane, tile % across * TILE + lane
     in_row, in_col = (row < m)[:, None], (col < k)[None, :]
@@ -343,28 +344,33 @@ class Batch:
         self._full = dtype == torch.float32
         self._steps_a_gram = 1 if self._full else _STEPS_A_GRAM
         rows, cols = zip(*shapes)
-        tile, part = _TILE.value, _ROWS.value
-        self._m = tuple(triton.cdiv(min(shape), tile) * tile for shape in shapes)
-        self._k = tuple(triton.cdiv(max(shape), tile) * tile for shape in shapes)
-        self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
+        pad = _TILE.value
         # of the products with X: large tiles read it less often, where accumulators are all that takes registers
-        side = tile if self._full or max(self._m) == tile else 2 * tile
-        tiles, squares = ([triton.cdiv(m, s) * (triton.cdiv(m, s) + 1) // 2 for m in self._m] for s in (side, tile))
-        chunks = [triton.cdiv(k, _CHUNK.value) for k in self._k]
-        sums = tuple(size // (part * tile) for size in self._x_sizes)
+        tile = pad if self._full else 2 * pad
+        self._m = tuple(triton.cdiv(min(shape), pad) * pad for shape in shapes)
+        self._k = tuple(triton.cdiv(max(shape), pad) * pad for shape in shapes)
+        self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
+        high, wide = ([triton.cdiv(size, tile) for size in sizes] for sizes in (self._m, self._k))
+        upper = [n * (n + 1) // 2 for n in high]
+        parts = [n * triton.cdiv(k, _CHUNK.value) for n, k in zip(upper, self._k)]
+        small = [m // pad * (m // pad + 1) // 2 * (pad // _COLS.value) for m in self._m]
+        sums = tuple(size // (_ROWS.value * pad) for size in self._x_sizes)
+        self._programs = {
+            _gather_kernel: running_sums(sums),
+            _gram_kernel: running_sums(parts),
+            _sum_chunks_kernel: running_sums(upper),
+            _product_kernel: running_sums(small),
+            _finish_kernel: running_sums([a * b for a, b in zip(high, wide)]),
+        }
         x_at, x_size = running_sums(self._x_sizes)
         r_at, self._r_size = running_sums([m * m * (1 if self._full else 2) for m in self._m])
         n_at, n_size = running_sums(sums)
-        partial_at, partial_size = running_sums([t * c * side**2 for t, c in zip(tiles, chunks)])
-        count = len(shapes)
-        self._gather_grid, self._gram_grid = (max(sums), count), (max(tiles), count, max(chunks))
-        self._sum_grid = (max(tiles), count, side // _SLICE.value)
-        self._product_grid = (tile // _COLS.value * max(squares), count)
-        self._finish_grid = (max(triton.cdiv(m, side) * triton.cdiv(k, side) for m, k in zip(self._m, self._k)), count)
+        partial_at, partial_size = running_sums([n * tile**2 for n in parts])
+        self._slices = tile // _SLICE.value
         self._layout = dict(
             ROWS=rows, COLS=cols, TRANSPOSED=rows[0] > cols[0], SIZES=tuple(a * b for a, b in shapes), M=self._m,
             K=self._k, X_AT=x_at, R_AT=r_at, PARTIAL_AT=partial_at, N=sums, N_AT=n_at, DTYPE=_DTYPES[dtype],
-            SPLIT=not self._full, TILE=side, LR_AT=(0,), NESTEROV=True, AVERAGED=False, FACTOR=None,
+            SPLIT=not self._full, TILE=tile, LR_AT=(0,), NESTEROV=True, AVERAGED=False, FACTOR=None,
         )  # fmt: skip
         self._x, self._partial, self._x_sums, self._p_sums = (
             torch.empty(size, dtype=torch.float32, device=device) for size in (x_size, partial_size, n_size, n_size)
@@ -383,7 +389,7 @@ class Batch:
         params: sum their squares too.
         """
         arguments = (matrices, buffers, params, self._x, self._x_sums, self._p_sums, momentum)
-        self._launch(_gather_kernel, self._gather_grid, *arguments, **kinds)
+        self._launch(_gather_kernel, *arguments, **kinds)
 
     def iterate(self, steps: int, coefficients: Sequence[float]) -> Tensor:
         """The Q that is left to be multiplied with X."""
@@ -416,9 +422,9 @@ class Batch:
 
     def _gram(self) -> Tensor:
         arguments = (self._x, self._x_sums, self._operand, self._partial, self._eps)
-        self._launch(_gram_kernel, self._gram_grid, *arguments, BLOCK_K=32, num_warps=4 if self._full else 8)
+        self._launch(_gram_kernel, *arguments, BLOCK_K=32, num_warps=4 if self._full else 8)
         r = self._x.new_empty(self._r_size, dtype=torch.float32 if self._full else torch.float16)
-        self._launch(_sum_chunks_kernel, self._sum_grid, self._partial, r)
+        self._launch(_sum_chunks_kernel, self._partial, r, copies=self._slices)
         return r
 
     def _polynomial(self, r: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
@@ -440,7 +446,7 @@ class Batch:
         outs = [torch.empty_like(left, dtype=self._operand.dtype if last else None) for left in lefts]
         arguments = (lefts, rights, tuple(outs), *map(float, polynomial or (0, 0, 1)))
         sizes = dict(POLYNOMIAL=polynomial is not None, UNIT=1.0 if last else 2048.0, BLOCK_K=32 if self._full else 64)
-        self._launch(_product_kernel, (*self._product_grid, len(pairs)), *arguments, **sizes)
+        self._launch(_product_kernel, *arguments, copies=len(pairs), **sizes)
         return outs
 
     def _finish(
@@ -454,9 +460,10 @@ class Batch:
     ) -> None:
         arguments = (tuple(outs), q, self._operand, p_sums, lr, weight_decay)
         sizes = dict(BLOCK_K=16 if self._full else 32, num_warps=4 if self._full else 8)
-        self._launch(_finish_kernel, self._finish_grid, *arguments, **sizes, **constexprs)
+        self._launch(_finish_kernel, *arguments, **sizes, **constexprs)
 
-    def _launch(self, kernel, grid: tuple[int, ...], *arguments, num_warps: int = 4, **constexprs) -> None:
-        """With what the kernel takes of the layout."""
+    def _launch(self, kernel, *arguments, copies: int = 1, num_warps: int = 4, **constexprs) -> None:
+        """With what the kernel takes of the layout, and a program for each of its tiles, `copies` times."""
+        first, programs = self._programs[kernel]
         layout = {name: value for name, value in self._layout.items() if name in kernel.arg_names}
-        launch(kernel, grid, *arguments, num_warps=num_warps, **{**layout, **constexprs})
+        launch(kernel, (programs, copies), *arguments, num_warps=num_warps, **{**layout, **constexprs, "FIRST": first})
