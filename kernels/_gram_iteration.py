@@ -30,7 +30,7 @@ from .launching import launch
 _TILE = tl.constexpr(64)  # a multiple of which matrices are padded to
 _ROWS = tl.constexpr(32)  # of a tile of the first pass
 _COLS = tl.constexpr(32)  # of a tile of the products of m x m matrices
-_SLICE = tl.constexpr(16)
+_SLICE = tl.constexpr(16)  # rows, and twice as many columns, of a tile of the sum over chunks
 _CHUNK = tl.constexpr(256)  # columns of X that one program of R = X X^T sums over
 _STEPS_A_GRAM = 3
 
@@ -189,11 +189,11 @@ def _sum_chunks_kernel(
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
     tiles = _upper_tiles(m, TILE)
     i, j = _upper_tile(tile)
-    inner = tl.program_id(1) * _SLICE + tl.arange(0, _SLICE)
-    lane = tl.arange(0, TILE)
+    inner = tl.program_id(1) % (TILE // _SLICE) * _SLICE + tl.arange(0, _SLICE)
+    lane = tl.program_id(1) // (TILE // _SLICE) * (2 * _SLICE) + tl.arange(0, 2 * _SLICE)
     partial = partial_ptr + select_int(PARTIAL_AT, matrix) + tl.cast(tile, tl.int64) * (TILE * TILE)
     at = inner[:, None] * TILE + lane[None, :]
-    acc = tl.zeros([_SLICE, TILE], dtype=tl.float32)
+    acc = tl.zeros([_SLICE, 2 * _SLICE], dtype=tl.float32)
     for chunk in range((k + _CHUNK - 1) // _CHUNK):
         acc += tl.load(partial + tl.cast(chunk * tiles, tl.int64) * (TILE * TILE) + at)
     acc = acc * (1.0 / select_int(SIZES, matrix).to(tl.float32))
@@ -251,15 +251,17 @@ def _product_kernel(
     rest = tl.zeros([_TILE, _COLS], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        # the right one is symmetric: its rows are read, which are columns
-        of_left, of_right = row[:, None] * m + inner[None, :], col[:, None] * m + inner[None, :]
-        l, r = tl.load(left + of_left), tl.trans(tl.load(right + of_right))
+        of_left = row[:, None] * m + inner[None, :]
+        l = tl.load(left + of_left)
         if SPLIT:
+            # a symmetric matrix' rows are its columns, and longer pieces of memory
+            of_right = col[:, None] * m + inner[None, :]
+            r = tl.trans(tl.load(right + of_right))
             main = tl.dot(l, r, main)
             rest = tl.dot(l, tl.trans(tl.load(right + m * m + of_right)), rest)
             rest = tl.dot(tl.load(left + m * m + of_left), r, rest)
         else:
-            main = add_product(main, l, r)
+            main = add_product(main, l, tl.load(right + inner[:, None] * m + col[None, :]))
     value = main + rest * (1.0 / 2048.0)
     if POLYNOMIAL:
         at = row[:, None] * m + col[None, :]
@@ -298,16 +300,15 @@ def _finish_kernel(
     """
     matrix, tile = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
-    across = (k + TILE - 1) // TILE
-    lane = tl.arange(0, TILE)
-    row, col = tile // across * TILE + lane, tile % across * TILE + lane
-    in_row, in_col = (row < m)[:, None], (col < k)[None, :]
+    across = k // _TILE
+    row, col = tile // across * TILE + tl.arange(0, TILE), tile % across * _TILE + tl.arange(0, _TILE)
+    in_row = (row < m)[:, None]
     left = q_ptr + select_int(R_AT, matrix) + row[:, None] * m
     right = operand_ptr + select_int(X_AT, matrix) + col[None, :]
-    u = tl.zeros([TILE, TILE], dtype=tl.float32)
+    u = tl.zeros([TILE, _TILE], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        x = tl.load(right + tl.cast(inner, tl.int64)[:, None] * k, mask=in_col, other=0.0)
+        x = tl.load(right + tl.cast(inner, tl.int64)[:, None] * k)
         u = _multiplied(u, tl.load(left + inner[None, :], mask=in_row, other=0.0), x, DTYPE)
         if SPLIT:
             # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
@@ -350,7 +351,7 @@ class Batch:
         self._m = tuple(triton.cdiv(min(shape), pad) * pad for shape in shapes)
         self._k = tuple(triton.cdiv(max(shape), pad) * pad for shape in shapes)
         self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
-        high, wide = ([triton.cdiv(size, tile) for size in sizes] for sizes in (self._m, self._k))
+        high = [triton.cdiv(m, tile) for m in self._m]
         upper = [n * (n + 1) // 2 for n in high]
         parts = [n * triton.cdiv(k, _CHUNK.value) for n, k in zip(upper, self._k)]
         small = [m // pad * (m // pad + 1) // 2 * (pad // _COLS.value) for m in self._m]
@@ -360,13 +361,13 @@ class Batch:
             _gram_kernel: running_sums(parts),
             _sum_chunks_kernel: running_sums(upper),
             _product_kernel: running_sums(small),
-            _finish_kernel: running_sums([a * b for a, b in zip(high, wide)]),
+            _finish_kernel: running_sums([n * (k // pad) for n, k in zip(high, self._k)]),
         }
         x_at, x_size = running_sums(self._x_sizes)
         r_at, self._r_size = running_sums([m * m * (1 if self._full else 2) for m in self._m])
         n_at, n_size = running_sums(sums)
         partial_at, partial_size = running_sums([n * tile**2 for n in parts])
-        self._slices = tile // _SLICE.value
+        self._slices = (tile // _SLICE.value) ** 2 // 2
         self._layout = dict(
             ROWS=rows, COLS=cols, TRANSPOSED=rows[0] > cols[0], SIZES=tuple(a * b for a, b in shapes), M=self._m,
             K=self._k, X_AT=x_at, R_AT=r_at, PARTIAL_AT=partial_at, N=sums, N_AT=n_at, DTYPE=_DTYPES[dtype],
@@ -459,8 +460,7 @@ class Batch:
         **constexprs,
     ) -> None:
         arguments = (tuple(outs), q, self._operand, p_sums, lr, weight_decay)
-        sizes = dict(BLOCK_K=16 if self._full else 32, num_warps=4 if self._full else 8)
-        self._launch(_finish_kernel, *arguments, **sizes, **constexprs)
+        self._launch(_finish_kernel, *arguments, BLOCK_K=16 if self._full else 32, **constexprs)
 
     def _launch(self, kernel, *arguments, copies: int = 1, num_warps: int = 4, **constexprs) -> None:
         """With what the kernel takes of the layout, and a program for each of its tiles, `copies` times."""
