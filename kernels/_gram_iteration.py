@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ._common import add_product, rounded_product
 from ._multi_tensor import owner_of, running_sums, select, select_int
-from .launching import launch
+from .launching import launch, tensor_cores
 
 _TILE = tl.constexpr(64)  # a multiple of which matrices are padded to
 _ROWS = tl.constexpr(32)  # of a tile of the first pass
@@ -346,8 +346,9 @@ class Batch:
         self._steps_a_gram = 1 if self._full else _STEPS_A_GRAM
         rows, cols = zip(*shapes)
         pad = _TILE.value
-        # of the products with X: large tiles read it less often, where accumulators are all that takes registers
-        tile = pad if self._full else 2 * pad
+        # of the products with X: large tiles read it less often, where tensor cores leave the registers to sums
+        self._large = not self._full and tensor_cores(device)
+        tile = 2 * pad if self._large else pad
         self._m = tuple(triton.cdiv(min(shape), pad) * pad for shape in shapes)
         self._k = tuple(triton.cdiv(max(shape), pad) * pad for shape in shapes)
         self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
@@ -425,7 +426,7 @@ class Batch:
         arguments = (self._x, self._x_sums, self._operand, self._partial, self._eps)
         self._launch(_gram_kernel, *arguments, BLOCK_K=32, num_warps=4 if self._full else 8)
         r = self._x.new_empty(self._r_size, dtype=torch.float32 if self._full else torch.float16)
-        self._launch(_sum_chunks_kernel, self._partial, r, copies=self._slices)
+        self._launch(_sum_chunks_kernel, self._partial, r, copies=self._slices, num_warps=2)
         return r
 
     def _polynomial(self, r: Tensor, steps: int, coefficients: Sequence[float]) -> Tensor:
@@ -447,7 +448,8 @@ class Batch:
         outs = [torch.empty_like(left, dtype=self._operand.dtype if last else None) for left in lefts]
         arguments = (lefts, rights, tuple(outs), *map(float, polynomial or (0, 0, 1)))
         sizes = dict(POLYNOMIAL=polynomial is not None, UNIT=1.0 if last else 2048.0, BLOCK_K=32 if self._full else 64)
-        self._launch(_product_kernel, *arguments, copies=len(pairs), **sizes)
+        # stated for where there are no tensor cores
+        self._launch(_product_kernel, *arguments, copies=len(pairs), maxnreg=255, **sizes)
         return outs
 
     def _finish(
@@ -460,10 +462,11 @@ class Batch:
         **constexprs,
     ) -> None:
         arguments = (tuple(outs), q, self._operand, p_sums, lr, weight_decay)
-        self._launch(_finish_kernel, *arguments, BLOCK_K=16 if self._full else 32, **constexprs)
+        options = dict(BLOCK_K=16) if self._full else dict(BLOCK_K=32, num_warps=4 if self._large else 8)
+        self._launch(_finish_kernel, *arguments, **options, **constexprs)
 
-    def _launch(self, kernel, *arguments, copies: int = 1, num_warps: int = 4, **constexprs) -> None:
+    def _launch(self, kernel, *arguments, copies: int = 1, **constexprs) -> None:
         """With what the kernel takes of the layout, and a program for each of its tiles, `copies` times."""
         first, programs = self._programs[kernel]
         layout = {name: value for name, value in self._layout.items() if name in kernel.arg_names}
-        launch(kernel, (programs, copies), *arguments, num_warps=num_warps, **{**layout, **constexprs, "FIRST": first})
+        launch(kernel, (programs, copies), *arguments, **{**layout, **constexprs, "FIRST": first})

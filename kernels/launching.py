@@ -201,6 +201,27 @@ def resident(device: torch.device, programs: int) -> int:
     return programs * (_processors_of(device) if device.type == "cuda" else _processors)
 
 
+_tensor_cores = True  # as `_processors`
+
+
+@contextmanager
+def assumed_tensor_cores(present: bool) -> Iterator[None]:
+    """Inside, a device that is not there has tensor cores that Triton uses, or has none."""
+    global _tensor_cores
+    before, _tensor_cores = _tensor_cores, present
+    try:
+        yield
+    finally:
+        _tensor_cores = before
+
+
+def tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on this device's tensor cores: NVIDIA's from compute capability 8.0 on, AMD's."""
+    if device.type != "cuda":
+        return _tensor_cores
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def opaque_op(name: str, mutates: tuple[str, ...] = ()) -> Callable:
     """Register a launcher as the operator `blink::<name>`; its shape rule is added with `.register_fake`."""
     return torch.library.custom_op(f"blink::{name}", mutates_args=mutates)

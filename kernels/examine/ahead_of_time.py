@@ -210,7 +210,8 @@ def examine(job: Job) -> list[dict]:
     rows: list[dict] = []
     built: list[tuple[dict, Launch, CompiledKernel]] = []
     for case, chosen in job.cases:
-        launches = capture(case, getattr(torch, job.dtype))
+        with launching.assumed_tensor_cores(job.target != "sm_75"):
+            launches = capture(case, getattr(torch, job.dtype))
         for launch in (launches[at] for at in chosen):
             # a module can state why a kernel, or a kernel on one target, stays without 16-byte accesses
             reasons = getattr(sys.modules[launch.kernel.fn.__module__], "NARROW_ACCESS", {})

@@ -258,6 +258,8 @@ def _compute(kind: str, suffixes: list[str], values: list[int], bits: int) -> in
             return -a
         case "abs":
             return abs(a)
+        case "popc":
+            return a.bit_count()
         case "add":
             return a + rest[0]
         case "sub":
