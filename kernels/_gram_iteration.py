@@ -300,19 +300,18 @@ def _finish_kernel(
     """
     matrix, tile = _place(FIRST)
     m, k = select_int(M, matrix).to(tl.int32), select_int(K, matrix).to(tl.int32)
-    across = k // _TILE
-    row, col = tile // across * TILE + tl.arange(0, TILE), tile % across * _TILE + tl.arange(0, _TILE)
-    in_row = (row < m)[:, None]
+    across = k // TILE
+    row, col = tile // across * _TILE + tl.arange(0, _TILE), tile % across * TILE + tl.arange(0, TILE)
     left = q_ptr + select_int(R_AT, matrix) + row[:, None] * m
     right = operand_ptr + select_int(X_AT, matrix) + col[None, :]
-    u = tl.zeros([TILE, _TILE], dtype=tl.float32)
+    u = tl.zeros([_TILE, TILE], dtype=tl.float32)
     for start in range(0, m, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = tl.load(right + tl.cast(inner, tl.int64)[:, None] * k)
-        u = _multiplied(u, tl.load(left + inner[None, :], mask=in_row, other=0.0), x, DTYPE)
+        u = _multiplied(u, tl.load(left + inner[None, :]), x, DTYPE)
         if SPLIT:
             # where X has low rank, large elements of Q cancel, and with them must not go their lower bits
-            u = tl.dot(tl.load(left + m * m + inner[None, :], mask=in_row, other=0.0), x, u)
+            u = tl.dot(tl.load(left + m * m + inner[None, :]), x, u)
     u = u * (1.0 / tl.sqrt(select_int(SIZES, matrix).to(tl.float32)))
     if TRANSPOSED:
         u = tl.trans(u)
@@ -350,7 +349,7 @@ class Batch:
         self._large = not self._full and tensor_cores(device)
         tile = 2 * pad if self._large else pad
         self._m = tuple(triton.cdiv(min(shape), pad) * pad for shape in shapes)
-        self._k = tuple(triton.cdiv(max(shape), pad) * pad for shape in shapes)
+        self._k = tuple(triton.cdiv(max(shape), tile) * tile for shape in shapes)
         self._x_sizes = [m * k for m, k in zip(self._m, self._k)]
         high = [triton.cdiv(m, tile) for m in self._m]
         upper = [n * (n + 1) // 2 for n in high]
@@ -362,7 +361,7 @@ class Batch:
             _gram_kernel: running_sums(parts),
             _sum_chunks_kernel: running_sums(upper),
             _product_kernel: running_sums(small),
-            _finish_kernel: running_sums([n * (k // pad) for n, k in zip(high, self._k)]),
+            _finish_kernel: running_sums([m // pad * (k // tile) for m, k in zip(self._m, self._k)]),
         }
         x_at, x_size = running_sums(self._x_sizes)
         r_at, self._r_size = running_sums([m * m * (1 if self._full else 2) for m in self._m])
@@ -462,7 +461,10 @@ class Batch:
         **constexprs,
     ) -> None:
         arguments = (tuple(outs), q, self._operand, p_sums, lr, weight_decay)
-        options = dict(BLOCK_K=16) if self._full else dict(BLOCK_K=32, num_warps=4 if self._large else 8)
+        options = dict(BLOCK_K=16 if self._full else 32, num_warps=4 if self._full or self._large else 8)
+        if self._large:
+            # or the assembler aims at a program more on a processor, and spills
+            options["maxnreg"] = 168
         self._launch(_finish_kernel, *arguments, **options, **constexprs)
 
     def _launch(self, kernel, *arguments, copies: int = 1, **constexprs) -> None:

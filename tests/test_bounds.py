@@ -88,6 +88,15 @@ def test_a_program_that_does_not_end_is_given_up(monkeypatch):
         Program(NESTED.replace("add.s32 	%r2, %r2, %r3", "mov.b32 	%r2, %r2")).run([0, 5, 0], (0,), (2,), 64)
 
 
+def test_a_count_of_conditions_is_followed():
+    """What Triton makes of a sum of comparisons."""
+    counted = NESTED.replace(
+        "setp.ge.s32 	%p1, %r2, %r1;", "popc.b32 	%r9, %r1;\n	setp.eq.b32 	%p1, %r9, 2;"
+    )
+    ran = [Program(counted).run([0, n, 0], (0,), (1,), 64)[Program(counted).loops[0].first] for n in (1, 3, 5, 7)]
+    assert ran == [1, 0, 0, 7]
+
+
 def test_bytes_go_to_the_tensors_that_addresses_come_from():
     found = {(kind, size, of) for _, kind, size, of in Program(NESTED).accesses()}
     table, data = frozenset({"_k_param_0"}), frozenset({"_k_param_2"})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from blink import kernels
 from blink.kernels import fused
 from blink.kernels.examine.cases import further_cases, newton_schulz
-from blink.kernels.launching import captured_launches
+from blink.kernels.launching import assumed_tensor_cores, captured_launches
 from tests.oracle import DEVICE, DTYPES, in_float64, judge_lists, name_of, rms
 
 # of the largest element. X is rounded once to `dtype`, every 3 steps, and small singular values, which the iteration
@@ -51,6 +51,14 @@ def test_matches_float64(case, dtype):
 def test_matches_float64_at_the_networks_shapes(dtype):
     (case,) = (case for case in further_cases() if case.op == "newton_schulz")
     judged(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("tensor_cores", [True, False])
+def test_several_tiles_match_float64(tensor_cores, dtype):
+    """A matrix of more than one large tile, the last half empty, beside one of a single small tile."""
+    with assumed_tensor_cores(tensor_cores):
+        judged(newton_schulz([(150, 200), (20, 33)], steps=2), dtype)
 
 
 @settings(max_examples=5, deadline=None)
@@ -156,6 +164,15 @@ def test_launches(steps, dtype, expected):
     with captured_launches() as launches:
         case.call(fused, case.make(DEVICE, torch.float32), getattr(torch, f"float{dtype}"))
     assert len(launches) == expected
+
+
+def test_tiles_are_smaller_without_tensor_cores():
+    case, found = newton_schulz([(200, 300)]), {}
+    for present in (True, False):
+        with assumed_tensor_cores(present), captured_launches() as launches:
+            case.call(fused, case.make(torch.device("cpu"), torch.float32), torch.float16)
+        found[present] = {launch.constexprs["TILE"] for launch in launches if "TILE" in launch.constexprs}
+    assert found == {True: {128}, False: {64}}
 
 
 def test_refuses_what_it_cannot_do():
