@@ -19,15 +19,16 @@ from . import _checks
 from ._common import add_product, block_of
 from .activations import ACTIVATIONS, GATES
 from .differentiation import differentiable_once
-from .launching import launch, opaque_op
+from .launching import launch, opaque_op, resident
 from .registry import Arguments, Cost, data, fp32, op
 
-_BLOCK_B = 16
-_BLOCK_C = 32
-# hidden units that a program holds at a time, whatever their number: more would spill registers
+# a program's images, where there are enough, and what it holds of a weight matrix at a time: more would spill registers
+_BLOCK_B = 4
+_BLOCK_C = 64
 _BLOCK_R = 32
-_WEIGHT_BLOCK_B = 32
-_WEIGHT_BLOCK_C = 16
+_WEIGHT_BLOCK_B = 16
+_WEIGHT_BLOCK_C = 64
+_SUM_BLOCK = 256
 
 
 @triton.jit
@@ -71,28 +72,28 @@ def _fwd_kernel(
     for first in range(0, S.R, S.BLOCK_R):
         r = first + tl.arange(0, S.BLOCK_R)
         in_r = r < S.R
-        hidden = tl.zeros([S.BLOCK_B, S.BLOCK_R], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_R, S.BLOCK_C], dtype=tl.float32)
         for start in range(0, S.C, S.BLOCK_C):
             c = start + tl.arange(0, S.BLOCK_C)
             in_c = c < S.C
             s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
             w1 = _load_matrix(layers.w1, r, c, in_r, in_c, S.C)
-            hidden = add_product(hidden, s, tl.trans(w1))
-        hidden += tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+            products = tl.fma(s[:, None, :], w1[None, :, :], products)
+        hidden = tl.sum(products, 2) + tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
         tl.store(hidden_ptr + b[:, None] * S.R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
     # the hidden units are read back by other warps than wrote them
     tl.debug_barrier()
     for start in range(0, S.C, S.BLOCK_C):
         c = start + tl.arange(0, S.BLOCK_C)
         in_c = c < S.C
-        logit = tl.zeros([S.BLOCK_B, S.BLOCK_C], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
         for first in range(0, S.R, S.BLOCK_R):
             r = first + tl.arange(0, S.BLOCK_R)
             in_r = r < S.R
             h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
             w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
-            logit = add_product(logit, h, tl.trans(w2))
-        logit += tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+            products = tl.fma(h[:, None, :], w2[None, :, :], products)
+        logit = tl.sum(products, 2) + tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
         tl.store(gate_ptr + b[:, None] * S.C + c[None, :], GATE(logit), mask=in_b[:, None] & in_c[None, :])
 
 
@@ -107,34 +108,37 @@ def _bwd_kernel(
     for first in range(0, S.R, S.BLOCK_R):
         r = first + tl.arange(0, S.BLOCK_R)
         in_r = r < S.R
-        dh = tl.zeros([S.BLOCK_B, S.BLOCK_R], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
         for start in range(0, S.C, S.BLOCK_C):
             c = start + tl.arange(0, S.BLOCK_C)
             in_c = c < S.C
             dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C, DGATE)
-            dh = add_product(dh, dlogit, _load_matrix(layers.w2, c, r, in_c, in_r, S.R))
-        dh = DACT(dh, _load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
+            w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
+            products = tl.fma(dlogit[:, :, None], w2[None, :, :], products)
+        dh = DACT(tl.sum(products, 1), _load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
         tl.store(dhidden_ptr + b[:, None] * S.R + r[None, :], dh, mask=in_b[:, None] & in_r[None, :])
     # as in the forward pass
     tl.debug_barrier()
     for start in range(0, S.C, S.BLOCK_C):
         c = start + tl.arange(0, S.BLOCK_C)
         in_c = c < S.C
-        ds = tl.zeros([S.BLOCK_B, S.BLOCK_C], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_R, S.BLOCK_C], dtype=tl.float32)
         for first in range(0, S.R, S.BLOCK_R):
             r = first + tl.arange(0, S.BLOCK_R)
             in_r = r < S.R
             dh = _load_matrix(dhidden_ptr, b, r, in_b, in_r, S.R)
-            ds = add_product(ds, dh, _load_matrix(layers.w1, r, c, in_r, in_c, S.C))
+            w1 = _load_matrix(layers.w1, r, c, in_r, in_c, S.C)
+            products = tl.fma(dh[:, :, None], w1[None, :, :], products)
+        ds = tl.sum(products, 1)
         tl.store(dsqueeze_ptr + b[:, None] * S.C + c[None, :], ds, mask=in_b[:, None] & in_c[None, :])
 
 
 @triton.jit
 def _weight_grad_kernel(
-    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, grads, batch, S: tl.constexpr, ACT: tl.constexpr,
-    DGATE: tl.constexpr,
+    dgate_ptr, gate_ptr, hidden_ptr, dhidden_ptr, squeeze_ptr, partials, batch, share, S: tl.constexpr,
+    ACT: tl.constexpr, DGATE: tl.constexpr,
 ):  # fmt: skip
-    """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s: a tile of each a program, over the whole batch, in order."""
+    """dW2 = dlogit^T act(hidden), dW1 = dhidden^T s: a tile of each a program, over `share` images in order."""
     c = tl.program_id(0) * S.BLOCK_C + tl.arange(0, S.BLOCK_C)
     r = tl.program_id(1) * S.BLOCK_R + tl.arange(0, S.BLOCK_R)
     in_c, in_r = c < S.C, r < S.R
@@ -142,7 +146,8 @@ def _weight_grad_kernel(
     dw2 = tl.zeros([S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
     db1 = tl.zeros([S.BLOCK_R], dtype=tl.float32)
     db2 = tl.zeros([S.BLOCK_C], dtype=tl.float32)
-    for start in range(0, batch, S.BLOCK_B):
+    part = tl.program_id(2)
+    for start in range(part * share, tl.minimum(part * share + share, batch), S.BLOCK_B):
         b = start + tl.arange(0, S.BLOCK_B)
         in_b = b < batch
         dlogit = _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, S.C, DGATE)
@@ -153,23 +158,49 @@ def _weight_grad_kernel(
         dw1 = add_product(dw1, tl.trans(dhidden), s)
         db1 += tl.sum(dhidden, 0)
         db2 += tl.sum(dlogit, 0)
-    tl.store(grads.w1 + r[:, None] * S.C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
-    tl.store(grads.w2 + c[:, None] * S.R + r[None, :], dw2, mask=in_c[:, None] & in_r[None, :])
+    matrix = part.to(tl.int64) * (S.R * S.C)
+    tl.store(partials.w1 + matrix + r[:, None] * S.C + c[None, :], dw1, mask=in_r[:, None] & in_c[None, :])
+    tl.store(partials.w2 + matrix + c[:, None] * S.R + r[None, :], dw2, mask=in_c[:, None] & in_r[None, :])
     # programs that share hidden units or channels have the same sums of them; one stores each
     if tl.program_id(0) == 0:
-        tl.store(grads.b1 + r, db1, mask=in_r)
+        tl.store(partials.b1 + part * S.R + r, db1, mask=in_r)
     if tl.program_id(1) == 0:
-        tl.store(grads.b2 + c, db2, mask=in_c)
+        tl.store(partials.b2 + part * S.C + c, db2, mask=in_c)
 
 
-def _block_r(hidden: int) -> int:
-    return max(16, block_of(hidden, _BLOCK_R))
+@triton.jit
+def _sum_entries(partial_ptr, out_ptr, first, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of out [SIZE] from `first` on, of partial sums [parts, SIZE] in their order."""
+    at = first + tl.arange(0, BLOCK)
+    mask = (at >= 0) & (at < SIZE)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(parts):
+        total += tl.load(partial_ptr + tl.cast(part, tl.int64) * SIZE + at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, total, mask=mask)
 
 
-def _rows(batch: int, channels: int, hidden: int) -> tuple[tuple[int], _Sizes]:
+@triton.jit
+def _sum_weight_grads_kernel(partials, grads, parts, C: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients from those of the batch's parts: a block of one of them a program, matrices first."""
+    of_matrix: tl.constexpr = (R * C + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    if program < of_matrix:
+        _sum_entries(partials.w1, grads.w1, program * BLOCK, parts, R * C, BLOCK)
+    elif program < 2 * of_matrix:
+        _sum_entries(partials.w2, grads.w2, (program - of_matrix) * BLOCK, parts, R * C, BLOCK)
+    else:
+        first = (program - 2 * of_matrix) * BLOCK
+        _sum_entries(partials.b1, grads.b1, first, parts, R, BLOCK)
+        _sum_entries(partials.b2, grads.b2, first, parts, C, BLOCK)
+
+
+def _rows(batch: int, channels: int, hidden: int, device: torch.device) -> tuple[tuple[int], _Sizes]:
     """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
-    block_c = max(16, block_of(channels, _BLOCK_C))
-    return (triton.cdiv(batch, _BLOCK_B),), _Sizes(channels, hidden, _BLOCK_B, block_c, _block_r(hidden))
+    block_b = _BLOCK_B
+    while block_b > 1 and triton.cdiv(batch, block_b) < resident(device, 1):
+        block_b //= 2
+    sizes = _Sizes(channels, hidden, block_b, block_of(channels, _BLOCK_C), block_of(hidden, _BLOCK_R))
+    return (triton.cdiv(batch, block_b),), sizes
 
 
 def weight_gradients(
@@ -184,15 +215,29 @@ def weight_gradients(
     """(dW1 [R, C], db1 [R], dW2 [C, R], db2 [C]), float32. All arguments float32: [B, C] or [B, R]."""
     batch, channels = gate.shape
     width = hidden.shape[1]
-    dw1, db1 = gate.new_empty(width, channels), gate.new_empty(width)
-    dw2, db2 = gate.new_empty(channels, width), gate.new_empty(channels)
-    grads = GateWeights(dw1, db1, dw2, db2)
-    sizes = _Sizes(channels, width, _WEIGHT_BLOCK_B, _WEIGHT_BLOCK_C, _block_r(width))
-    grid = (triton.cdiv(channels, sizes.BLOCK_C), triton.cdiv(width, sizes.BLOCK_R))
-    arguments = (dgate, gate, hidden, dhidden, squeeze, grads, batch)
+    blocks = (max(16, block_of(size, most)) for size, most in ((channels, _WEIGHT_BLOCK_C), (width, _BLOCK_R)))
+    sizes = _Sizes(channels, width, _WEIGHT_BLOCK_B, *blocks)
+    tiles = (triton.cdiv(channels, sizes.BLOCK_C), triton.cdiv(width, sizes.BLOCK_R))
+    # as many parts of the batch as make programs for all processors, if there are blocks of images for them
+    blocks_of_images = triton.cdiv(batch, sizes.BLOCK_B)
+    share = triton.cdiv(blocks_of_images, max(1, resident(gate.device, 1) // (tiles[0] * tiles[1]))) * sizes.BLOCK_B
+    parts = triton.cdiv(batch, share)
+    partials = _empty_gradients(gate, channels, width, parts)
+    arguments = (dgate, gate, hidden, dhidden, squeeze, partials, batch, share)
     functions = dict(ACT=ACTIVATIONS[activation].value, DGATE=GATES[gate_activation].backward)
-    launch(_weight_grad_kernel, grid, *arguments, S=sizes, **functions, maxnreg=128)
+    launch(_weight_grad_kernel, (*tiles, parts), *arguments, S=sizes, **functions, maxnreg=128)
+    if parts == 1:
+        return GateWeights(*(partial[0] for partial in partials))
+    grads = GateWeights(*(partial[0] for partial in _empty_gradients(gate, channels, width, 1)))
+    programs = 2 * triton.cdiv(channels * width, _SUM_BLOCK) + triton.cdiv(max(channels, width), _SUM_BLOCK)
+    launch(_sum_weight_grads_kernel, (programs,), partials, grads, parts, C=channels, R=width, BLOCK=_SUM_BLOCK)
     return grads
+
+
+def _empty_gradients(gate: Tensor, channels: int, width: int, parts: int) -> GateWeights:
+    """Of each of the batch's parts."""
+    shapes = ((width, channels), (width,), (channels, width), (channels,))
+    return GateWeights(*(gate.new_empty(parts, *shape) for shape in shapes))
 
 
 @opaque_op("se_gate_fwd")
@@ -209,7 +254,7 @@ def _fwd(
     batch, channels = squeeze.shape
     width = weight1.shape[0]
     gate, hidden = torch.empty_like(squeeze), squeeze.new_empty(batch, width)
-    grid, sizes = _rows(batch, channels, width)
+    grid, sizes = _rows(batch, channels, width, gate.device)
     weights = GateWeights(weight1, bias1, weight2, bias2)
     functions = dict(ACT=ACTIVATIONS[activation].value, GATE=GATES[gate_activation].value)
     launch(_fwd_kernel, grid, squeeze, weights, gate, hidden, batch, S=sizes, **functions, maxnreg=128)
@@ -236,7 +281,7 @@ def _bwd(
     batch, channels = gate.shape
     width = hidden.shape[1]
     dsqueeze, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
-    grid, sizes = _rows(batch, channels, width)
+    grid, sizes = _rows(batch, channels, width, gate.device)
     arguments = (dgate, gate, hidden, GateWeights(weight1, None, weight2, None), dsqueeze, dhidden, batch)
     functions = dict(DACT=ACTIVATIONS[activation].backward, DGATE=GATES[gate_activation].backward)
     launch(_bwd_kernel, grid, *arguments, S=sizes, **functions, maxnreg=128)
