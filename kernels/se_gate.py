@@ -39,6 +39,13 @@ def _load_matrix(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _load_transposed(ptr, row, column, in_row, in_column, COLUMNS: tl.constexpr):
+    """The same as [columns, rows]."""
+    at = row[None, :] * COLUMNS + column[:, None]
+    return tl.load(ptr + at, mask=in_row[None, :] & in_column[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr, DGATE: tl.constexpr):
     """The gradient of what the gate is made of."""
     gate = _load_matrix(gate_ptr, b, c, in_b, in_c, C)
@@ -72,28 +79,28 @@ def _fwd_kernel(
     for first in range(0, S.R, S.BLOCK_R):
         r = first + tl.arange(0, S.BLOCK_R)
         in_r = r < S.R
-        products = tl.zeros([S.BLOCK_B, S.BLOCK_R, S.BLOCK_C], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
         for start in range(0, S.C, S.BLOCK_C):
             c = start + tl.arange(0, S.BLOCK_C)
             in_c = c < S.C
             s = _load_matrix(squeeze_ptr, b, c, in_b, in_c, S.C)
-            w1 = _load_matrix(layers.w1, r, c, in_r, in_c, S.C)
-            products = tl.fma(s[:, None, :], w1[None, :, :], products)
-        hidden = tl.sum(products, 2) + tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
+            w1 = _load_transposed(layers.w1, r, c, in_r, in_c, S.C)
+            products = tl.fma(s[:, :, None], w1[None, :, :], products)
+        hidden = tl.sum(products, 1) + tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
         tl.store(hidden_ptr + b[:, None] * S.R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
     # the hidden units are read back by other warps than wrote them
     tl.debug_barrier()
     for start in range(0, S.C, S.BLOCK_C):
         c = start + tl.arange(0, S.BLOCK_C)
         in_c = c < S.C
-        products = tl.zeros([S.BLOCK_B, S.BLOCK_C, S.BLOCK_R], dtype=tl.float32)
+        products = tl.zeros([S.BLOCK_B, S.BLOCK_R, S.BLOCK_C], dtype=tl.float32)
         for first in range(0, S.R, S.BLOCK_R):
             r = first + tl.arange(0, S.BLOCK_R)
             in_r = r < S.R
             h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
-            w2 = _load_matrix(layers.w2, c, r, in_c, in_r, S.R)
-            products = tl.fma(h[:, None, :], w2[None, :, :], products)
-        logit = tl.sum(products, 2) + tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+            w2 = _load_transposed(layers.w2, c, r, in_c, in_r, S.R)
+            products = tl.fma(h[:, :, None], w2[None, :, :], products)
+        logit = tl.sum(products, 1) + tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
         tl.store(gate_ptr + b[:, None] * S.C + c[None, :], GATE(logit), mask=in_b[:, None] & in_c[None, :])
 
 
