@@ -23,12 +23,15 @@ def load_fp32(ptr, offsets, mask):
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
+_FEW_ROWS = 16
+
+
 @triton.jit
 def _sum_partials_kernel(
     partial_ptr, out_ptr, n_partials, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_D], dtype=out_ptr.dtype.element_ty)
     for start in range(0, n_partials, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = (p[:, None] < n_partials) & (d[None, :] < D)
@@ -37,11 +40,14 @@ def _sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor) -> Tensor:
-    """[P, D] float32 -> [D] float32, summed in a fixed order, so that a run repeats bit for bit."""
+    """[P, D] float32 or float64 -> [D] of the same, summed in a fixed order, so that a run repeats bit for bit."""
     n, width = partials.shape
-    out = torch.empty(width, dtype=torch.float32, device=partials.device)
-    # few columns a program: its loads are one behind the other, and there are many more rows than columns
-    launch(_sum_partials_kernel, (triton.cdiv(width, 8),), partials, out, n, D=width, BLOCK_P=256, BLOCK_D=8)
+    out = partials.new_empty(width)
+    # few columns a program: its loads are one behind the other, and mostly there are many more rows than columns
+    rows, columns = (256, 8) if n > _FEW_ROWS else (_FEW_ROWS, 32)
+    launch(
+        _sum_partials_kernel, (triton.cdiv(width, columns),), partials, out, n, D=width, BLOCK_P=rows, BLOCK_D=columns
+    )
     return out
 
 

@@ -14,16 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._batch_statistics import update_running
-from ._common import rounded_product
+from ._common import rounded_product, sum_partials
 from ._patches import PIXEL_OFFSET, Geometry, PatchSource, jittered_positions, load_jitter, load_patches, weight_offset
 from ._synchronized import sharing
-from .launching import launch
+from .launching import launch, resident
 
 _MOMENT_BLOCK = 128
 _GATHERED_TILE = 2048
 # |q| <= 2**7, so a sum over 2**10 positions stays within the 2**24 up to which float32 counts exactly
 _CHUNK = tl.constexpr(1024)
 _PROGRAMS = 512
+_JITTERED_IMAGES = 16
 # what the compile report would otherwise report as accesses that are narrower than the layout allows
 NARROW_ACCESS = {"_jittered_moments_kernel:gfx942": "64-lane waves share a tile that is sized for 32-lane warps"}
 
@@ -86,9 +87,9 @@ def _image_moments_kernel(pixels, moments_ptr, G: tl.constexpr, BLOCK_P: tl.cons
 
 @triton.jit
 def _jittered_moments_kernel(
-    image_moments_ptr, jitter_ptr, moments_ptr, n_images, G: tl.constexpr, BLOCK_N: tl.constexpr
+    image_moments_ptr, jitter_ptr, partial_ptr, n_images, share, G: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """One row of the float64 moments of a q + e a program, images in a fixed order.
+    """One row of the float64 moments of a q + e a program, summed over `share` images in a fixed order.
 
     An image's M = sum q q^T, s = sum q and n become a^2 M + a e (s 1^T + 1 s^T) + e^2 n; a = 1, e = 0 for feature F.
     """
@@ -97,7 +98,8 @@ def _jittered_moments_kernel(
     f = tl.arange(0, G.F_PAD)
     pixel = (f < features)[None, :]
     acc = tl.zeros([BLOCK_N, G.F_PAD], dtype=tl.float64)
-    for start in range(0, n_images, BLOCK_N):
+    part = tl.program_id(1)
+    for start in range(part * share, tl.minimum(part * share + share, n_images), BLOCK_N):
         b = start + tl.arange(0, BLOCK_N)
         inside = b < n_images
         contrast, offset = load_jitter(jitter_ptr, b, inside, tl.float64)
@@ -112,7 +114,7 @@ def _jittered_moments_kernel(
         row_scale, row_moved = tl.where(row < features, contrast, 1.0), tl.where(row < features, offset, 0.0)
         acc += row_scale[:, None] * (products * scale + row_sum[:, None] * moved)
         acc += row_moved[:, None] * (sums * scale + count[:, None] * moved)
-    tl.store(moments_ptr + row * G.F_PAD + f, tl.sum(acc, 0))
+    tl.store(partial_ptr + (part * G.F_PAD + row) * G.F_PAD + f, tl.sum(acc, 0))
 
 
 @triton.jit
@@ -250,21 +252,27 @@ def empty_moments(source: PatchSource) -> Tensor:
 
 def moments_of(source: PatchSource) -> Tensor:
     """Sum of q q^T over all patches, [F_PAD, F_PAD]: int64, or float64 with a jitter."""
-    moments = empty_moments(source)
     pixels, geometry = source.pixels, source.geometry
     if not source.jittered:
+        moments = empty_moments(source)
         # a gather computes two addresses an element, which take registers
         block = _MOMENT_BLOCK if pixels.index is None else max(16, _GATHERED_TILE // source.f_pad)
         grid = (min(triton.cdiv(source.positions, _CHUNK.value), _PROGRAMS),)
         sizes = dict(G=geometry, BLOCK_P=block, maxnreg=200)
         launch(_moments_kernel, grid, pixels, moments.zero_(), source.positions, **sizes)
         return moments
-    of_images = torch.empty(source.batch, *moments.shape, dtype=torch.int64, device=moments.device)
+    device, f_pad = pixels.images.device, source.f_pad
+    of_images = torch.empty(source.batch, f_pad, f_pad, dtype=torch.int64, device=device)
     block = jittered_positions(source)
     launch(_image_moments_kernel, (source.batch,), pixels, of_images, G=geometry, BLOCK_P=block)
-    arguments = (of_images, pixels.jitter, moments, source.batch)
-    launch(_jittered_moments_kernel, (source.f_pad,), *arguments, G=_of_any_size(geometry), BLOCK_N=16)
-    return moments
+    # as many parts of the batch as make programs for all processors
+    blocks = triton.cdiv(source.batch, _JITTERED_IMAGES)
+    share = triton.cdiv(blocks, max(1, resident(device, 1) // f_pad)) * _JITTERED_IMAGES
+    parts = triton.cdiv(source.batch, share)
+    partials = torch.empty(parts, f_pad, f_pad, dtype=torch.float64, device=device)
+    arguments, sizes = (of_images, pixels.jitter, partials, source.batch, share), dict(G=_of_any_size(geometry))
+    launch(_jittered_moments_kernel, (f_pad, parts), *arguments, **sizes, BLOCK_N=_JITTERED_IMAGES)
+    return partials[0] if parts == 1 else sum_partials(partials.view(parts, -1)).view(f_pad, f_pad)
 
 
 def moments_of_all(source: PatchSource) -> Tensor:

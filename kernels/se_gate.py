@@ -2,10 +2,12 @@
 
     hidden = s W1^T + b1          gate = sigmoid(act(hidden) W2^T + b2)
 
-One launch forward and two backward (the input's gradient, then the weights'), where eager PyTorch takes about five and
-nine: at [512, 512] the arithmetic is nothing and the launches are everything. The gate stays float32, because
-gate (1 - gate), which its gradient needs, is lost in 16 bits from a logit of about 8 on. Sources: Hu et al. 2018;
-reduction 16 and GELU, hlb-CIFAR10; hardsigmoid, Howard et al. 2019 (MobileNetV3).
+One launch forward and three backward (the input's gradient, then the weights', of parts of the batch, then their sum),
+where eager PyTorch takes about five and nine: at [512, 512] the arithmetic is nothing and the launches are everything.
+Matrix products are of four images a program, in registers: tiles large enough to be read seldom from shared memory
+would make too few programs. The gate stays float32, because gate (1 - gate), which its gradient needs, is lost in 16
+bits from a logit of about 8 on. Sources: Hu et al. 2018; reduction 16 and GELU, hlb-CIFAR10; hardsigmoid, Howard et al.
+2019 (MobileNetV3).
 """
 
 from typing import NamedTuple
@@ -24,11 +26,14 @@ from .registry import Arguments, Cost, data, fp32, op
 
 # a program's images, where there are enough, and what it holds of a weight matrix at a time: more would spill registers
 _BLOCK_B = 4
-_BLOCK_C = 64
 _BLOCK_R = 32
+_TILE = 2048
 _WEIGHT_BLOCK_B = 16
 _WEIGHT_BLOCK_C = 64
-_SUM_BLOCK = 256
+_SUM_BLOCK = 512
+# what the compile report would otherwise report as accesses that are narrower than the layout allows
+_NARROW = "64-lane waves share tiles that are sized for 32-lane warps"
+NARROW_ACCESS = {"_fwd_kernel:gfx942": _NARROW, "_bwd_kernel:gfx942": _NARROW}
 
 
 @triton.jit
@@ -71,9 +76,10 @@ class _Sizes(NamedTuple):
 
 @triton.jit
 def _fwd_kernel(
-    squeeze_ptr, layers, gate_ptr, hidden_ptr, batch, S: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr
-):
-    """One program per BLOCK_B images; stores the hidden pre-activation and the gate."""
+    squeeze_ptr, layers, gate_ptr, hidden_ptr, activated_ptr, batch, S: tl.constexpr, ACT: tl.constexpr,
+    GATE: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_B images; stores the hidden pre-activation, what is activated of it, and the gate."""
     b = tl.program_id(0) * S.BLOCK_B + tl.arange(0, S.BLOCK_B)
     in_b = b < batch
     for first in range(0, S.R, S.BLOCK_R):
@@ -87,7 +93,10 @@ def _fwd_kernel(
             w1 = _load_transposed(layers.w1, r, c, in_r, in_c, S.C)
             products = tl.fma(s[:, :, None], w1[None, :, :], products)
         hidden = tl.sum(products, 1) + tl.load(layers.b1 + r, mask=in_r, other=0.0).to(tl.float32)[None, :]
-        tl.store(hidden_ptr + b[:, None] * S.R + r[None, :], hidden, mask=in_b[:, None] & in_r[None, :])
+        at, mask = b[:, None] * S.R + r[None, :], in_b[:, None] & in_r[None, :]
+        tl.store(hidden_ptr + at, hidden, mask=mask)
+        # once: in the loop below every warp would activate all of them
+        tl.store(activated_ptr + at, ACT(hidden), mask=mask)
     # the hidden units are read back by other warps than wrote them
     tl.debug_barrier()
     for start in range(0, S.C, S.BLOCK_C):
@@ -97,7 +106,7 @@ def _fwd_kernel(
         for first in range(0, S.R, S.BLOCK_R):
             r = first + tl.arange(0, S.BLOCK_R)
             in_r = r < S.R
-            h = ACT(_load_matrix(hidden_ptr, b, r, in_b, in_r, S.R))
+            h = _load_matrix(activated_ptr, b, r, in_b, in_r, S.R)
             w2 = _load_transposed(layers.w2, c, r, in_c, in_r, S.R)
             products = tl.fma(h[:, :, None], w2[None, :, :], products)
         logit = tl.sum(products, 1) + tl.load(layers.b2 + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
@@ -204,9 +213,10 @@ def _sum_weight_grads_kernel(partials, grads, parts, C: tl.constexpr, R: tl.cons
 def _rows(batch: int, channels: int, hidden: int, device: torch.device) -> tuple[tuple[int], _Sizes]:
     """(grid, sizes) of the kernels of which a program owns BLOCK_B images."""
     block_b = _BLOCK_B
-    while block_b > 1 and triton.cdiv(batch, block_b) < resident(device, 1):
+    while block_b > 1 and 4 * triton.cdiv(batch, block_b) < 3 * resident(device, 1):
         block_b //= 2
-    sizes = _Sizes(channels, hidden, block_b, block_of(channels, _BLOCK_C), block_of(hidden, _BLOCK_R))
+    block_r = block_of(hidden, _BLOCK_R)
+    sizes = _Sizes(channels, hidden, block_b, block_of(channels, _TILE // block_r), block_r)
     return (triton.cdiv(batch, block_b),), sizes
 
 
@@ -237,7 +247,17 @@ def weight_gradients(
         return GateWeights(*(partial[0] for partial in partials))
     grads = GateWeights(*(partial[0] for partial in _empty_gradients(gate, channels, width, 1)))
     programs = 2 * triton.cdiv(channels * width, _SUM_BLOCK) + triton.cdiv(max(channels, width), _SUM_BLOCK)
-    launch(_sum_weight_grads_kernel, (programs,), partials, grads, parts, C=channels, R=width, BLOCK=_SUM_BLOCK)
+    launch(
+        _sum_weight_grads_kernel,
+        (programs,),
+        partials,
+        grads,
+        parts,
+        C=channels,
+        R=width,
+        BLOCK=_SUM_BLOCK,
+        num_warps=2,
+    )
     return grads
 
 
@@ -264,7 +284,8 @@ def _fwd(
     grid, sizes = _rows(batch, channels, width, gate.device)
     weights = GateWeights(weight1, bias1, weight2, bias2)
     functions = dict(ACT=ACTIVATIONS[activation].value, GATE=GATES[gate_activation].value)
-    launch(_fwd_kernel, grid, squeeze, weights, gate, hidden, batch, S=sizes, **functions, maxnreg=128)
+    arguments = (squeeze, weights, gate, hidden, torch.empty_like(hidden), batch)
+    launch(_fwd_kernel, grid, *arguments, S=sizes, **functions, maxnreg=255)
     return gate, hidden
 
 
@@ -291,7 +312,7 @@ def _bwd(
     grid, sizes = _rows(batch, channels, width, gate.device)
     arguments = (dgate, gate, hidden, GateWeights(weight1, None, weight2, None), dsqueeze, dhidden, batch)
     functions = dict(DACT=ACTIVATIONS[activation].backward, DGATE=GATES[gate_activation].backward)
-    launch(_bwd_kernel, grid, *arguments, S=sizes, **functions, maxnreg=128)
+    launch(_bwd_kernel, grid, *arguments, S=sizes, **functions, maxnreg=255)
     return dsqueeze, *weight_gradients(dgate, gate, hidden, dhidden, squeeze, activation, gate_activation)
 
 

@@ -3,8 +3,8 @@
     s = mean of x over H, W      gate = sigmoid(act(s W1^T + b1) W2^T + b2)      y = x * gate
 
 One program owns an image: it reads it to squeeze it, forms the gate in registers, and reads it again, now from cache,
-to scale it. One launch forward; two backward (x, then the weights). Sources: Hu et al. 2018; hardsigmoid in place of
-sigmoid, Howard et al. 2019 (MobileNetV3).
+to scale it. One launch forward; three backward (x, then the weights as in `se_gate`). Sources: Hu et al. 2018;
+hardsigmoid in place of sigmoid, Howard et al. 2019 (MobileNetV3).
 """
 
 from typing import NamedTuple
