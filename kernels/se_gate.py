@@ -19,10 +19,11 @@ from torch import Tensor
 
 from . import _checks
 from ._common import add_product, block_of
+from ._gate_weights import GATE_WEIGHTS, GateWeights, check_gate_weights, empty_gradients, gate_arguments
 from .activations import ACTIVATIONS, GATES
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op, resident
-from .registry import Arguments, Cost, data, fp32, op
+from .registry import Arguments, Cost, fp32, op
 
 # a program's images, where there are enough, and what it holds of a weight matrix at a time: more would spill registers
 _BLOCK_B = 4
@@ -55,15 +56,6 @@ def _load_dlogit(dgate_ptr, gate_ptr, b, c, in_b, in_c, C: tl.constexpr, DGATE: 
     """The gradient of what the gate is made of."""
     gate = _load_matrix(gate_ptr, b, c, in_b, in_c, C)
     return DGATE(_load_matrix(dgate_ptr, b, c, in_b, in_c, C), gate)
-
-
-class GateWeights(NamedTuple):
-    """w1 [R, C], b1 [R], w2 [C, R], b2 [C]; or their gradients."""
-
-    w1: Tensor
-    b1: Tensor | None
-    w2: Tensor
-    b2: Tensor | None
 
 
 class _Sizes(NamedTuple):
@@ -239,13 +231,13 @@ def weight_gradients(
     blocks_of_images = triton.cdiv(batch, sizes.BLOCK_B)
     share = triton.cdiv(blocks_of_images, max(1, resident(gate.device, 1) // (tiles[0] * tiles[1]))) * sizes.BLOCK_B
     parts = triton.cdiv(batch, share)
-    partials = _empty_gradients(gate, channels, width, parts)
+    partials = empty_gradients(gate, channels, width, parts)
     arguments = (dgate, gate, hidden, dhidden, squeeze, partials, batch, share)
     functions = dict(ACT=ACTIVATIONS[activation].value, DGATE=GATES[gate_activation].backward)
     launch(_weight_grad_kernel, (*tiles, parts), *arguments, S=sizes, **functions, maxnreg=128)
     if parts == 1:
         return GateWeights(*(partial[0] for partial in partials))
-    grads = GateWeights(*(partial[0] for partial in _empty_gradients(gate, channels, width, 1)))
+    grads = GateWeights(*(partial[0] for partial in empty_gradients(gate, channels, width, 1)))
     programs = 2 * triton.cdiv(channels * width, _SUM_BLOCK) + triton.cdiv(max(channels, width), _SUM_BLOCK)
     launch(
         _sum_weight_grads_kernel,
@@ -259,12 +251,6 @@ def weight_gradients(
         num_warps=2,
     )
     return grads
-
-
-def _empty_gradients(gate: Tensor, channels: int, width: int, parts: int) -> GateWeights:
-    """Of each of the batch's parts."""
-    shapes = ((width, channels), (width,), (channels, width), (channels,))
-    return GateWeights(*(gate.new_empty(parts, *shape) for shape in shapes))
 
 
 @opaque_op("se_gate_fwd")
@@ -349,26 +335,6 @@ class SEGate(torch.autograd.Function):
             None,
             None,
         )
-
-
-def check_gate_weights(
-    op: str, channels: int, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight1 [R, C] and weight2 [C, R], or the same as 1x1 convolutions, and their biases; returns all contiguous,
-    the weights as matrices."""
-    weight1 = _checks.pointwise(op, "weight1", weight1, (None, channels))
-    weight2 = _checks.pointwise(op, "weight2", weight2, (channels, len(weight1)))
-    bias1 = _checks.operand(op, "bias1", bias1, (len(weight1),), _checks.FLOATS)
-    bias2 = _checks.operand(op, "bias2", bias2, (channels,), _checks.FLOATS)
-    return weight1, bias1, weight2, bias2
-
-
-GATE_WEIGHTS = ("weight1", "bias1", "weight2", "bias2")
-
-
-def gate_arguments(channels: int, hidden: int) -> Arguments:
-    shapes = ((hidden, channels), (hidden,), (channels, hidden), (channels,))
-    return {name: data(*shape) for name, shape in zip(GATE_WEIGHTS, shapes)}
 
 
 def _arguments(batch: int, channels: int, hidden: int) -> Arguments:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from . import _checks
 from ._common import rounded_product
+from ._gate_weights import GATE_WEIGHTS, GateWeights, check_gate_weights, gate_arguments
 from .activations import ACTIVATIONS, GATES
 from .differentiation import differentiable_once
 from .launching import launch, opaque_op
 from .registry import Arguments, Cost, data, op
-from .se_gate import GATE_WEIGHTS, GateWeights, check_gate_weights, gate_arguments, weight_gradients
+from .se_gate import weight_gradients
 
 # bytes of x that a program holds at a time; of a weight matrix it holds as many elements
 _TILE_BYTES = 8192
