@@ -59,7 +59,7 @@ class Op:
         or, of an op on a list of tensors, shapes: what a benchmark at given sizes fills in.
     cost(arguments, options, itemsize): "fwd" and, of a differentiable op, "bwd", where activations have itemsize bytes.
     options: those of a call that does not state them; small: sizes of cheap calls that together use all of the op;
-    further: sizes that must work and that no recipe has, for any batch.
+    further: sizes that must work and that no recipe has, for any batch if they state none.
     """
 
     function: Callable

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blink import kernels
+from blink.kernels import fused
 from blink.kernels.examine.cases import squeeze_excite
+from blink.kernels.launching import captured_launches
 from tests.oracle import DEVICE, DTYPES, Tolerance, directional_derivative_matches, judge, name_of
 
 # float32: sums of H * W values; 16 bits: one rounding of the result, the gate being float32 throughout
@@ -29,6 +31,8 @@ CASES = [
     squeeze_excite(1, 1152, 3, 3, 48, activation="silu"),
     squeeze_excite(1, 2000, 2, 3, 500),
 ]
+# few and large, so that each is cut into parts, the last a smaller one
+LARGE = squeeze_excite(2, 40, 61, 60, 10, activation="silu")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -38,6 +42,16 @@ def test_matches_float64(case, dtype):
     if case is CASES[-1] and dtype == torch.float16 and kernels.interpreting():
         pytest.skip("half a minute in the interpreter, for loads that the other cases have too")
     judge(case, dtype, TOLERANCES[dtype])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_large_images_match_float64(dtype):
+    with captured_launches() as launches:
+        LARGE.call(fused, LARGE.make(torch.device("cpu"), dtype), dtype)
+    assert [launch.kernel.__name__ for launch in launches] == ["_parts_kernel", "_fwd_kernel"]
+    assert launches[0].grid == launches[1].grid and launches[0].grid[1] >= 4
+    judge(LARGE, dtype, TOLERANCES[dtype])
 
 
 @settings(max_examples=10, deadline=None)

@@ -74,7 +74,7 @@ def further_cases(batch: int | None = None) -> list[Case]:
     found, batch = [], batch or _FURTHER_BATCH
     for name, known in OPS.items():
         batched = "batch" in inspect.signature(known.arguments).parameters
-        found += [case_of(name, **{"batch": batch} if batched else {}, **sizes) for sizes in known.further]
+        found += [case_of(name, **{**({"batch": batch} if batched else {}), **sizes}) for sizes in known.further]
     return [case.with_fewer(_FEWER) if batch < _SMALL_BATCH else case for case in found]
 
 
