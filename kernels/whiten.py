@@ -27,6 +27,7 @@ from ._patches import (
 )
 from ._windows import (
     Filters,
+    WindowTile,
     filter_windows,
     first_column,
     fold_all,
@@ -37,12 +38,12 @@ from ._windows import (
 from .activations import ACTIVATIONS, identity_backward
 from .differentiation import differentiable_once
 from .gather import PARTS, Gather, unflatten
-from .launching import launch, opaque_op, resident
+from .launching import launch, opaque_op, resident, tensor_cores
 from .registry import Arguments, Cost, fp32, op
 
-# matrix rows of a tile, and programs that a processor's registers hold at once
 _FWD_ROWS, _BWD_ROWS = 128, 64
-_RESIDENT = 2
+# programs that a processor's registers hold at once, of runs and of single positions
+_RESIDENT_RUNS, _RESIDENT_SINGLE = 2, 6
 # what the compile report would otherwise report as stores that are narrower than the layout allows
 NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
 
@@ -95,6 +96,15 @@ def _bwd_kernel(
         tl.store(out + n, tl.sum(sums[part], 0), mask=n < T.RUN * T.O)
 
 
+def _exact(images: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products run in float32, as without tensor cores, too: one of them is less than two of halves."""
+    return needs_float32(images, dtype) or not tensor_cores(images.device)
+
+
+def _programs(tile: WindowTile, tiles: int, device: torch.device) -> int:
+    return min(tiles, resident(device, _RESIDENT_RUNS if tile.RUN > 1 else _RESIDENT_SINGLE))
+
+
 @opaque_op("whiten_fwd")
 def _fwd(
     images: Tensor,
@@ -114,10 +124,10 @@ def _fwd(
     gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, weight.shape[2], mean, gather)
     filters = weight.shape[0]
-    tile, tiles, blocks = window_tile(source, filters, needs_float32(images, dtype), _FWD_ROWS)
+    tile, tiles, blocks = window_tile(source, filters, _exact(images, dtype), _FWD_ROWS)
     y = channels_last_like(images, filters, source.height, source.width, dtype, source.batch)
     arguments = (source.pixels, Filters(weight, bias, mean, std), y, source.batch, tiles)
-    grid = (min(tiles, resident(images.device, _RESIDENT)), blocks)
+    grid = (_programs(tile, tiles, images.device), blocks)
     launch(_fwd_kernel, grid, *arguments, G=source.geometry, T=tile, ACT=ACTIVATIONS[activation].value)
     return y
 
@@ -146,8 +156,8 @@ def _bwd(
 ) -> Tensor:
     gather = unflatten(index, translation, flip, jitter, cutout, cutout_size)
     source = PatchSource(images, weight.shape[2], mean, gather)
-    tile, tiles, blocks = window_tile(source, weight.shape[0], needs_float32(images, dy.dtype), _BWD_ROWS)
-    programs = min(tiles, resident(images.device, _RESIDENT))
+    tile, tiles, blocks = window_tile(source, weight.shape[0], _exact(images, dy.dtype), _BWD_ROWS)
+    programs = _programs(tile, tiles, images.device)
     partials = torch.empty(programs * tile.RUN, tile.O, dtype=torch.float32, device=dy.device)
     arguments = (dy, source.pixels, Filters(weight, bias, mean, std), partials, source.batch, tiles)
     sizes = dict(G=source.geometry, T=tile, DACT=ACTIVATIONS[activation].backward)
