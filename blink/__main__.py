@@ -7,29 +7,29 @@ from blink.errors import UserError
 
 GROUPS = {
     "train": {
-        "train": ("blink.training.command", "train a network from random weights"),
+        "train": ("blink.training.commands.train", "train a network from random weights"),
         "recipes": ("blink.training.show_recipes", "what can be trained, and with which settings"),
-        "until": ("blink.experiments.until", "find the smallest budget that reaches an accuracy"),
+        "until": ("blink.experiments.commands.until", "find the smallest budget that reaches an accuracy"),
     },
     "use": {
-        "predict": ("blink.inference.predict", "what images show, by a network that a run kept"),
-        "evaluate": ("blink.inference.evaluate", "what such a network gets right, by class, and what wrong"),
-        "export": ("blink.inference.export", "such a network as ONNX or a torch.export program"),
+        "predict": ("blink.inference.commands.predict", "what images show, by a network that a run kept"),
+        "evaluate": ("blink.inference.commands.evaluate", "what such a network gets right, by class, and what wrong"),
+        "export": ("blink.inference.commands.export", "such a network as ONNX or a torch.export program"),
     },
     "look": {
         "report": ("blink.reporting.command", "a page of trainings that have ended: curves, confusion, pictures"),
         "plot": ("blink.reporting.plot", "their curves as a picture"),
     },
     "compare": {
-        "ablate": ("blink.experiments.ablate", "the variants of a plan, with the same seeds"),
+        "ablate": ("blink.experiments.commands.ablate", "the variants of a plan, with the same seeds"),
         "merge": ("blink.experiments.merge", "files of such runs into one"),
-        "race": ("blink.experiments.race.command", "this project and others' training scripts"),
+        "race": ("blink.experiments.commands.race", "this project and others' training scripts"),
         "tabulate": ("blink.experiments.tabulate", "the tables of results, from the files in results/"),
     },
     "measure": {
-        "profile": ("blink.experiments.profile.command", "where a training step spends its time"),
-        "bench": ("blink.kernels.examine.bench.command", "the ops and eager PyTorch, torch.compile, the hardware"),
-        "inspect": ("blink.kernels.examine.compile_report", "what the compiler made of every kernel"),
+        "profile": ("blink.experiments.commands.profile", "where a training step spends its time"),
+        "bench": ("blink.experiments.commands.bench", "the ops and eager PyTorch, torch.compile, the hardware"),
+        "inspect": ("blink.experiments.commands.inspect", "what the compiler made of every kernel"),
     },
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}

@@ -10,12 +10,13 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 
-from blink.command import parse
+from blink.__main__ import parse
 from blink.files import write_json
 from blink.inference.classifier import Classifier
 from blink.inference.classifier import load as load_network
 from blink.reporting.command import write_report
 from blink.training import command, gallery, resume
+from blink.training.commands.train import add_arguments
 from blink.training.data.in_memory import from_memory
 from blink.training.listener import Listener
 from blink.training.recipes import Recipe
@@ -27,7 +28,7 @@ _SETTINGS = {field.name for field in fields(Recipe)} - {"name", "summary", "netw
 
 def _option_names() -> set[str]:
     parser = ArgumentParser()
-    command.add_arguments(parser)
+    add_arguments(parser)
     return set(vars(parser.parse_args([])))
 
 
@@ -126,7 +127,7 @@ def train(
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
     with _callers_settings_kept():
         code, report, job = command.execute(
-            parse("train", command.__name__, words)[0],
+            parse("train", words),
             Console() if verbose else Console(quiet=True),
             None if isinstance(recipe, str) else recipe,
             dataset,

@@ -1,19 +1,14 @@
-"""Train every variant of a plan with the same seeds, interleaved, and compare them with the first. Each run is written
-when it ends; a later call with the same file goes on where one stopped, and calls at the same time share the runs.
-Without a plan, the plans are listed.
-"""
+"""The work of `blink ablate`: every variant of a plan with the same seeds; commands/ablate.py has its arguments."""
 
 import json
-import re
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from blink.command import natural, positive
 from blink.errors import UserError
 from blink.experiments import compare, deciding, pool, records, runs
 from blink.experiments.claims import Claims
@@ -22,43 +17,16 @@ from blink.files import check_output
 from blink.training.bars import RunBars
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.job import add_data_arguments, count_flops, describe, load_data
+from blink.training.job import count_flops, describe, load_data
 from blink.training.listener import SILENT, Listener
 from blink.training.loop import train
 from blink.training.own import named
 from blink.training.recipes import Recipe, with_flip
-from blink.training.setting import Setting, add_setting_arguments, choose_setting
+from blink.training.setting import Setting, choose_setting
 from blink.training.trainer import Trainer
 
-EXAMPLES = (
-    "blink ablate recipes --runs 10",
-    "blink ablate search --tuning-split --runs 32 --decide",
-)
 # seconds between two looks at what other processes have done, at most
 _LOOK_EVERY = 5.0
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("what is trained").add_argument
-    add("plan", nargs="?", metavar="PLAN", help="a plan, or FILE.py:NAME of your own; without one, plans are listed")
-    add("--only", action="append", metavar="VARIANT", help="this variant; may be given more than once")
-    add_data_arguments(add)
-    add("--tuning-split", action="store_true", help="test on 500 training images a class, held out from training")
-    add("--batch-size", type=positive(int), metavar="B", help="default: each recipe's")
-    add("--seed", type=natural, default=0, metavar="S", help="the first seed")
-    add = parser.add_argument_group("budget").add_argument
-    add("--runs", type=positive(int), default=1, metavar="N", help="seeds a variant (default: %(default)s)")
-    add("--width", type=positive(float), default=1.0, metavar="W", help="times the channels (default: %(default)g)")
-    add("--epochs-factor", type=positive(float), default=1.0, metavar="F",
-        help="times the recipe's epochs (default: %(default)g)")  # fmt: skip
-    add("--decide", action="store_true", help="stop variants that cannot win; --runs is how many seeds one has at most")
-    add("--minutes", type=positive(float), metavar="M", help="begin no run that would end later")
-    add("--shard", type=shard, metavar="I/N",
-        help="only part 1 <= I <= N of the runs, for machines without a common disk; see blink merge")  # fmt: skip
-    add("--no-wait", action="store_true", help="end when other processes train all that is left")
-    add_setting_arguments(parser)
-    add = parser.add_argument_group("what is written").add_argument
-    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: runs/PLAN.jsonl)")
 
 
 def run(options: Namespace) -> int:
@@ -225,14 +193,6 @@ def missing(queue: list[dict], written: list[dict], path: Path) -> list[dict]:
                 f"{path} holds runs of {run['variant']!r} with another recipe or budget; name another --json"
             )
     return [run for run in queue if runs.identity(run) not in found]
-
-
-def shard(text: str) -> tuple[int, int]:
-    """Of an argument: I/N, 1 <= I <= N."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ArgumentTypeError(f"expected I/N with 1 <= I <= N, such as 2/8, not {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def part_of(queue: list[dict], i: int, n: int) -> list[dict]:

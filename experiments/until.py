@@ -1,6 +1,4 @@
-"""Find the smallest budget whose mean accuracy over --runs reaches a target. Each budget, in quarters of an epoch, is
-trained anew, its whole schedule compressed to it.
-"""
+"""The work of `blink until`, a search for the smallest budget; commands/until.py has its arguments."""
 
 import argparse
 from collections.abc import Callable
@@ -8,19 +6,14 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 
-from blink.command import add_json_argument, fraction, positive
 from blink.errors import UserError
 from blink.files import check_json, write_json
 from blink.training.bars import RunBars
 from blink.training.budget import plan_budget
-from blink.training.job import add_job_arguments, count_flops, prepare
+from blink.training.job import count_flops, prepare
 from blink.training.loop import train
 from blink.training.results import spreads, with_spread
 
-EXAMPLES = (
-    "blink until 0.94 --runs 5",
-    "blink until 0.6 --recipe hlb --epochs 4 --data photographs/",
-)
 QUARTERS = 4
 _MOST = 4
 
@@ -78,16 +71,6 @@ def line(trial: Trial, verdict: str) -> str:
         f"{trial.epochs:6.2f} epochs {trial.seconds['mean']:9.2f} s {trial.pflop:.4f} PFLOP  {verdict:<7}  "
         f"{with_spread(trial.accuracy, 4)}"
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("budget").add_argument
-    add("accuracy", type=fraction, metavar="ACCURACY", help="the target, as 0.94")
-    add("--epochs", type=positive(float), metavar="E", help="where the search begins (default: the recipe's)")
-    add("--runs", type=positive(int), default=1, metavar="N", help="train each budget N times (default: %(default)s)")
-    add_job_arguments(parser)
-    add = parser.add_argument_group("what is written").add_argument
-    add_json_argument(add, "write every budget that was tried as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from blink.errors import UserError
 from blink.inference.images import batches
 from blink.model import backend as backends
-from blink.model.network import Group, Network, NetworkConfig
+from blink.model.config import Group, NetworkConfig
+from blink.model.network import Network
 from blink.model.saved import EXPECTED, read
 
 

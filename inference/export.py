@@ -1,4 +1,4 @@
-"""Write a network that `blink train --out` kept as ONNX or as a torch.export program, for use without this package."""
+"""The work of `blink export`; commands/export.py has its arguments."""
 
 import argparse
 import io
@@ -14,30 +14,16 @@ from blink.errors import UserError
 from blink.files import check_output, write
 from blink.inference.classifier import Classifier, load
 from blink.inference.labelled import some_images
-from blink.inference.shared import add_model_argument, printable
+from blink.inference.shared import printable
 from blink.model import backend
 from blink.model.saved import model_card
 from blink.training.bars import bars
 
-EXAMPLES = (
-    "blink export runs/photographs/blink-seed0.safetensors --onnx photographs.onnx",
-    "blink export model.safetensors --torch-export model.pt2 --data photographs/",
-)
 # what ONNX takes
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _CHECKED = 100
 # of the largest result, or of 1 where all are smaller
 TOLERANCE = 1e-5
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add_model_argument(add)
-    add("--onnx", type=Path, metavar="FILE", help="write ONNX (needs onnx, onnxscript and onnxruntime)")
-    add("--torch-export", type=Path, metavar="FILE", help="write a program for torch.export.load (.pt2)")
-    add("--probabilities", action="store_true", help="the results are probabilities (default: logits)")
-    add("--data", metavar="PATH", help="check it on up to 100 images of a folder, cifar10, cifar100 or synthetic "
-        "(default: on generated ones, noise and smooth)")  # fmt: skip
 
 
 class Exported(nn.Module):

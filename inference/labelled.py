@@ -18,7 +18,6 @@ from blink.training.data import image_tree, parquet
 from blink.training.data.dataset import Dataset, fixed_order
 from blink.training.report import GENERATED_WARNING
 
-HALVES = ("train", "test", "all")
 _BATCH = 500
 
 
@@ -47,9 +46,10 @@ def read_labelled(
 ) -> Labelled:  # fmt: skip
     """What `--data SOURCE` names, for this network.
 
-    half: one of `HALVES`; None: test, or all of a folder without halves. val_split: as a training's, of which "train"
-    and "test" of a folder without halves are; None: that of the network's own. limit: the first so many. progress(done,
-    total) is called while images are decoded, complain(error) for each that cannot be, and it is left out.
+    half: of `shared.HALVES`; None: test, or all of a folder without halves. val_split: as a training's, of which
+    "train" and "test" of a folder without halves are; None: that of the network's own. limit: the first so many.
+    progress(done, total) is called while images are decoded, complain(error) for each that cannot be, and it is left
+    out.
     Raises UserError for no such data, a class that the network does not know, and no image at all.
     """
     if source in data.NAMES:

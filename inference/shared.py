@@ -5,6 +5,9 @@ from pathlib import Path
 from blink import ending
 from blink.errors import UserError
 
+# of a data set
+HALVES = ("train", "test", "all")
+
 
 def add_model_argument(add) -> None:
     add("model", type=Path, metavar="MODEL", help="the .safetensors file of a run")

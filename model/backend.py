@@ -8,8 +8,7 @@ import torch
 from blink import kernels
 from blink.kernels.environment import has_c_compiler, has_cxx_compiler
 from blink.model import convolution
-
-CHOICES = ("auto", "fused", "reference", "compiled")
+from blink.model.config import CHOICES
 
 
 @dataclass(frozen=True)

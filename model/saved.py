@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blink.errors import UserError, brief
 from blink.files import from_json, replacing
-from blink.model.network import NetworkConfig
+from blink.model.config import NetworkConfig
 
 # of the metadata; a file of a later one is refused
 FORMAT = 1

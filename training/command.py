@@ -1,4 +1,4 @@
-"""Train a network from random weights, one or several times, and report its accuracy."""
+"""The work of `blink train`, one or several runs from random weights; commands/train.py has its arguments."""
 
 import argparse
 import time
@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from blink import __version__, ending
-from blink.command import add_json_argument, natural, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
@@ -21,7 +20,7 @@ from blink.training.budget import check_batch
 from blink.training.checkpoint import Checkpoints
 from blink.training.data.dataset import Dataset
 from blink.training.initial import initial_weights
-from blink.training.job import Job, add_job_arguments, count_flops, prepare
+from blink.training.job import Job, count_flops, prepare
 from blink.training.listener import Listener, Listeners
 from blink.training.loop import train
 from blink.training.outputs import Outputs
@@ -31,34 +30,8 @@ from blink.training.results import RunResult, run_as_dict
 from blink.training.shared_runs import SharedRuns, named_seeds
 from blink.training.trainer import Trainer
 
-EXAMPLES = (
-    "blink train --data photographs/ --epochs 20 --out runs/photographs",
-    "blink train --recipe hlb --kernels reference --runs 5 --json hlb.json",
-)
-DISTRIBUTED = True
 # a CPU validates each epoch on part of the test set, or it would spend a fifth of the run on it
 CPU_VALIDATION_IMAGES = 2000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("budget").add_argument
-    add("--epochs", type=positive(float), metavar="E", help="passes over the data (default: the recipe's)")
-    add("--steps", type=positive(int), metavar="N", help="compress the whole schedule to N steps")
-    add("--runs", type=positive(int), default=1, metavar="N", help="train N times (default: %(default)s)")
-    add("--ddp", action="store_true", help="of torchrun's processes: train each run together, not each its own")
-    add("--validate", type=natural, metavar="N", help="test images for each epoch's accuracy (0: none)")
-    add = parser.add_argument_group("where it begins").add_argument
-    add("--init", type=Path, metavar="FILE", help="with the weights of an earlier run, in place of random ones")
-    add("--resume", type=Path, metavar="DIR", help="go on with what was interrupted, as its command said")
-    add_job_arguments(parser)
-    add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=Path, metavar="DIR", help="save each run's network, checkpoints and the summary here")
-    add("--keep", choices=("last", "best"), default="last",
-        help="which weights: the last epoch's, or those that did best in validation (default: last)")  # fmt: skip
-    add("--checkpoint-every", type=natural, default=1, metavar="E",
-        help="epochs from one checkpoint in --out to the next (default: %(default)s; 0: none)")  # fmt: skip
-    add_json_argument(add, "write the summary and all runs as JSON", overwritten="--out and --json")
-    loggers.add_arguments(add)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from rich.console import Console
 from torch import Tensor
 
-from blink.command import STARTED, fraction, natural, positive
+from blink.command import STARTED
 from blink.training import data
+from blink.training.arguments import STEMS
 from blink.training.bars import bars
 from blink.training.budget import Budget, plan_budget
 from blink.training.data.dataset import Dataset
@@ -17,12 +18,8 @@ from blink.training.distributed import ALONE, Ranks
 from blink.training.overrides import with_settings
 from blink.training.own import named
 from blink.training.recipes import RECIPES, Recipe, with_flip, with_network
-from blink.training.setting import Setting, add_setting_arguments, choose_setting
+from blink.training.setting import Setting, choose_setting
 from blink.training.trainer import Trainer
-
-# of a side; more pixels than any of the networks here is for
-_LARGEST_SIZE = 4096
-STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same"), "none": (None, "same")}
 
 
 @dataclass
@@ -45,40 +42,6 @@ class Job:
         setting, budget = self.setting, budget or self.budget
         how = (setting.backend, setting.compute, setting.graph)
         return Trainer(self.recipe, self.dataset, budget, *how, initial, ranks)
-
-
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is trained and how it computes; a command adds its own budget."""
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", default="blink", help="see blink recipes, or FILE.py:NAME of your own (default: %(default)s)")
-    add_data_arguments(add)
-    add("--stem", choices=STEMS, help="whitening convolution: kernel and padding, or none (default: the recipe's)")
-    add("--se", type=se_reduction, metavar="R|off", help="squeeze-and-excite reduction (default: the recipe's)")
-    add("--flip", choices=("none", "random", "alternating"),
-        help="mirroring of training images; none: of test images neither (default: the recipe's; digits: "
-        "none)")  # fmt: skip
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
-        help="any setting of the recipe, as blink recipes RECIPE lists it; may be given again")  # fmt: skip
-    add("--batch-size", type=positive(int), metavar="B", help="default: the recipe's, smaller for small data sets")
-    add("--micro-batch", type=positive(int), metavar="N", help="images of a batch on the device at a time, whose "
-        "gradients add up; BatchNorm is by these (default: all)")  # fmt: skip
-    add("--seed", type=natural, default=0, metavar="S", help="of the first run; the next one has the next (default: 0)")
-    add_setting_arguments(parser)
-
-
-def add_data_arguments(add) -> None:
-    add("--data", metavar="PATH", help="a folder of images, of Parquet files or of a published data set, or cifar10, "
-        "cifar100, mnist, fashionmnist, svhn, synthetic (default: cifar10, below data/ or downloaded, else "
-        "synthetic)")  # fmt: skip
-    add("--size", type=positive(int, _LARGEST_SIZE), metavar="N", help="scale and crop the images of a "
-        "folder to NxN (default: their one size, else that of most, else 32)")  # fmt: skip
-    add("--val-split", type=fraction, metavar="F", help="the part of each class that is held back for testing where a "
-        "folder has no test images (default: 0.1)")  # fmt: skip
-    add("--limit", type=positive(int), metavar="N", help="no more than N training and N test images, always the same")
-
-
-def se_reduction(text: str) -> int | str:
-    return text if text == "off" else positive(int)(text)
 
 
 def prepare(

@@ -26,12 +26,6 @@ COLUMNS = ("run", "seed", *(field.name for field in fields(EpochRow)))
 _RUN_FACTS = ("command", "data", "recipe", "kernels", "dtype", "deterministic", "budget", "environment")
 
 
-def add_arguments(add) -> None:
-    add("--csv", type=Path, metavar="FILE", help="write a row an epoch")
-    add("--tensorboard", type=Path, metavar="DIR", help="write a run of TensorBoard's a seed here")
-    add("--wandb", metavar="PROJECT", help="follow each seed as a run of this project of Weights & Biases")
-
-
 def check(options: argparse.Namespace) -> None:
     """Before any work: the libraries are there, the outputs can be written, wandb knows who asks. Raises UserError."""
     check_output(options.csv)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from blink.model.network import Group, NetworkConfig
+from blink.model.config import Group, NetworkConfig
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    # tables of results need no PyTorch
+    from torch import Tensor
 
 
 @dataclass
@@ -57,8 +60,8 @@ class RunResult:
     images_per_second: float
     losses: list[float]
     epochs: list[EpochRow] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    logits: Tensor | None = field(default=None, repr=False)
+    state: "dict[str, Tensor]" = field(default_factory=dict, repr=False)
+    logits: "Tensor | None" = field(default=None, repr=False)
     kept: Kept | None = None
     balanced_accuracy: float | None = None
     held_out: HeldOut | None = None

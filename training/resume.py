@@ -34,7 +34,7 @@ def as_it_was(options: argparse.Namespace) -> argparse.Namespace:
         elif not word.startswith("--resume="):
             added.append(word)
     before = summary_of(folder)["command"][2:]
-    options = parse("train", "blink.training.command", [*map(str, before), *added])[0]
+    options = parse("train", "blink.training.commands.train", [*map(str, before), *added])[0]
     own = not (options.recipe in RECIPES or any(word.startswith("--recipe") for word in added))
     if own:
         # a folder may be anybody's, and this would run a file that it names

@@ -31,17 +31,6 @@ class Setting:
     interpreted: bool
 
 
-def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it computes")
-    add = group.add_argument
-    add("--kernels", choices=backends.CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
-    add("--graph", choices=("auto", "on", "off"), default="auto",
-        help="replay each step as a CUDA graph (auto: on a GPU)")  # fmt: skip
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=precision.DTYPES, help="compute dtype (default: fp16 on a GPU; bf16 or fp32 on a CPU)")
-    add("--deterministic", action="store_true", help="bitwise repeatable runs (slower convolutions)")
-
-
 def choose_setting(options: argparse.Namespace) -> Setting:
     """What `add_setting_arguments` was given, made effective in this process. Raises UserError for what cannot be."""
     device = choose_device(options.device)

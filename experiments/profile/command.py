@@ -1,34 +1,16 @@
-"""Time one training step by part instead of training: each convolution's three passes, each op, the loss, the
-optimizer, idle; what each must compute and move; and the whole step against plain eager PyTorch.
-"""
+"""The work of `blink profile`; ../commands/profile.py has its arguments."""
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 
-from blink.command import add_json_argument, positive
 from blink.experiments.profile import measure, report
 from blink.files import check_json, make_folder, write_json
 from blink.model import backend as backends
-from blink.training.job import add_job_arguments, prepare
+from blink.training.job import prepare
 from blink.training.report import Report
 from blink.training.trainer import Trainer
-
-EXAMPLES = (
-    "blink profile",
-    "blink profile --recipe hlb --kernels reference --json profile.json",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_job_arguments(parser)
-    add = parser.add_argument_group("budget").add_argument
-    add("--steps", type=positive(int), metavar="N", help="steps of the run that is profiled (default: the recipe's)")
-    add = parser.add_argument_group("what is written").add_argument
-    add("--traces", type=Path, default=Path("runs/profile"), metavar="DIR", help="chrome traces (default: %(default)s)")
-    add_json_argument(add, "write every number as JSON")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,16 +1,15 @@
-"""Race this project against others' unmodified scripts: the same machine, images and clock. Blocks of runs alternate,
-each in a process of its own, whose warm-up does not count. What each block gave is written when it ends.
+"""The work of `blink race`: blocks of runs, in processes of their own, that alternate; ../commands/race.py has its
+arguments.
 """
 
 import os
 import statistics
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from rich.console import Console
 
-from blink.command import natural, positive
 from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.pool import machine_of
@@ -21,31 +20,11 @@ from blink.files import check_output, make_folder
 from blink.training.bars import bars
 from blink.training.budget import plan_budget
 from blink.training.data.dataset import Dataset
-from blink.training.job import add_data_arguments, count_flops, load_data
+from blink.training.job import count_flops, load_data
 from blink.training.recipes import RECIPES, Recipe, with_flip
-from blink.training.setting import Setting, add_setting_arguments, choose_setting
+from blink.training.setting import Setting, choose_setting
 
-EXAMPLES = (
-    "blink race airbench94_muon=../cifar10-airbench",
-    "blink race hiverge=../speedrun --runs 5 --blocks 6 --json race.jsonl",
-)
 _ON_CPU = "on a CPU: CUDA turned to the CPU, float16 to bfloat16, nothing compiled"
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("who races, and on what").add_argument
-    add("peers", nargs="+", metavar="PEER=PATH", help=f"a checkout of {', '.join(PEERS)}")
-    add("--recipe", choices=RECIPES, default="blink", help="what this project trains (default: %(default)s)")
-    add_data_arguments(add)
-    add("--seed", type=natural, default=0, metavar="S", help="the first seed of this project's runs")
-    add = parser.add_argument_group("budget").add_argument
-    add("--runs", type=positive(int), default=10, metavar="N", help="counted runs a block (default: %(default)s)")
-    add("--blocks", type=positive(int), default=3, metavar="N", help="blocks a contestant (default: %(default)s)")
-    add("--no-cold", dest="cold", action="store_false", help="do not time whole processes with empty caches first")
-    add_setting_arguments(parser)
-    add = parser.add_argument_group("what is written").add_argument
-    add("--scratch", type=Path, default=Path("runs/race"), metavar="DIR", help="data files and caches of the peers")
-    add("--json", type=Path, metavar="FILE", help="JSON lines to append to (default: race.jsonl in --scratch)")
 
 
 def run(options: Namespace) -> int:

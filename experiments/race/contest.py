@@ -10,13 +10,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from blink.command import python_path
 from blink.errors import UserError
 from blink.experiments import records
 from blink.experiments.race.peers import Peer
+
+if TYPE_CHECKING:
+    # a table of races needs no PyTorch
+    import torch
 
 OURS = "blink"
 # seconds
@@ -58,7 +61,7 @@ class Block:
     error: str | None
 
 
-def visible(device: torch.device) -> dict[str, str]:
+def visible(device: "torch.device") -> dict[str, str]:
     """The environment in which a process finds no GPU but this one, which a script then takes without being asked."""
     if device.index is None:
         return {}
@@ -67,7 +70,7 @@ def visible(device: torch.device) -> dict[str, str]:
 
 
 def run_block(
-    contestant: Contestant, runs: int, seed: int, device: torch.device, caches: Path,
+    contestant: Contestant, runs: int, seed: int, device: "torch.device", caches: Path,
     on_runs: Callable[[int], None] | None = None,
 ) -> Block:  # fmt: skip
     """Train `runs` runs in a new process, with its compilers' caches under `caches`. Never raises for what it does.

@@ -1,6 +1,5 @@
-"""Compile every kernel for GPUs that need not be here, and report what the compiler made of it. Exit code 1 where a
-kernel spills registers on an NVIDIA target, needs more shared memory than a block may use, makes no 16-byte global
-access although its layout allows it, leaves copies of a sum that differ, or does not compile.
+"""The work of `blink inspect`, whose arguments experiments/commands/inspect.py has: what the compiler made of every
+kernel, and what of it is a fault.
 
 A module may state why a kernel of its stays narrow: NARROW_ACCESS = {"_name_kernel": "reason"}, or
 {"_name_kernel:target": "reason"} for one target.
@@ -27,15 +26,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from blink.command import add_json_argument, listed
 from blink.errors import UserError
 from blink.files import check_json, write_json
-from blink.training.recipes import RECIPES
 
 from .. import HAS_TRITON
 from ..environment import commit
 
-DTYPES = ("float16", "bfloat16", "float32")
 # the version of triton that is held to no spill, and how many accesses others may make to spilled registers
 NO_SPILL_VERSION, FEW_SPILLS = "3.8", 16
 _LEGEND = """\
@@ -44,31 +40,6 @@ bytes or more a thread, of all global loads and stores.  sfu: special functions.
 All counts are static; shared memory and code in bytes."""
 _HEADER = "regs spill shared  occ by      ld16  st16 tensor core        fp32   sfu   code"
 _INDENT = {"initial_indent": "    ", "subsequent_indent": "    "}
-
-
-EXAMPLES = (
-    "blink inspect norm_act --target sm_90",
-    "blink inspect --dtype float16,bfloat16 --json kernels.json",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .ahead_of_time import TARGETS
-    from .bounds import GPUS
-
-    add = parser.add_argument_group("what is compiled").add_argument
-    add("ops", nargs="*", metavar="OP", help="which ops (default: all)")
-    add("--target", type=listed(TARGETS), metavar="T,...", help=f"of {', '.join(TARGETS)} (default: all)")
-    add("--dtype", type=listed(DTYPES), default=["float16"], metavar="D,...",
-        help=f"of {', '.join(DTYPES)} (default: float16)")  # fmt: skip
-    add("--recipe", choices=RECIPES, help="at the shapes of this recipe (default: blink's, hlb's and further ones)")
-    add("--tiles", action="store_true", help="of what differs only in sizes that tiles do not depend on, one")
-    add("--quick", action="store_true", help="each op's first shape, sm_90 unless --target is given")
-    add("--bounds", type=listed(GPUS), metavar="GPU,...", help="what bounds each kernel of a step, by count: on any "
-        f"of {', '.join(GPUS)}")  # fmt: skip
-    add = parser.add_argument_group("what is written").add_argument
-    add("--sass", action="store_true", help="print the machine code too")
-    add_json_argument(add, "write every number")
 
 
 def _compile(examine: Callable[[NamedTuple], list[dict]], jobs: list) -> Iterator[dict]:

@@ -1,6 +1,5 @@
-"""Time the fused ops beside eager PyTorch, torch.compile, the blocks and optimizers of torchvision and torch.optim, and
-the hardware's roofs. Every provider's results are compared with float64 first; a wrong one gets its error in place of a
-time, and the exit code is 1.
+"""The work of `blink bench`, whose arguments experiments/commands/bench.py has. Every provider's results are compared
+with float64 before they are timed.
 """
 
 import argparse
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from blink.command import add_json_argument, listed, positive
 from blink.errors import UserError
 from blink.files import check_json, make_folder, write_json
 from blink.optional import needed
@@ -22,10 +20,6 @@ from .. import cases
 from . import measure, providers
 from .report import closing_line, compare, first_call_line, format_row, ratio_of
 
-EXAMPLES = (
-    "blink bench squeeze_excite --shapes efficientnet_b0",
-    "blink bench --json bench.json --plot bench/",
-)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OPS = tuple(registry.OPS)
 # what --shapes names
@@ -179,38 +173,6 @@ def timed(case, bind, tensors, dtype, backward: bool, device, seconds: float, co
         "roofline": floor / time,
         "peak_bytes": peak,
     }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what is timed").add_argument
-    add("ops", nargs="*", metavar="OP", type=op_name, help=f"default: all of {', '.join(OPS)}")
-    add(
-        "--shapes",
-        default="network",
-        metavar="S",
-        help=f"a recipe ({', '.join(RECIPES)}), network (default: blink's, hlb's and further ones), a model of "
-        f"torchvision's ({', '.join(cases.MODELS)}), sweep or BxCxHxW,...",
-    )
-    add("--recipe", dest="shapes", choices=RECIPES, help="the shapes of this recipe, as --shapes takes them too")
-    add("--dtype", type=listed(DTYPES), metavar="D,...", help="float32, float16, bfloat16")
-    add("--providers", type=listed(providers.PROVIDERS), default=list(providers.PROVIDERS), metavar="P,...",
-        help=f"of {', '.join(providers.PROVIDERS)} (default: all that have the op)")  # fmt: skip
-    add("--pass", dest="passes", choices=("fwd", "bwd", "both"), default="both")
-    add("--quick", action="store_true", help="one shape per op, a smaller batch, shorter timings")
-    add("--list", action="store_true", help="print the cases and stop")
-    add = parser.add_argument_group("what is written").add_argument
-    add_json_argument(add, "write everything, with GPU, power limit, versions, commit")
-    add("--plot", type=Path, metavar="DIR", help="write a roofline plot and a bar chart per op")
-    add = parser.add_argument_group("two results").add_argument
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print the change from A.json to B.json; exit with 1 "
-        "where something got slower")  # fmt: skip
-    add("--band", type=positive(float), default=5.0, metavar="PERCENT", help="noise band of --compare (default: 5)")
-
-
-def op_name(text: str) -> str:
-    if text not in OPS:
-        raise argparse.ArgumentTypeError(f"unknown op {text!r}; expected one of {', '.join(OPS)}")
-    return text
 
 
 def parse_shapes(text: str) -> list[tuple[int, int, int, int]]:
