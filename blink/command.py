@@ -2,7 +2,8 @@
 
 A command is a module with `EXAMPLES` (lines), `add_arguments(parser)` and `run(options) -> exit code`; its docstring's
 first paragraph describes it. It raises UserError for what the user must change. `DISTRIBUTED` is True of one that
-torchrun may start in several processes.
+torchrun may start in several processes. Importing it imports neither PyTorch nor what else takes long: help and a
+mistake wait for neither (tests/test_light_start.py). Where the work needs them, it is in a module that `run` imports.
 """
 
 import argparse

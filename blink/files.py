@@ -136,3 +136,14 @@ def check_output(path: Path | None, append: bool = False) -> None:
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror}); name another file") from error
     make_folder(path.resolve().parent)
+
+
+def is_missing(path: Path) -> bool:
+    """Whether there is surely nothing at this path; what else may be wrong with it shows where it is read."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False

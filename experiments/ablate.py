@@ -31,12 +31,6 @@ _LOOK_EVERY = 5.0
 
 def run(options: Namespace) -> int:
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    if options.plan is None:
-        for name, plan in PLANS.items():
-            console.print(f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}", soft_wrap=False)
-        return 0
-    if options.decide and options.shard is not None:
-        raise UserError("--decide looks at all runs, of which --shard trains a part; give one of them")
     began = time.perf_counter()
     plan = named(options.plan, PLANS, Plan)
     chosen = choose_variants(plan, options.plan, options.only)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from blink import ending
 from blink.errors import UserError
+from blink.files import is_missing
+from blink.model import saved
 
 # of a data set
 HALVES = ("train", "test", "all")
@@ -11,6 +13,12 @@ HALVES = ("train", "test", "all")
 
 def add_model_argument(add) -> None:
     add("model", type=Path, metavar="MODEL", help="the .safetensors file of a run")
+
+
+def check_model(path: Path) -> None:
+    """Raises UserError where there is none."""
+    if is_missing(path):
+        raise saved.no_network(path)
 
 
 def add_device_argument(add) -> None:

@@ -3,13 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from blink.errors import UserError, brief
 from blink.files import from_json, replacing
 from blink.model.config import NetworkConfig
+
+if TYPE_CHECKING:
+    # a path that leads nowhere is found without PyTorch
+    from torch import Tensor
 
 # of the metadata; a file of a later one is refused
 FORMAT = 1
@@ -18,7 +22,7 @@ EXPECTED = "expected a .safetensors file that blink train --out wrote"
 
 
 def save(
-    path: Path, state: dict[str, Tensor], config: NetworkConfig, classes: tuple[str, ...],
+    path: Path, state: "dict[str, Tensor]", config: NetworkConfig, classes: tuple[str, ...],
     image_shape: tuple[int, int, int], facts: dict,
 ) -> None:  # fmt: skip
     """Save a network's state_dict with what is needed to use it, atomically.
@@ -36,7 +40,7 @@ def save(
     write_tensors(path, state, {_KEY: json.dumps(content), "model_card": model_card(content)})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
     """A safetensors file of these, written atomically. Raises UserError where it cannot be written."""
     from safetensors.torch import save as serialized
 
@@ -71,7 +75,11 @@ def model_card(content: dict) -> str:
     return "\n".join(lines).encode(errors="replace").decode()
 
 
-def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
+def no_network(path: Path) -> UserError:
+    return UserError(f"there is no {path}; {EXPECTED}")
+
+
+def read(path: Path, weights: bool = True) -> "tuple[dict, dict[str, Tensor]]":
     """(what `save` was told, the state_dict); nothing in the file is executed. Raises UserError for no such file.
 
     weights: False leaves them where they are, and the state_dict empty.
@@ -82,7 +90,7 @@ def read(path: Path, weights: bool = True) -> tuple[dict, dict[str, Tensor]]:
             state = {name: file.get_tensor(name) for name in (file.keys() if weights else ())}
         later = content["format"] > FORMAT
     except FileNotFoundError as error:
-        raise UserError(f"there is no {path}; {EXPECTED}") from error
+        raise no_network(path) from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = "no description of a network" if isinstance(error, KeyError) else brief(error)
         raise UserError(f"{path} is no saved network ({reason}); {EXPECTED}") from error

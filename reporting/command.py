@@ -5,14 +5,11 @@ and no other file; several trainings are drawn over each other.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blink.errors import UserError
 from blink.files import check_output, replacing
 from blink.optional import needed
-
-if TYPE_CHECKING:
-    from blink.reporting.trainings import Training
+from blink.reporting.trainings import Training, read_all
 
 EXAMPLES = (
     "blink report runs/photographs",
@@ -39,16 +36,15 @@ def run(options: argparse.Namespace) -> int:
     return 2 if damaged else 0
 
 
-def write_report(paths: list[Path], output: Path) -> "tuple[list[Training], list[str]]":
+def write_report(paths: list[Path], output: Path) -> tuple[list[Training], list[str]]:
     """Write the page of these trainings: (they, a line on each file beside them that is damaged). Raises UserError."""
     for library in ("jinja2", "matplotlib"):
         needed(library, "a report")
     check_output(output)
+    trainings = read_all(paths)
     # only now: help and mistakes need no PyTorch
     from blink.reporting.page import render
-    from blink.reporting.trainings import read_all
 
-    trainings = read_all(paths)
     page, damaged = render(trainings)
     try:
         with replacing(output) as temporary:

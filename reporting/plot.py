@@ -8,6 +8,8 @@ from pathlib import Path
 from blink.errors import UserError
 from blink.files import check_output, replacing
 from blink.optional import needed
+from blink.reporting.curves import picture
+from blink.reporting.trainings import read_all
 
 EXAMPLES = (
     "blink plot runs/photographs",
@@ -29,10 +31,6 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{path} is no picture's name; expected one that ends in {', '.join(_FORMS)}")
     needed("matplotlib", "blink plot")
     check_output(path)
-    # only now: help and mistakes need no PyTorch
-    from blink.reporting.curves import picture
-    from blink.reporting.trainings import read_all
-
     trainings = read_all(options.trainings)
     try:
         with replacing(path) as temporary:

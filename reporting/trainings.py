@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blink.errors import UserError
 from blink.files import from_json
 from blink.model import saved
-from blink.training import gallery
-from blink.training.gallery import Gallery
 from blink.training.results import EpochRow, Kept, spread
+
+if TYPE_CHECKING:
+    from blink.training.gallery import Gallery
 
 EXPECTED = "expected a folder of blink train --out, or a file of its --json"
 
@@ -32,7 +34,7 @@ class Run:
     losses: tuple[float, ...]
     balanced_accuracy: float | None
     kept: Kept | None
-    gallery: Gallery | None
+    gallery: "Gallery | None"
     network: Path | None
 
 
@@ -84,7 +86,7 @@ class Training:
         return spread([getattr(run, name) for run in self.runs])
 
     @property
-    def galleries(self) -> list[Gallery]:
+    def galleries(self) -> "list[Gallery]":
         return [run.gallery for run in self.runs if run.gallery is not None]
 
 
@@ -211,7 +213,7 @@ def epoch_row(row: dict) -> EpochRow:
     return EpochRow(int(row["epoch"]), int(row["step"]), *values, *accuracies, finite(row["seconds"]))
 
 
-def beside(path: Path, accuracy: float, data: Data, missing: list[str], damaged: list[str]) -> Gallery | Path | None:
+def beside(path: Path, accuracy: float, data: Data, missing: list[str], damaged: list[str]) -> "Gallery | Path | None":
     """A gallery, or a network's path, if it lies there and is of this run; else a line says why not."""
     is_gallery = path.name.endswith(".gallery.safetensors")
     if not path.exists():
@@ -219,6 +221,9 @@ def beside(path: Path, accuracy: float, data: Data, missing: list[str], damaged:
         return None
     try:
         if is_gallery:
+            # curves alone need no PyTorch
+            from blink.training import gallery
+
             found = gallery.read(path)
             facts = {"accuracy": found.accuracy, "fingerprint": found.fingerprint}
         else:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blink.__main__ import main
-from blink.command import parse
+from blink.__main__ import main, parse
 from blink.experiments import records
 from blink.experiments.plans import PLANS, Plan
 from blink.experiments.race import command as race
@@ -63,7 +62,7 @@ def test_variants_and_races_do_not_mirror_digits_either(monkeypatch, capsys):
     assert (run["recipe"]["flip"], run["recipe"]["tta"]) == ("none", "translate")
     assert "mirror images are of other classes here: no variant mirrors any" in capsys.readouterr().out
 
-    options, _ = parse("race", race.__name__, ["x=y", "--recipe", "air", "--data", "mnist", "--device", "cpu"])
+    options = parse("race", ["x=y", "--recipe", "air", "--data", "mnist", "--device", "cpu"])
     dataset = data.load("mnist", lambda done, total: None, lambda line: None)
     ours = Contestant(race.OURS, Path.cwd(), options=())
     facts = race.describe(ours, choose_setting(options), dataset, options)

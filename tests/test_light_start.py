@@ -15,7 +15,7 @@ from blink.kernels.examine import cases
 from blink.kernels.examine.bench import command as bench
 from blink.kernels.examine.bench import providers
 from blink.model import config
-from blink.training import arguments, precision
+from blink.training import arguments, data, precision
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "torchvision", "triton", "numpy", "matplotlib", "pyarrow")
@@ -73,6 +73,7 @@ def test_help_and_mistakes_import_nothing_heavy():
 def test_names_of_arguments_are_those_of_the_tables():
     assert tuple(reference.ACTIVATIONS) == config.ACTIVATIONS
     assert tuple(precision.DTYPES) == arguments.DTYPES
+    assert data.NAMES == arguments.DATA_SETS
     assert tuple(bench.DTYPES) == bench_arguments.DTYPES
     assert tuple(cases.MODELS) == known.MODELS
     assert tuple(providers.PROVIDERS) == known.PROVIDERS
@@ -87,3 +88,29 @@ def test_names_of_arguments_are_those_of_the_kernels():
     assert set(registry.OPS) == set(known.OPS)
     assert tuple(TARGETS) == known.TARGETS
     assert tuple(GPUS) == known.GPUS
+
+
+def test_what_is_not_there_is_said_before_pytorch_is_imported():
+    calls = [
+        *([name, "--recipe", "nonsense"] for name in ("train", "profile")),
+        *([name, "--data", "nowhere/"] for name in ("train", "profile")),
+        ["until", "0.9", "--recipe", "nowhere.py:MINE"],
+        ["predict", "nowhere.safetensors", "image.png"],
+        ["evaluate", "nowhere.safetensors", "--data", "synthetic"],
+        ["export", "nowhere.safetensors", "--onnx", "model.onnx"],
+        ["ablate", "nonsense"],
+        ["ablate", "search", "--data", "nowhere/"],
+        ["race", "hiverge=nowhere", "--data", "nowhere/"],
+        ["merge", "nowhere.jsonl", "-o", "merged.jsonl"],
+        ["recipes", "nonsense"],
+    ]
+    for words, (code, said, heavy) in zip(calls, called(calls)):
+        assert (code, heavy) == (2, []) and ("nowhere" in said or "nonsense" in said), (words, code, said, heavy)
+
+
+def test_what_needs_no_tensor_runs_without_pytorch():
+    calls = [["recipes"], ["recipes", "hlb"], ["ablate"], ["tabulate", "--check"]]
+    for words, (code, said, heavy) in zip(calls, called(calls)):
+        # the t distribution of tables is scipy's, which needs numpy
+        # 1: stale tables, which is another test's business
+        assert code in (0, words[0] == "tabulate") and {*heavy} <= {"numpy"}, (words, code, said, heavy)

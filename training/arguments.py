@@ -1,15 +1,22 @@
 """The arguments that commands which train share. Nothing here imports PyTorch: help and mistakes need none."""
 
 import argparse
+from pathlib import Path
 
 from blink.command import fraction, natural, positive
+from blink.errors import UserError
+from blink.files import is_missing
 from blink.model.config import CHOICES
+from blink.training import own
+from blink.training.recipes import RECIPES, Recipe
 
 # of a side; more pixels than any of the networks here is for
 _LARGEST_SIZE = 4096
 STEMS = {"2x2": (2, 0), "3x3": (3, 0), "2x2-same": (2, "same"), "3x3-same": (3, "same"), "none": (None, "same")}
 # of `precision`, by name
 DTYPES = ("fp32", "fp16", "bf16")
+# of `training.data`
+DATA_SETS = ("cifar10", "cifar100", "mnist", "fashionmnist", "svhn", "synthetic")
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,3 +61,19 @@ def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
 
 def se_reduction(text: str) -> int | str:
     return text if text == "off" else positive(int)(text)
+
+
+def check_job(options: argparse.Namespace) -> None:
+    """What can be seen of --recipe and --data before the work. Raises UserError."""
+    own.check(options.recipe, RECIPES, Recipe)
+    check_data(options.data)
+
+
+def check_data(source: str | None) -> None:
+    """Raises UserError for what is neither the name of a data set nor there."""
+    if source is not None and source not in DATA_SETS and is_missing(Path(source)):
+        raise no_data(Path(source))
+
+
+def no_data(path: Path) -> UserError:
+    return UserError(f"there is no {path}; --data takes a folder, or {', '.join(DATA_SETS)}")

@@ -10,15 +10,23 @@ from blink.errors import UserError
 T = TypeVar("T")
 
 
-def named(text: str, known: Mapping[str, T], kind: type[T]) -> T:
-    """One of `known`, or what NAME is in the Python file of FILE.py:NAME, which is run. Raises UserError."""
-    if text in known:
-        return known[text]
+def check(text: str, known: Mapping[str, T], kind: type[T]) -> None:
+    """What can be seen without running the file. Raises UserError."""
     what, (file, colon, name) = kind.__name__.lower(), text.rpartition(":")
+    if text in known:
+        return
     if not colon or not file.endswith(".py"):
         raise UserError(f"unknown {what} {text!r}; expected one of {', '.join(known)}, or FILE.py:NAME of your own")
     if not Path(file).is_file():
         raise UserError(f"there is no {file}; expected a Python file that defines the {what} {name}")
+
+
+def named(text: str, known: Mapping[str, T], kind: type[T]) -> T:
+    """One of `known`, or what NAME is in the Python file of FILE.py:NAME, which is run. Raises UserError."""
+    check(text, known, kind)
+    if text in known:
+        return known[text]
+    what, (file, _, name) = kind.__name__.lower(), text.rpartition(":")
     try:
         content = runpy.run_path(file)
     except Exception as error:  # whatever the user's own lines raise

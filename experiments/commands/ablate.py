@@ -7,8 +7,13 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
+from rich.console import Console
+
 from blink.command import natural, positive
-from blink.training.arguments import add_data_arguments, add_setting_arguments
+from blink.errors import UserError
+from blink.experiments.plans import PLANS, Plan
+from blink.training import own
+from blink.training.arguments import add_data_arguments, add_setting_arguments, check_data
 
 EXAMPLES = (
     "blink ablate recipes --runs 10",
@@ -48,6 +53,15 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def run(options: Namespace) -> int:
+    if options.plan is None:
+        console = Console(highlight=False, markup=False)
+        for name, plan in PLANS.items():
+            console.print(f"{name}: {plan.summary}\n  {', '.join(map(repr, plan.variants))}")
+        return 0
+    if options.decide and options.shard is not None:
+        raise UserError("--decide looks at all runs, of which --shard trains a part; give one of them")
+    own.check(options.plan, PLANS, Plan)
+    check_data(options.data)
     # only now: help and mistakes need no PyTorch
     from blink.experiments import ablate
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from blink.command import add_json_argument, positive
-from blink.training.arguments import add_job_arguments
+from blink.training.arguments import add_job_arguments, check_job
 
 EXAMPLES = (
     "blink profile",
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_job(options)
     # only now: help and mistakes need no PyTorch
     from blink.experiments.profile import command
 

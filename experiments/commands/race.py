@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blink.command import natural, positive
 from blink.experiments.race.peers import PEERS
-from blink.training.arguments import add_data_arguments, add_setting_arguments
+from blink.training.arguments import add_data_arguments, add_setting_arguments, check_data
 from blink.training.recipes import RECIPES
 
 EXAMPLES = (
@@ -33,6 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
+    check_data(options.data)
     # only now: help and mistakes need no PyTorch
     from blink.experiments.race import command
 

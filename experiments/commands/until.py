@@ -5,7 +5,7 @@ trained anew, its whole schedule compressed to it.
 import argparse
 
 from blink.command import add_json_argument, fraction, positive
-from blink.training.arguments import add_job_arguments
+from blink.training.arguments import add_job_arguments, check_job
 
 EXAMPLES = (
     "blink until 0.94 --runs 5",
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_job(options)
     # only now: help and mistakes need no PyTorch
     from blink.experiments import until
 

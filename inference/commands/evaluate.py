@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from blink.command import add_json_argument, fraction, positive
-from blink.inference.shared import HALVES, add_device_argument, add_model_argument
+from blink.inference.shared import HALVES, add_device_argument, add_model_argument, check_model
+from blink.training.arguments import check_data
 
 EXAMPLES = (
     "blink evaluate runs/photographs/blink-seed0.safetensors --data photographs/",
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_model(options.model)
+    check_data(options.data)
     # only now: help and mistakes need no PyTorch
     from blink.inference import evaluate
 

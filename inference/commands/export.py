@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from blink.inference.shared import add_model_argument
+from blink.inference.shared import add_model_argument, check_model
 
 EXAMPLES = (
     "blink export runs/photographs/blink-seed0.safetensors --onnx photographs.onnx",
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_model(options.model)
     # only now: help and mistakes need no PyTorch
     from blink.inference import export
 

@@ -3,7 +3,7 @@
 import argparse
 
 from blink.command import positive
-from blink.inference.shared import add_device_argument, add_model_argument
+from blink.inference.shared import add_device_argument, add_model_argument, check_model
 
 EXAMPLES = (
     "blink predict runs/photographs/blink-seed0.safetensors photograph.jpg",
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_model(options.model)
     # only now: help and mistakes need no PyTorch
     from blink.inference import predict
 

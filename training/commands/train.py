@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from blink.command import add_json_argument, natural, positive
-from blink.training.arguments import add_job_arguments
+from blink.training import peers
+from blink.training.arguments import add_job_arguments, check_job
 
 EXAMPLES = (
     "blink train --data photographs/ --epochs 20 --out runs/photographs",
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    # one of several processes tells the others of its mistakes; --resume has a recipe and data of its own
+    if options.resume is None and peers.place().size == 1:
+        check_job(options)
     # only now: help and mistakes need no PyTorch
     from blink.training import command
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from blink.errors import UserError
+from blink.training.arguments import no_data
 from blink.training.data import cache, image_tree, parquet
 from blink.training.data.dataset import CIFAR10_MEAN, CIFAR10_STD, Arrays, Dataset, assemble
 from blink.training.data.layouts import LAYOUTS, Layout, recognize
@@ -118,7 +119,7 @@ def reading(path: Path) -> Iterator[None]:
     """Inside, `path` is a folder, and what cannot be read in it is one line. Raises UserError."""
     try:
         if not path.exists():
-            raise UserError(f"there is no {path}; --data takes a folder, or {', '.join(NAMES)}")
+            raise no_data(path)
         if not path.is_dir():
             raise UserError(f"{path} is a file; --data takes a folder: unpack it first")
         yield

@@ -83,6 +83,8 @@ def refused(name: str, entry: dict) -> bool:
 
 def choose_cases(options: argparse.Namespace) -> list[tuple[cases.Case, cases.Case]]:
     """(the case to time, the same at a small batch to interpret), for the chosen ops and shapes."""
+    if not OPS:
+        raise UserError("blink bench needs triton, which is not installed")
     ops = options.ops or OPS
     if options.shapes in NAMED:
         batch = cases.quick_batch(options.shapes) if options.quick else None
