@@ -9,7 +9,7 @@ from pathlib import Path
 from blink.errors import UserError
 from blink.files import check_output, replacing
 from blink.optional import needed
-from blink.reporting.trainings import Training, read_all
+from blink.reporting.trainings import Training, check, read_all
 
 EXAMPLES = (
     "blink report runs/photographs",
@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
 def write_report(paths: list[Path], output: Path) -> tuple[list[Training], list[str]]:
     """Write the page of these trainings: (they, a line on each file beside them that is damaged). Raises UserError."""
+    check(paths)
     for library in ("jinja2", "matplotlib"):
         needed(library, "a report")
     check_output(output)

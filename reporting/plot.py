@@ -9,7 +9,7 @@ from blink.errors import UserError
 from blink.files import check_output, replacing
 from blink.optional import needed
 from blink.reporting.curves import picture
-from blink.reporting.trainings import read_all
+from blink.reporting.trainings import check, read_all
 
 EXAMPLES = (
     "blink plot runs/photographs",
@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
     path = options.output
     if path.suffix.lower() not in _FORMS:
         raise UserError(f"{path} is no picture's name; expected one that ends in {', '.join(_FORMS)}")
+    check(options.trainings)
     needed("matplotlib", "blink plot")
     check_output(path)
     trainings = read_all(options.trainings)

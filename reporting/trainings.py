@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blink.errors import UserError
-from blink.files import from_json
+from blink.files import from_json, is_missing
 from blink.model import saved
 from blink.training.results import EpochRow, Kept, spread
 
@@ -88,6 +88,13 @@ class Training:
     @property
     def galleries(self) -> "list[Gallery]":
         return [run.gallery for run in self.runs if run.gallery is not None]
+
+
+def check(paths: Iterable[Path]) -> None:
+    """What can be seen before a library is imported. Raises UserError."""
+    for path in paths:
+        if is_missing(path):
+            raise UserError(f"there is no {path}; {EXPECTED}")
 
 
 def read_all(paths: Iterable[Path]) -> list[Training]:

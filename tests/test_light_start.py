@@ -101,6 +101,8 @@ def test_what_is_not_there_is_said_before_pytorch_is_imported():
         ["ablate", "nonsense"],
         ["ablate", "search", "--data", "nowhere/"],
         ["race", "hiverge=nowhere", "--data", "nowhere/"],
+        ["report", "nowhere/"],
+        ["plot", "nowhere.json"],
         ["merge", "nowhere.jsonl", "-o", "merged.jsonl"],
         ["recipes", "nonsense"],
     ]
