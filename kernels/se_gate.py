@@ -234,7 +234,7 @@ def weight_gradients(
     partials = empty_gradients(gate, channels, width, parts)
     arguments = (dgate, gate, hidden, dhidden, squeeze, partials, batch, share)
     functions = dict(ACT=ACTIVATIONS[activation].value, DGATE=GATES[gate_activation].backward)
-    launch(_weight_grad_kernel, (*tiles, parts), *arguments, S=sizes, **functions, maxnreg=128)
+    launch(_weight_grad_kernel, (*tiles, parts), *arguments, S=sizes, **functions, maxnreg=255)
     if parts == 1:
         return GateWeights(*(partial[0] for partial in partials))
     grads = GateWeights(*(partial[0] for partial in empty_gradients(gate, channels, width, 1)))
