@@ -19,6 +19,16 @@ from blink.processes import alive
 STANDARD_OUTPUT = Path("-")
 
 
+def cache_folder() -> Path | None:
+    """$BLINK_CACHE, else blink under the user's cache folder; None for a user without a home."""
+    if os.environ.get("BLINK_CACHE"):
+        return Path(os.environ["BLINK_CACHE"])
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
+    except RuntimeError:
+        return None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to: it takes its place if the block succeeds, else it is removed.

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says of the processor: its vendor and feature flags; empty where there is no such file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    words: set[str] = set()
+    for key in ("vendor_id", "flags", "Features"):
+        words |= set(next((line for line in lines if line.startswith(key)), ":").partition(":")[2].split())
+    return frozenset(words)
 
 
 def commit() -> str | None:

@@ -6,8 +6,6 @@ another dtype than the activations where a processor is faster so.
 """
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from blink.kernels.differentiation import differentiable_once
+from blink.kernels.environment import cpu_flags
 
 _GEOMETRY = dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=False, output_padding=[0, 0], groups=1)
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says of the processor: its vendor and feature flags; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    words: set[str] = set()
-    for key in ("vendor_id", "flags", "Features"):
-        words |= set(next((line for line in lines if line.startswith(key)), ":").partition(":")[2].split())
-    return frozenset(words)
 
 
 def fast_bf16() -> bool:

@@ -18,23 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blink.errors import brief
-from blink.files import from_json, remove_leftovers, replacing
+from blink.files import cache_folder, from_json, remove_leftovers, replacing
 from blink.training.data.dataset import Dataset
 
 _FORMAT = "4"
 # how many files a key looks into, and how many bytes at each end of them
 _SAMPLED, _BYTES = 16, 4096
 _TENSORS = tuple(f.name for f in fields(Dataset) if f.type is Tensor or f.type == "Tensor")
-
-
-def folder() -> Path | None:
-    """$BLINK_CACHE, else blink under the user's cache folder; None for a user without a home."""
-    if os.environ.get("BLINK_CACHE"):
-        return Path(os.environ["BLINK_CACHE"])
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blink"
-    except RuntimeError:
-        return None
 
 
 def source_key(root: Path, options: str = "", files: Sequence[str] | None = None) -> str:
@@ -82,7 +72,7 @@ def load(key: str) -> tuple[Dataset | None, list[str]]:
 
     What is read is held against the checksums that were written with it.
     """
-    path = folder() and folder() / f"{key}.safetensors"
+    path = cache_folder() and cache_folder() / f"{key}.safetensors"
     if path is None or not os.path.isfile(path):  # False too where the folder cannot be entered
         return None, []
     try:
@@ -110,9 +100,9 @@ def store(key: str, dataset: Dataset, notes: list[str]) -> str | None:
 
     Returns None, or one line that says why it was not cached.
     """
-    if folder() is None:
+    if cache_folder() is None:
         return "the decoded images were not cached (no home folder); BLINK_CACHE names another"
-    path, tensors = folder() / f"{key}.safetensors", {name: getattr(dataset, name) for name in _TENSORS}
+    path, tensors = cache_folder() / f"{key}.safetensors", {name: getattr(dataset, name) for name in _TENSORS}
     meta = dict(key=key, name=dataset.name, fingerprint=dataset.fingerprint, crc32=json.dumps(_checksums(tensors)))
     meta |= dict(classes=json.dumps(list(dataset.classes)), mirror=json.dumps(dataset.mirror), notes=json.dumps(notes))
     try:

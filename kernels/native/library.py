@@ -1,0 +1,124 @@
+"""The compiled libraries of this package: each C++ file compiled on this machine, for this processor, when first used.
+
+A library is kept below the cache folder under a name made from all that it is compiled from: another source, compiler
+or processor has another one. It is written whole or not at all, so that processes that start together may all make it.
+Where it cannot be made, `load` says so once and its callers do without.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from blink.files import cache_folder, remove_leftovers, replacing
+
+from ..dispatch import say_once
+from ..environment import cpu_flags
+
+_SOURCES = Path(__file__).parent
+# errno and floating-point exceptions are read by nobody; infinities, NaN and the order of sums stay as they are written
+_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+_SECONDS = 120
+
+_POINTER, _SIZE, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+_LETTERS = {"p": _POINTER, "l": _SIZE, "d": _NUMBER, "i": _COUNT}
+# of every function its arguments, in order: p a tensor or None, l an integer, d a float, i an integer of 32 bits
+_FUNCTIONS = {
+    "batch_norm": {
+        "norm_act_forward": "pppppppppppp" + "lll" + "ddi",
+        "pool_norm_act_forward": "pppppppppppp" + "p" + "llll" + "ddi",
+        "norm_act_backward": "ppppppppppppp" + "llll" + "idi",
+    },
+}
+
+
+class Library:
+    """The functions of one file as attributes, which take tensors as they are and None for a null pointer."""
+
+    def __init__(self, path: Path, functions: dict[str, str]):
+        loaded = ctypes.CDLL(str(path))
+        for name, letters in functions.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = [_LETTERS[letter] for letter in letters], None
+            setattr(self, name, _with_tensors(function))
+
+
+def _with_tensors(function):
+    def call(*arguments) -> None:
+        function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+
+    return call
+
+
+@cache
+def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.float32) -> Library | None:
+    """The library of `name`.cpp for this activation and these values, or None where there is none, which is said once.
+
+    dtype: float32 or bfloat16.
+    """
+    try:
+        return Library(_compiled(name, str(activation or "identity").title(), dtype), _FUNCTIONS[name])
+    except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+        said = str(error).strip().splitlines()
+        say_once(f"no compiled kernels, plain PyTorch runs in their place: {said[0] if said else type(error).__name__}")
+        return None
+
+
+@cache
+def _compiler() -> tuple[str, str]:
+    """($CXX, else g++ or clang++; its version). Raises RuntimeError where there is none."""
+    named = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
+    if found is None:
+        raise RuntimeError(f"no C++ compiler ({named or 'g++, clang++'}); install g++ or set CXX")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
+    return found, version.stdout
+
+
+def _compiled(name: str, activation: str, dtype: torch.dtype) -> Path:
+    """The path of the library, made if it is not there."""
+    compiler, version = _compiler()
+    kind = {torch.float32: "float", torch.bfloat16: "BFloat16"}[dtype]
+    flags = [*_FLAGS, f"-DACTIVATION={activation}", f"-DDTYPE={kind}"]
+    if "avx512f" in cpu_flags():
+        flags.append("-mprefer-vector-width=512")
+    files = sorted(_SOURCES.glob("*.hpp")) + [_SOURCES / f"{name}.cpp"]
+    digest = hashlib.sha256("\0".join([compiler, version, *flags, platform.machine(), *sorted(cpu_flags())]).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    path = _folder() / f"{name}-{activation.lower()}-{kind.lower()}-{digest.hexdigest()[:24]}.so"
+    if not path.is_file():
+        remove_leftovers(path.parent)
+        with replacing(path) as temporary:
+            command = [compiler, *flags, str(files[-1]), "-o", str(temporary)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+                raise RuntimeError(f"{compiler} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+    return path
+
+
+@cache
+def _folder() -> Path:
+    """Below the cache folder, else, for a user without one or who cannot write there, of this process alone."""
+    if (kept := cache_folder()) is not None:
+        folder = kept / "native"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            pass
+    _own.append(tempfile.TemporaryDirectory(prefix="blink-native-"))
+    return Path(_own[-1].name)
+
+
+# removed when the process ends
+_own: list[tempfile.TemporaryDirectory] = []

@@ -1,0 +1,106 @@
+// Batch statistics and sums of a gradient, of what chunks of images contribute, merged in the chunks' order.
+#pragma once
+#include <cmath>
+
+#include "parallel.hpp"
+#include "simd.hpp"
+
+namespace {
+
+// rows that float32 sums run over before they are added to float64 ones
+constexpr int64_t ROWS = 32;
+
+// What a chunk's rows sum to, for every channel: two sums in float32, moved to float64 from time to time.
+class Sums {
+  public:
+    explicit Sums(int64_t channels)
+        : channels_(channels), padded_((channels + LANES - 1) / LANES * LANES), narrow_(zeros<float>(2 * padded_)),
+          wide_(zeros<double>(2 * channels)) {}
+
+    float* first() { return narrow_.get(); }
+    float* second() { return narrow_.get() + padded_; }
+
+    // after every few rows
+    void count(int64_t rows) {
+        if ((rows_ += rows) >= ROWS) flush();
+    }
+
+    // [2, channels]
+    const double* total() {
+        flush();
+        return wide_.get();
+    }
+
+  private:
+    void flush() {
+        for (int64_t i = 0; i < channels_; i++) {
+            wide_[i] += first()[i];
+            wide_[channels_ + i] += second()[i];
+        }
+        std::fill_n(narrow_.get(), 2 * padded_, 0.f);
+        rows_ = 0;
+    }
+
+    int64_t channels_, padded_, rows_ = 0;
+    std::unique_ptr<float[]> narrow_;
+    std::unique_ptr<double[]> wide_;
+};
+
+// Mean and squared deviations of a chunk, from sums of differences from a value near its mean.
+struct Moments {
+    Moments(int64_t chunks, int64_t channels)
+        : channels(channels), mean(buffer<double>(chunks * channels)), m2(buffer<double>(chunks * channels)),
+          counts(buffer<double>(chunks)) {}
+
+    void set(int64_t chunk, double count, const float* shift, const double* sums) {
+        counts[chunk] = count;
+        for (int64_t c = 0; c < channels; c++) {
+            double sum = sums[c], squares = sums[channels + c];
+            mean[chunk * channels + c] = shift[c] + sum / count;
+            m2[chunk * channels + c] = std::max(0., squares - sum * sum / count);
+            if (squares != squares) m2[chunk * channels + c] = squares;
+        }
+    }
+
+    // of all chunks (Chan et al. 1979): mean and biased variance [C]; running ones, if given, move as PyTorch's do
+    void merge(int64_t chunks, double momentum, float* out_mean, float* out_var, float* running_mean,
+               float* running_var) const {
+        for (int64_t c = 0; c < channels; c++) {
+            double n = counts[0], m = mean[c], d = m2[c];
+            for (int64_t i = 1; i < chunks; i++) {
+                double delta = mean[i * channels + c] - m, all = n + counts[i];
+                m += delta * counts[i] / all;
+                d += m2[i * channels + c] + delta * delta * n * counts[i] / all;
+                n = all;
+            }
+            out_mean[c] = float(m);
+            out_var[c] = float(d / n);
+            if (running_mean) {
+                running_mean[c] = float((1 - momentum) * running_mean[c] + momentum * m);
+                running_var[c] = float((1 - momentum) * running_var[c] + momentum * d / (n - 1));
+            }
+        }
+    }
+
+    int64_t channels;
+    std::unique_ptr<double[]> mean, m2, counts;
+};
+
+// What normalizes: z = (v - mean) * slope + bias, [C] each, padded to whole vectors.
+struct Norm {
+    Norm(int64_t channels, const float* mean_, const float* var, const float* bias_, const float* weight, double eps)
+        : padded((channels + LANES - 1) / LANES * LANES), values(zeros<float>(4 * padded)), mean(values.get()),
+          rstd(mean + padded), slope(rstd + padded), bias(slope + padded) {
+        for (int64_t c = 0; c < channels; c++) {
+            mean[c] = mean_[c];
+            rstd[c] = float(1 / std::sqrt(double(var[c]) + eps));
+            slope[c] = weight ? rstd[c] * weight[c] : rstd[c];
+            bias[c] = bias_[c];
+        }
+    }
+    int64_t padded;
+    std::unique_ptr<float[]> values;
+    float *mean, *rstd, *slope, *bias;
+};
+
+}  // namespace
