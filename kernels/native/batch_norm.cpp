@@ -10,34 +10,16 @@ namespace {
 using Act = ACTIVATION;
 using T = DTYPE;
 
-// rows that share a load of a channel's constants
-constexpr int TOGETHER = 4;
-
-// body(first row, how many as a compile-time constant) for all rows
-template <class Body>
-inline __attribute__((always_inline)) void by_rows(int64_t rows, Body&& body) {
-    int64_t r = 0;
-    for (; r + TOGETHER <= rows; r += TOGETHER) body(r, std::integral_constant<int, TOGETHER>{});
-    for (; r < rows; r++) body(r, std::integral_constant<int, 1>{});
-}
-
 Floats gated(const T* x, const float* gate, int64_t c, auto lanes) {
     Floats v = load(x + c, lanes);
     return gate ? v * load(gate + c, lanes) : v;
 }
 
-// adds v - shift and its square to both sums of N rows at a time
-template <int N>
-inline __attribute__((always_inline)) void add_moments(Sums& sums, const float* shift, int64_t c, const Floats* v) {
-    Floats k = load(shift + c, All{});
-    Floats first = load(sums.first() + c, All{}), second = load(sums.second() + c, All{});
-    for (int j = 0; j < N; j++) {
-        Floats d = v[j] - k;
-        first += d;
-        second += d * d;
-    }
-    store(sums.first() + c, first, All{});
-    store(sums.second() + c, second, All{});
+// adds v - shift and its square to both sums
+inline __attribute__((always_inline)) void add_moments(Sums& sums, const float* shift, int64_t c, Floats v) {
+    Floats d = v - load(shift + c, All{});
+    store(sums.first() + c, load(sums.first() + c, All{}) + d, All{});
+    store(sums.second() + c, load(sums.second() + c, All{}) + d * d, All{});
 }
 
 // near each channel's mean over `rows` rows: the mean of a few of them, of which value(row, c, lanes) is one
@@ -65,15 +47,13 @@ void batch_statistics(const T* x, const float* gate, int64_t images, int64_t row
         });
         for (int64_t i = begin; i < end; i++) {
             const float* g = gate ? gate + i * channels : nullptr;
-            by_rows(rows, [&](int64_t r, auto n) {
+            for (int64_t r = 0; r < rows; r++) {
                 const T* from = x + (i * rows + r) * channels;
                 by_channels(channels, [&](int64_t c, auto lanes) {
-                    Floats v[decltype(n)::value];
-                    for (int j = 0; j < n; j++) v[j] = gated(from + j * channels, g, c, lanes);
-                    add_moments<decltype(n)::value>(sums, shift.get(), c, v);
+                    add_moments(sums, shift.get(), c, gated(from, g, c, lanes));
                 });
-                sums.count(n);
-            });
+                sums.count_row();
+            }
         }
         moments.set(chunk, double(end - begin) * rows, shift.get(), sums.total());
     });
@@ -86,22 +66,16 @@ void normalize(const T* x, const float* gate, const T* residual, const Norm& nor
         const float* g = gate ? gate + i * channels : nullptr;
         // of a few rows at a time in float32, all of them in float64: an image may be large
         std::unique_ptr<Sums> total(squeeze ? new Sums(channels) : nullptr);
-        by_rows(rows, [&](int64_t r, auto n) {
+        for (int64_t r = 0; r < rows; r++) {
             int64_t at = (i * rows + r) * channels;
             by_channels(channels, [&](int64_t c, auto lanes) {
-                Floats mean = load(norm.mean + c, All{}), slope = load(norm.slope + c, All{});
-                Floats bias = load(norm.bias + c, All{}), sum = {};
-                for (int j = 0; j < n; j++) {
-                    int64_t place = at + j * channels + c;
-                    Floats value = Act::value((gated(x + place - c, g, c, lanes) - mean) * slope + bias);
-                    if (residual) value += load(residual + place, lanes);
-                    if (squeeze) sum += value;
-                    store(y + place, value, lanes);
-                }
-                if (squeeze) store(total->first() + c, load(total->first() + c, All{}) + sum, All{});
+                Floats value = Act::value(norm.at(norm.centered(gated(x + at, g, c, lanes), c), c));
+                if (residual) value += load(residual + at + c, lanes);
+                if (squeeze) store(total->first() + c, load(total->first() + c, All{}) + value, All{});
+                store(y + at + c, value, lanes);
             });
-            if (squeeze) total->count(n);
-        });
+            if (squeeze) total->count_row();
+        }
         if (squeeze) {
             const double* sums = total->total();
             for (int64_t c = 0; c < channels; c++) squeeze[i * channels + c] = float(sums[c] / rows);
@@ -132,25 +106,17 @@ std::unique_ptr<double[]> reduce_gradients(Upstream upstream, const T* x, const 
         Sums sums(channels);
         for (int64_t i = chunk * images / chunks; i < (chunk + 1) * images / chunks; i++) {
             const float* gates = gate ? gate + i * channels : nullptr;
-            by_rows(rows, [&](int64_t r, auto n) {
+            for (int64_t r = 0; r < rows; r++) {
                 int64_t at = (i * rows + r) * channels;
                 by_channels(channels, [&](int64_t c, auto lanes) {
-                    Floats mean = load(norm.mean + c, All{}), slope = load(norm.slope + c, All{});
-                    Floats bias = load(norm.bias + c, All{});
-                    Floats first = load(sums.first() + c, All{}), second = load(sums.second() + c, All{});
-                    for (int j = 0; j < n; j++) {
-                        int64_t place = at + j * channels + c;
-                        Floats centered = gated(x + place - c, gates, c, lanes) - mean;
-                        Floats t = upstream.at(place, i, channels, 1.f / rows, c, lanes);
-                        Floats g = Act::backward(t, centered * slope + bias);
-                        first += g;
-                        second += g * centered;
-                    }
-                    store(sums.first() + c, first, All{});
-                    store(sums.second() + c, second, All{});
+                    Floats centered = norm.centered(gated(x + at, gates, c, lanes), c);
+                    Floats t = upstream.at(at + c, i, channels, 1.f / rows, c, lanes);
+                    Floats g = Act::backward(t, norm.at(centered, c));
+                    store(sums.first() + c, load(sums.first() + c, All{}) + g, All{});
+                    store(sums.second() + c, load(sums.second() + c, All{}) + g * centered, All{});
                 });
-                sums.count(n);
-            });
+                sums.count_row();
+            }
         }
         std::copy_n(sums.total(), 2 * channels, partials.get() + chunk * 2 * channels);
     });
@@ -171,6 +137,12 @@ struct Means {
             along[c] = float(sums[channels + c] / count * norm.rstd[c]);
         }
     }
+
+    Floats through(Floats own, Floats centered, const Norm& norm, int64_t c) const {
+        Floats left = own - load(g + c, All{}) - centered * load(along + c, All{});
+        return left * load(norm.slope + c, All{});
+    }
+
     std::unique_ptr<float[]> values;
     float *g, *along;
 };
@@ -180,29 +152,22 @@ void normalize_backward(Upstream upstream, const T* x, const float* gate, const 
     parallel(threads, images, [&](int64_t i) {
         const float* gates = gate ? gate + i * channels : nullptr;
         std::unique_ptr<Sums> total(gate ? new Sums(channels) : nullptr);
-        by_rows(rows, [&](int64_t r, auto n) {
+        for (int64_t r = 0; r < rows; r++) {
             int64_t at = (i * rows + r) * channels;
             by_channels(channels, [&](int64_t c, auto lanes) {
-                Floats mean = load(norm.mean + c, All{}), slope = load(norm.slope + c, All{});
-                Floats bias = load(norm.bias + c, All{}), mean_g = load(means.g + c, All{});
-                Floats along = load(means.along + c, All{}), factor = gates ? load(gates + c, lanes) : Floats{}, sum = {};
-                for (int j = 0; j < n; j++) {
-                    int64_t place = at + j * channels + c;
-                    Floats v = load(x + place, lanes);
-                    Floats centered = (gates ? v * factor : v) - mean;
-                    Floats t = upstream.at(place, i, channels, 1.f / rows, c, lanes);
-                    Floats g = Act::backward(t, centered * slope + bias);
-                    Floats d = (g - mean_g - centered * along) * slope;
-                    if (gates) {
-                        sum += d * v;
-                        d *= factor;
-                    }
-                    store(dx + place, d, lanes);
+                Floats v = load(x + at + c, lanes);
+                Floats factor = gates ? load(gates + c, lanes) : Floats{};
+                Floats centered = norm.centered(gates ? v * factor : v, c);
+                Floats g = Act::backward(upstream.at(at + c, i, channels, 1.f / rows, c, lanes), norm.at(centered, c));
+                Floats d = means.through(g, centered, norm, c);
+                if (gates) {
+                    store(total->first() + c, load(total->first() + c, All{}) + d * v, All{});
+                    d *= factor;
                 }
-                if (gates) store(total->first() + c, load(total->first() + c, All{}) + sum, All{});
+                store(dx + at + c, d, lanes);
             });
-            if (gates) total->count(n);
-        });
+            if (gates) total->count_row();
+        }
         if (gates) {
             const double* sums = total->total();
             for (int64_t c = 0; c < channels; c++) dgate[i * channels + c] = float(sums[c]);
@@ -241,20 +206,21 @@ void pool(const T* x, T* pooled, uint8_t* index, int64_t images, int64_t height,
             for (int64_t y = 0; y < out_h; y++) {
                 const T* from = x + (i * height + 2 * y) * width * channels;
                 int64_t to = (i * rows + y * out_w) * channels;
-                by_rows(out_w, [&](int64_t w, auto n) {
+                for (int64_t w = 0; w < out_w; w++) {
                     by_channels(channels, [&](int64_t c, auto lanes) {
-                        Floats best[decltype(n)::value];
-                        for (int j = 0; j < n; j++) {
-                            auto [most, which] = winner(from + 2 * (w + j) * channels + c, width, channels, lanes);
-                            best[j] = most;
-                            int64_t place = to + (w + j) * channels + c;
-                            store(pooled + place, best[j], lanes);
-                            if (index) store_index(index + place, which, lanes);
+                        int64_t place = to + w * channels + c;
+                        const T* corner = from + 2 * w * channels + c;
+                        // what processors prefetch themselves is not enough: the pass takes twice as long without
+                        for (int k = 0; k < 4; k++) {
+                            __builtin_prefetch(corner + ((k / 2 + 2) * width + k % 2) * channels);
                         }
-                        if (mean) add_moments<decltype(n)::value>(sums, shift.get(), c, best);
+                        auto [best, which] = winner(corner, width, channels, lanes);
+                        store(pooled + place, best, lanes);
+                        if (index) store_index(index + place, which, lanes);
+                        if (mean) add_moments(sums, shift.get(), c, best);
                     });
-                    sums.count(n);
-                });
+                    sums.count_row();
+                }
             }
         }
         if (mean) moments.set(chunk, double(end - begin) * rows, shift.get(), sums.total());
@@ -269,26 +235,19 @@ void unpool_backward(Upstream upstream, const T* pooled, const uint8_t* index, c
     parallel(threads, images, [&](int64_t i) {
         for (int64_t y = 0; y < out_h; y++) {
             T* to = dx + (i * height + 2 * y) * width * channels;
-            by_rows(out_w, [&](int64_t w, auto n) {
+            for (int64_t w = 0; w < out_w; w++) {
                 int64_t at = (i * rows + y * out_w + w) * channels;
                 by_channels(channels, [&](int64_t c, auto lanes) {
-                    Floats mean = load(norm.mean + c, All{}), slope = load(norm.slope + c, All{});
-                    Floats bias = load(norm.bias + c, All{}), mean_g = load(means.g + c, All{});
-                    Floats along = load(means.along + c, All{});
-                    for (int j = 0; j < n; j++) {
-                        int64_t place = at + j * channels + c;
-                        Floats centered = load(pooled + place, lanes) - mean;
-                        Floats t = upstream.at(place, i, channels, 1.f / rows, c, lanes);
-                        Floats g = Act::backward(t, centered * slope + bias);
-                        Floats d = (g - mean_g - centered * along) * slope;
-                        Ints which = load_index(index + place, lanes);
-                        T* corner = to + 2 * (w + j) * channels + c;
-                        for (int k = 0; k < 4; k++) {
-                            store(corner + (k / 2 * width + k % 2) * channels, which == k ? d : Floats{}, lanes);
-                        }
+                    Floats centered = norm.centered(load(pooled + at + c, lanes), c);
+                    Floats t = upstream.at(at + c, i, channels, 1.f / rows, c, lanes);
+                    Floats d = means.through(Act::backward(t, norm.at(centered, c)), centered, norm, c);
+                    Ints which = load_index(index + at + c, lanes);
+                    T* corner = to + 2 * w * channels + c;
+                    for (int k = 0; k < 4; k++) {
+                        store(corner + (k / 2 * width + k % 2) * channels, which == k ? d : Floats{}, lanes);
                     }
                 });
-            });
+            }
             // an odd last column lies in no window
             for (int k = 0; k < 2 && width % 2; k++) std::fill_n(to + ((k + 1) * width - 1) * channels, channels, T{});
         }

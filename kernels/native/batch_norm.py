@@ -1,7 +1,7 @@
 """BatchNorm with what stands around it, compiled: `norm_act`, `excite_norm_act_add`, `pool_norm_act`.
 
 Formulas and what backward saves are those of the fused kernels (kernels/pool_norm_act.py and its neighbours), but that
-the index of a pooling's winner takes a byte. Statistics and sums are of chunks of images, float32 for at most 32 rows
+the index of a pooling's winner takes a byte. Statistics and sums are of chunks of images, float32 for at most 16 rows
 and float64 above, merged in order: the same bits on any number of threads.
 """
 

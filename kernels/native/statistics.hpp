@@ -8,7 +8,7 @@
 namespace {
 
 // rows that float32 sums run over before they are added to float64 ones
-constexpr int64_t ROWS = 32;
+constexpr int64_t ROWS = 16;
 
 // What a chunk's rows sum to, for every channel: two sums in float32, moved to float64 from time to time.
 class Sums {
@@ -20,9 +20,9 @@ class Sums {
     float* first() { return narrow_.get(); }
     float* second() { return narrow_.get() + padded_; }
 
-    // after every few rows
-    void count(int64_t rows) {
-        if ((rows_ += rows) >= ROWS) flush();
+    // after every row
+    void count_row() {
+        if (++rows_ == ROWS) flush();
     }
 
     // [2, channels]
@@ -98,6 +98,12 @@ struct Norm {
             bias[c] = bias_[c];
         }
     }
+
+    Floats centered(Floats v, int64_t c) const { return v - load(mean + c, All{}); }
+    Floats at(Floats centered, int64_t c) const {
+        return centered * load(slope + c, All{}) + load(bias + c, All{});
+    }
+
     int64_t padded;
     std::unique_ptr<float[]> values;
     float *mean, *rstd, *slope, *bias;
