@@ -36,6 +36,12 @@ _FUNCTIONS = {
         "pool_norm_act_forward": "pppppppppppp" + "p" + "llll" + "ddi",
         "norm_act_backward": "ppppppppppppp" + "llll" + "idi",
     },
+    "whiten": {
+        "whiten_forward": "pppppppp" + "ppp" + "lllllll" + "i",
+        "whiten_backward": "ppppppppp" + "ppp" + "lllllll" + "i",
+        "whiten_norm_act_forward": "pppppppp" + "ppppppppp" + "lllllll" + "ddi",
+        "whiten_norm_act_backward": "ppppppppp" + "ppppp" + "lllllll" + "idi",
+    },
 }
 
 
