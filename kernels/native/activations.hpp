@@ -19,8 +19,8 @@ struct Relu {
 struct Silu {
     // 1 / (1 + e^-z) by the exponential of -|z|, which cannot overflow
     static Floats sigmoid(Floats z) {
-        Floats e = exp2_of_negative((z < 0.f ? z : -z) * 1.44269504f);
-        return (z < 0.f ? e : 1.f + Floats{}) / (1.f + e);
+        Floats e = exp2_of_negative(magnitude(z) * -1.44269504f);
+        return (z < 0.f ? e : 1.f + Floats{}) * reciprocal(1.f + e);
     }
     static Floats value(Floats z) { return z * sigmoid(z); }
     static Floats backward(Floats dy, Floats z) {
@@ -32,8 +32,7 @@ struct Silu {
 struct Gelu {
     // Phi(z) and exp(-z^2 / 2), with one exponential and one division: the fit of kernels/activations.py
     static Floats cdf(Floats z, Floats& e) {
-        Floats size = z < 0.f ? -z : z;
-        Floats t = 1.f / (1.f + size * 0.38890872965260115f);
+        Floats t = reciprocal(1.f + magnitude(z) * 0.38890872965260115f);
         e = exp2_of_negative(z * -0.7213475204444817f * z);
         Floats p = -0.2572172153111593f + t * 0.05319669032864347f;
         p = -0.01862555922152061f + t * (0.3770982000405573f + t * p);

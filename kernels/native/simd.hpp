@@ -1,5 +1,5 @@
-// Sixteen float32 lanes in the vector extensions of GCC and Clang, which any processor's instructions are made from;
-// bfloat16 is widened by its bits and rounded to nearest even.
+// As many float32 lanes as a register of this processor holds, in the vector extensions of GCC and Clang; bfloat16 is
+// widened by its bits and rounded to nearest even.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,12 +9,17 @@
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 struct BFloat16 {
     uint16_t bits;
@@ -35,10 +40,7 @@ inline Floats load(const float* from, All) {
 inline Floats widened(Halves h) {
 #ifdef __AVX512F__
     // one instruction, of which GCC 12 makes four
-    __m512i wide = _mm512_cvtepu16_epi32((__m256i)h);
-    Words w;
-    std::memcpy(&w, &wide, sizeof w);
-    w <<= 16;
+    Words w = Words(_mm512_cvtepu16_epi32(__m256i(h))) << 16;
 #else
     Words w = __builtin_convertvector(h, Words) << 16;
 #endif
@@ -64,9 +66,7 @@ inline void store(float* to, Floats v, All) { std::memcpy(to, &v, sizeof v); }
 
 inline void store(BFloat16* to, Floats v, All) {
 #ifdef __AVX512BF16__
-    __m512 given;
-    std::memcpy(&given, &v, sizeof v);
-    __m256bh rounded = _mm512_cvtneps_pbh(given);
+    __m256bh rounded = _mm512_cvtneps_pbh(__m512(v));
     std::memcpy(to, &rounded, sizeof rounded);
 #else
     Words w;
@@ -87,9 +87,18 @@ inline void store(T* to, Floats v, First lanes) {
 }
 
 inline Ints load_index(const uint8_t* from, All) {
-    Bytes b;
-    std::memcpy(&b, from, sizeof b);
-    return __builtin_convertvector(b, Ints);
+    // bytes by an instruction or by a loop: GCC 12 converts vectors of them one by one
+#ifdef __AVX512F__
+    __m128i bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return Ints(_mm512_cvtepu8_epi32(bytes));
+#else
+    int32_t values[LANES];
+    for (int i = 0; i < LANES; i++) values[i] = from[i];
+    Ints v;
+    std::memcpy(&v, values, sizeof v);
+    return v;
+#endif
 }
 
 inline Ints load_index(const uint8_t* from, First lanes) {
@@ -99,8 +108,14 @@ inline Ints load_index(const uint8_t* from, First lanes) {
 }
 
 inline void store_index(uint8_t* to, Ints v, All) {
-    Bytes b = __builtin_convertvector(v, Bytes);
-    std::memcpy(to, &b, sizeof b);
+#ifdef __AVX512F__
+    __m128i bytes = _mm512_cvtepi32_epi8(__m512i(v));
+    std::memcpy(to, &bytes, sizeof bytes);
+#else
+    int32_t values[LANES];
+    std::memcpy(values, &v, sizeof v);
+    for (int i = 0; i < LANES; i++) to[i] = uint8_t(values[i]);
+#endif
 }
 
 inline void store_index(uint8_t* to, Ints v, First lanes) {
@@ -117,23 +132,53 @@ inline __attribute__((always_inline)) void by_channels(int64_t channels, Body&& 
     if (c < channels) body(c, First{int(channels - c)});
 }
 
-// 2^x for x <= 0: a polynomial on [-1/2, 1/2] to float32's rounding, 0 where the result would be subnormal
+inline Floats magnitude(Floats v) {
+#ifdef __AVX512F__
+    return Floats(_mm512_abs_ps(__m512(v)));
+#else
+    return v < 0.f ? -v : v;
+#endif
+}
+
+// 1 / v to float32's rounding, for v >= 1
+inline Floats reciprocal(Floats v) {
+#ifdef __AVX512F__
+    // a Newton step from an estimate of 14 bits takes half of a division's time; of infinity its product is a NaN
+    __m512 estimate = _mm512_rcp14_ps(__m512(v));
+    __m512 error = _mm512_fnmadd_ps(__m512(v), estimate, _mm512_set1_ps(1.f));
+    error = _mm512_mask_mov_ps(error, _mm512_cmp_ps_mask(estimate, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_setzero_ps());
+    return Floats(_mm512_fmadd_ps(estimate, error, estimate));
+#else
+    return 1.f / v;
+#endif
+}
+
+// 2^x for x <= 0: a polynomial on [-1/2, 1/2] to float32's rounding
 inline Floats exp2_of_negative(Floats x) {
+#ifdef __AVX512F__
+    Floats whole = Floats(_mm512_roundscale_ps(__m512(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
     const float shift = 12582912.f;  // 1.5 * 2^23: added, the integer nearest to x stands in the lowest bits
-    Floats shifted = x + shift;
-    Floats f = x - (shifted - shift);
+    Floats shifted = x + shift, whole = shifted - shift;
+#endif
+    Floats f = x - whole;
     Floats p = 0.0013333558f + f * 0.00015403530f;
     p = 0.0096181291f + f * p;
     p = 0.055504109f + f * p;
     p = 0.24022651f + f * p;
     p = 0.69314718f + f * p;
     p = 1.f + f * p;
+#ifdef __AVX512F__
+    // of minus infinity f is a NaN, and the result 0
+    Floats result = Floats(_mm512_scalef_ps(__m512(p), __m512(whole)));
+#else
     Ints exponent, bits;
     std::memcpy(&exponent, &shifted, sizeof shifted);
     std::memcpy(&bits, &p, sizeof p);
     bits += exponent << 23;
     Floats result;
     std::memcpy(&result, &bits, sizeof bits);
+#endif
     return x < -126.f ? Floats{} : result;
 }
 
