@@ -7,10 +7,11 @@ compiler. Needs no triton.
 
 from .. import reference
 from ..reference import OPS
-from . import batch_norm, whiten as stem
+from . import batch_norm, optimizers
+from . import whiten as stem
 
 __all__ = [*OPS]
 
 globals().update({name: getattr(reference, name) for name in OPS})
-for _module in (batch_norm, stem):
+for _module in (batch_norm, stem, optimizers):
     globals().update({name: getattr(_module, name) for name in OPS if hasattr(_module, name)})

@@ -36,6 +36,11 @@ _FUNCTIONS = {
         "pool_norm_act_forward": "pppppppppppp" + "p" + "llll" + "ddi",
         "norm_act_backward": "ppppppppppppp" + "llll" + "idi",
     },
+    "optimizers": {
+        "sgd_step": "pppppl" + "ddii",
+        "muon_momentum": "ppppl" + "dddii",
+        "muon_update": "ppl" + "dddi",
+    },
     "whiten": {
         "whiten_forward": "pppppppp" + "ppp" + "lllllll" + "i",
         "whiten_backward": "ppppppppp" + "ppp" + "lllllll" + "i",
