@@ -7,7 +7,7 @@ import torch
 
 from blink import kernels
 from blink.kernels.environment import has_c_compiler, has_cxx_compiler
-from blink.model import convolution
+from blink.model import convolution, native_convolution
 from blink.model.config import CHOICES
 
 
@@ -15,7 +15,8 @@ from blink.model.config import CHOICES
 class Backend:
     """The ops a training is built from. All backends share parameters, so a checkpoint fits each.
 
-    compile: whether the forward pass and loss go through torch.compile as a whole.
+    compile: whether the forward pass and loss go through torch.compile as a whole; cpu_iteration: what Muon's iteration
+    multiplies in on a CPU.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Backend:
     sgd_nesterov: Callable
     muon: Callable
     compile: bool = False
+    cpu_iteration: torch.dtype = torch.float32
 
 
 _OPS = tuple(f.name for f in fields(Backend) if f.type is Callable and f.name != "conv3x3")
@@ -41,6 +43,21 @@ def _collect(name: str, ops, conv3x3: Callable = convolution.conv3x3, **options)
 def reference() -> Backend:
     """Plain PyTorch; runs anywhere."""
     return _collect("reference", kernels.reference)
+
+
+def native(trusted: bool = False) -> Backend:
+    """The kernels that this machine's C++ compiler makes for its processor; for a CPU.
+
+    Without `trusted` an op is taken only if it was found right, and no slower than the reference, on this machine. Muon
+    iterates in bfloat16, as its authors do, where that is faster.
+    """
+    from blink.kernels import native as ops
+    from blink.kernels.native import trial
+
+    iteration = torch.bfloat16 if convolution.fast_bf16() else torch.float32
+    if trusted:
+        return _collect("native", ops, native_convolution.conv3x3, cpu_iteration=iteration)
+    return _collect("native", trial.passed(_OPS), native_convolution.conv3x3, cpu_iteration=iteration)
 
 
 def compiled() -> Backend:
@@ -61,15 +78,19 @@ def fused() -> Backend:
 
 
 def select(choice: str, device: torch.device) -> Backend:
-    """`auto` is fused on a GPU and reference elsewhere.
+    """`auto` is fused on a GPU and, of each op, the faster of native and reference on a CPU.
 
-    Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, and where
-    Triton or torch.compile lacks its compiler.
+    Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, for
+    `native` on a GPU, and where Triton or torch.compile lacks its compiler.
     """
     if choice not in CHOICES:
         raise ValueError(f"unknown kernels {choice!r}; expected one of {', '.join(CHOICES)}")
-    if choice == "reference" or (choice == "auto" and device.type != "cuda"):
+    if choice == "reference":
         return reference()
+    if choice == "native" and device.type != "cpu":
+        raise ValueError(f"the native kernels are a CPU's, and the device is {device.type}; use --device cpu")
+    if choice == "native" or (choice == "auto" and device.type != "cuda"):
+        return native(trusted=choice == "native")
     if device.type == "cuda" and kernels.HAS_TRITON and not has_c_compiler():
         raise ValueError(
             "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "

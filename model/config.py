@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # of `kernels.reference`, by name
 ACTIVATIONS = (None, "relu", "silu", "gelu", "hardswish")
 # of backends: what --kernels takes
-CHOICES = ("auto", "fused", "reference", "compiled")
+CHOICES = ("auto", "fused", "native", "reference", "compiled")
 
 
 @dataclass(frozen=True)

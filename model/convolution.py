@@ -5,7 +5,8 @@ shows each; the weight gradient keeps the weight's dtype instead of the activati
 another dtype than the activations where a processor is faster so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,11 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, None, *_GEOMETRY.values())
+
+
+def gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
     """The gradient of x (which = 0) or of the weight (1)."""
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *_GEOMETRY.values(), mask)[which]
@@ -49,8 +54,7 @@ class _Conv3x3(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         work = arithmetic_dtype(x)
         # the weight is rounded to the activations' dtype first, as autocast does
-        y = torch.ops.aten.convolution(x.to(work), weight.to(x.dtype).to(work), None, *_GEOMETRY.values())
-        return y.to(x.dtype)
+        return convolve(x.to(work), weight.to(x.dtype).to(work)).to(x.dtype)
 
     @staticmethod
     @differentiable_once("conv3x3", instead="plain_conv3x3")
@@ -64,12 +68,22 @@ class _Conv3x3(torch.autograd.Function):
         if needs_weight:
             with record_function("wgrad"):
                 unread = torch.empty_like(weight, dtype=work)
-                dweight = _gradient(dy, x.to(work), unread, 1).to(weight.dtype)
+                dweight = gradient(dy, x.to(work), unread, 1).to(weight.dtype)
         if needs_x:
             with record_function("dgrad"):
                 unread = torch.empty_like(x, dtype=work)
-                dx = _gradient(dy, unread, weight.to(x.dtype).to(work), 0).to(x.dtype)
+                dx = gradient(dy, unread, weight.to(x.dtype).to(work), 0).to(x.dtype)
         return dx, dweight
+
+
+@contextmanager
+def in_autocast_dtype(x: Tensor) -> Iterator[Tensor]:
+    """x in autocast's dtype, if that is on; inside it is off."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        yield x
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
@@ -77,10 +91,7 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
 
     Under autocast x is brought to autocast's dtype first. Differentiable once.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+    with in_autocast_dtype(x) as x:
         return _Conv3x3.apply(x, weight)
 
 

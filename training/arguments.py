@@ -51,7 +51,7 @@ def add_data_arguments(add) -> None:
 
 def add_setting_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how it computes").add_argument
-    add("--kernels", choices=CHOICES, default="auto", help="auto: fused on a GPU, reference elsewhere")
+    add("--kernels", choices=CHOICES, default="auto", help="auto: fused on a GPU, native on a CPU")
     add("--graph", choices=("auto", "on", "off"), default="auto",
         help="replay each step as a CUDA graph (auto: on a GPU)")  # fmt: skip
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda if there is one)")

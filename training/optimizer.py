@@ -84,8 +84,8 @@ class Optimizer:
         self.buffers = [[torch.zeros_like(p, requires_grad=False) for p in ps] for ps in self.params]
         self._batch_size, total_steps = budget.batch_size, budget.total_steps
         device = self.params[0][0].device
-        # Newton-Schulz in fp16 where tensor cores are: a CPU is slower in it than in fp32
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        # Newton-Schulz in fp16 where tensor cores are, which a CPU is slow in
+        dtype = torch.float16 if device.type == "cuda" else backend.cpu_iteration
         self._rules = {"sgd": backend.sgd_nesterov, "muon": partial(backend.muon, dtype=dtype)}
         # what a schedule is compressed to is in proportion to the recipe's own epochs
         self.steps = [

@@ -12,6 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +28,7 @@ _SOURCES = Path(__file__).parent
 # errno and floating-point exceptions are read by nobody; infinities, NaN and the order of sums stay as they are written
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-march=native", "-fno-math-errno", "-fno-trapping-math")
 _SECONDS = 120
+_FAILURES = (OSError, AttributeError, subprocess.SubprocessError, RuntimeError)
 
 _POINTER, _SIZE, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 _LETTERS = {"p": _POINTER, "l": _SIZE, "d": _NUMBER, "i": _COUNT}
@@ -68,6 +71,10 @@ def _with_tensors(function):
     return call
 
 
+def _activation(name: str | None) -> str:
+    return str(name or "identity").title()
+
+
 @cache
 def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.float32) -> Library | None:
     """The library of `name`.cpp for this activation and these values, or None where there is none, which is said once.
@@ -75,11 +82,31 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
     dtype: float32 or bfloat16.
     """
     try:
-        return Library(_compiled(name, str(activation or "identity").title(), dtype), _FUNCTIONS[name])
-    except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+        return Library(_compiled(name, _activation(activation), dtype), _FUNCTIONS[name])
+    except _FAILURES as error:
         said = str(error).strip().splitlines()
         say_once(f"no compiled kernels, plain PyTorch runs in their place: {said[0] if said else type(error).__name__}")
         return None
+
+
+def compile_all(activation: str | None) -> bool:
+    """Make every library for this activation, side by side; False, which is said, where that fails."""
+    kinds = [(name, dtype) for name in _FUNCTIONS for dtype in (torch.float32, torch.bfloat16)]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        list(pool.map(lambda kind: _attempt(kind[0], _activation(activation), kind[1]), kinds))
+    return all(load(name, activation, dtype) is not None for name, dtype in kinds)
+
+
+def digest_of_sources() -> str:
+    """Of all files of this package that a compiled op comes from."""
+    files = sorted(f for f in _SOURCES.iterdir() if f.suffix in (".cpp", ".hpp", ".py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _attempt(*kind) -> None:
+    # what fails here fails in `load` again, and is said there
+    with suppress(*_FAILURES):
+        _compiled(*kind)
 
 
 @cache
@@ -104,7 +131,7 @@ def _compiled(name: str, activation: str, dtype: torch.dtype) -> Path:
     digest = hashlib.sha256("\0".join([compiler, version, *flags, platform.machine(), *sorted(cpu_flags())]).encode())
     for file in files:
         digest.update(file.read_bytes())
-    path = _folder() / f"{name}-{activation.lower()}-{kind.lower()}-{digest.hexdigest()[:24]}.so"
+    path = folder() / f"{name}-{activation.lower()}-{kind.lower()}-{digest.hexdigest()[:24]}.so"
     if not path.is_file():
         remove_leftovers(path.parent)
         with replacing(path) as temporary:
@@ -116,8 +143,7 @@ def _compiled(name: str, activation: str, dtype: torch.dtype) -> Path:
     return path
 
 
-@cache
-def _folder() -> Path:
+def folder() -> Path:
     """Below the cache folder, else, for a user without one or who cannot write there, of this process alone."""
     if (kept := cache_folder()) is not None:
         folder = kept / "native"
@@ -126,10 +152,11 @@ def _folder() -> Path:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
-            pass
-    _own.append(tempfile.TemporaryDirectory(prefix="blink-native-"))
-    return Path(_own[-1].name)
+            return Path(_own().name)
+    return Path(_own().name)
 
 
-# removed when the process ends
-_own: list[tempfile.TemporaryDirectory] = []
+@cache
+def _own() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="blink-native-")

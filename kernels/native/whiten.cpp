@@ -316,15 +316,27 @@ extern "C" void whiten_norm_act_backward(
                     }
                     store(to, sum, All{});
                     store(to + padded, both, All{});
-                    for (int64_t f = 0; f < features; f++) {
-                        const float* q = patches + f / (kernel * channels) * width * channels + f % (kernel * channels);
-                        Floats with_g = {}, with_x = {};
-                        for (int64_t x = 0; x < columns; x++) {
-                            with_g += load(g.get() + x * outputs + o, All{}) * q[x * channels];
-                            with_x += load(z.get() + x * outputs + o, All{}) * q[x * channels];
+                    // a few features at a time, whose sums do not wait for each other
+                    constexpr int TOGETHER = 4;
+                    for (int64_t first = 0; first < features; first += TOGETHER) {
+                        const float* q[TOGETHER];
+                        Floats with_g[TOGETHER] = {}, with_x[TOGETHER] = {};
+                        for (int j = 0; j < TOGETHER; j++) {
+                            int64_t f = std::min(first + j, features - 1), row = kernel * channels;
+                            q[j] = patches + f / row * width * channels + f % row;
                         }
-                        store(to + (2 + f) * padded, with_g, All{});
-                        store(to + (2 + features + f) * padded, with_x, All{});
+                        for (int64_t x = 0; x < columns; x++) {
+                            Floats value = load(g.get() + x * outputs + o, All{});
+                            Floats xhat = load(z.get() + x * outputs + o, All{});
+                            for (int j = 0; j < TOGETHER; j++) {
+                                with_g[j] += value * q[j][x * channels];
+                                with_x[j] += xhat * q[j][x * channels];
+                            }
+                        }
+                        for (int j = 0; j < TOGETHER && first + j < features; j++) {
+                            store(to + (2 + first + j) * padded, with_g[j], All{});
+                            store(to + (2 + features + first + j) * padded, with_x[j], All{});
+                        }
                     }
                 }
                 for (int64_t f = 0; f < features; f++) {
