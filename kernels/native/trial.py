@@ -20,7 +20,7 @@ from .. import reference
 from ..environment import cpu_flags
 from . import library
 
-_ROUNDS = 5
+_ROUNDS = 15
 # of the largest value; a wrong kernel is off by far more, and the tests judge the rest
 _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 

@@ -286,7 +286,7 @@ extern "C" void whiten_norm_act_backward(
         });
     }
     by_images(source, batch, chunks, threads, [&](int64_t chunk, int64_t begin, int64_t end, auto&& image) {
-        auto moved = buffer<float>(source.size());
+        auto moved = buffer<float>(source.size()), of_row = buffer<float>(features);
         int64_t row_size = filters.row_size(columns);
         auto z = zeros<float>(row_size), g = zeros<float>(row_size), along = buffer<float>(2 * (1 + features) * padded);
         double* own = partials.get() + chunk * entries;
@@ -339,12 +339,14 @@ extern "C" void whiten_norm_act_backward(
                         }
                     }
                 }
-                for (int64_t f = 0; f < features; f++) {
-                    const float* q = patches + f / (kernel * channels) * width * channels + f % (kernel * channels);
-                    float sum = 0;
-                    for (int64_t x = 0; x < columns; x++) sum += q[x * channels];
-                    own[rest + f] += sum;
+                std::fill_n(of_row.get(), features, 0.f);
+                for (int64_t x = 0; x < columns; x++) {
+                    for (int64_t ky = 0, length = kernel * channels; ky < kernel; ky++) {
+                        const float* q = patches + (ky * width + x) * channels;
+                        for (int64_t f = 0; f < length; f++) of_row[ky * length + f] += q[f];
+                    }
                 }
+                for (int64_t f = 0; f < features; f++) own[rest + f] += of_row[f];
                 for (int64_t e = 0; e < 2 + 2 * features; e++) {
                     for (int64_t o = 0; o < outputs; o++) own[e * outputs + o] += along[e * padded + o];
                 }
