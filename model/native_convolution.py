@@ -69,7 +69,7 @@ def _weight_gradient(group: int, dy: Tensor, x: Tensor) -> Tensor:
 
 
 class Choices:
-    """For each shape and pass the group that was the fastest here, kept in a file of this processor's and software's."""
+    """For each shape and pass the fastest group, kept in a file of this processor's and software's."""
 
     def __init__(self):
         facts = [torch.__version__, torch.backends.mkldnn.is_available(), *sorted(cpu_flags())]
@@ -86,7 +86,7 @@ class Choices:
 
     def group(self, call: Callable, images: tuple[Tensor, ...], rest: tuple[Tensor, ...] = ()) -> int:
         """For call(group, *images, *rest): measured if this shape is new. images: the tensors that hold the batch."""
-        batch, _, height, width = images[0].shape
+        batch, width = len(images[0]), images[0].shape[3]
         groups = [group for group in _GROUPS if batch % group == 0]
         # measured, it could differ from one start to the next
         deterministic = torch.backends.cudnn.deterministic

@@ -2,7 +2,8 @@
 
 A part is a region that the instrumented step opened ("part:NAME"). Work in a backward pass belongs to the part whose
 forward operator has the same autograd sequence number. On a GPU, work is kernels, found through the correlation
-number of their launches; on a CPU it is the operators themselves. Idle is the gaps between pieces of work.
+number of their launches; on a CPU it is the operators themselves, and the native backend's kernels. Idle is the gaps
+between pieces of work.
 """
 
 from bisect import bisect_right
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
 from blink.errors import UserError
+from blink.kernels.native.library import KERNEL
 
 PART, STEP = "part:", "step"
 UNNAMED = "other"
@@ -140,6 +142,10 @@ def _region(event: Event) -> str:
     return next((a.name.removeprefix(PART) for a in event.ancestors() if a.name.startswith(PART)), UNNAMED)
 
 
+def _is_operator(event: Event) -> bool:
+    return event.category == "cpu_op" and "::" in event.name and not event.name.startswith(("autograd::", "torch::"))
+
+
 def _host_work(event: Event, owners: Owners) -> Iterator[Work]:
     """The outermost operators inside a span; of a compiled graph, the time that its own kernels take."""
     if event.name.startswith(_COMPILED):
@@ -151,7 +157,7 @@ def _host_work(event: Event, owners: Owners) -> Iterator[Work]:
             yield Work(child.name, child.start, child.end, (inner, direction))
             at = child.end
         yield Work("compiled kernels", at, event.end, ("compiled kernels", direction))
-    elif event.category == "cpu_op" and "::" in event.name and not event.name.startswith(("autograd::", "torch::")):
+    elif event.name.startswith(KERNEL) or _is_operator(event):
         yield Work(event.name, event.start, event.end, owners.of(event))
     else:
         for child in event.children:

@@ -1,4 +1,4 @@
-"""What the compiled kernels read as it is. Everything else is the reference's, which also says what is wrong with it."""
+"""What the compiled kernels read as it is. All else is the reference's, which also says what is wrong with it."""
 
 import torch
 from torch import Tensor
@@ -18,11 +18,21 @@ def plain_call() -> bool:
     return not (compiler.is_compiling() or compiler.is_exporting() or torch.jit.is_tracing() or transformed())
 
 
+def _plain(t: Tensor) -> bool:
+    own = type(t) in (Tensor, torch.nn.Parameter)
+    return own and t.device.type == "cpu" and t.layout is torch.strided and not t.is_neg()
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether each is memory of this machine's, holding its values as they are."""
     return all(
         t is None
-        or (type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.layout is torch.strided and not t.is_neg())
+        or (
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.device.type == "cpu"
+            and t.layout is torch.strided
+            and not t.is_neg()
+        )
         for t in tensors
     )
 
@@ -38,11 +48,16 @@ def vector(t: Tensor | None, channels: int) -> bool:
     return t is None or (plain(t) and t.shape == (channels,) and t.dtype in _PARAMETERS)
 
 
+def _running(t: Tensor, channels: int) -> bool:
+    float32 = plain(t) and t.shape == (channels,) and t.dtype == torch.float32
+    return float32 and t.is_contiguous() and not t.requires_grad
+
+
 def normalization(
     op: str, channels: int, count: int, bias: Tensor, weight: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, training: bool, momentum: float, eps: float, activation: str | None,
 ) -> bool:  # fmt: skip
-    """What the normalizing ops share, of `count` values a channel. Raises as the reference does for momentum and eps."""
+    """What the normalizing ops share, of `count` values a channel. Raises as the reference does."""
     _options.batch_norm(op, momentum, eps)
     statistics = (running_mean, running_var)
     kept = [t for t in statistics if t is not None]
@@ -53,7 +68,11 @@ def normalization(
         and vector(weight, channels)
         and len(kept) == (2 if kept or not training else 0)
         and all(
-            plain(t) and t.shape == (channels,) and t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad
+            plain(t)
+            and t.shape == (channels,)
+            and t.dtype == torch.float32
+            and t.is_contiguous()
+            and not t.requires_grad
             for t in kept
         )
         and (not training or (count > 1 and sharing() is None))

@@ -90,9 +90,7 @@ def _gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-_BACKWARD = {
-    op: differentiable_once(op)(_gradients) for op in ("norm_act", "excite_norm_act_add", "pool_norm_act")
-}
+_BACKWARD = {op: differentiable_once(op)(_gradients) for op in ("norm_act", "excite_norm_act_add", "pool_norm_act")}
 
 
 def _library(op: str, x: Tensor, vectors: tuple, pooled: bool = False, **options) -> Library | None:

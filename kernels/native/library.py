@@ -12,17 +12,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from blink.files import cache_folder, remove_leftovers, replacing
 
 from ..dispatch import say_once
 from ..environment import cpu_flags
+
+# how a profile names what runs here, which is no operator of PyTorch's
+KERNEL = "native:"
 
 _SOURCES = Path(__file__).parent
 # errno and floating-point exceptions are read by nobody; infinities, NaN and the order of sums stay as they are written
@@ -61,12 +66,13 @@ class Library:
         for name, letters in functions.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = [_LETTERS[letter] for letter in letters], None
-            setattr(self, name, _with_tensors(function))
+            setattr(self, name, _with_tensors(name, function))
 
 
-def _with_tensors(function):
+def _with_tensors(name: str, function: Callable) -> Callable:
     def call(*arguments) -> None:
-        function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+        with record_function(KERNEL + name):
+            function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
 
     return call
 

@@ -1,4 +1,4 @@
-"""The updates of lists of tensors, compiled: `sgd_nesterov` and `muon`; and `newton_schulz`, whose products are PyTorch's."""
+"""The updates of lists of tensors, compiled: `sgd_nesterov` and `muon`; and `newton_schulz`, its products PyTorch's."""
 
 import ctypes
 from collections.abc import Sequence

@@ -59,9 +59,7 @@ def _whiten(dtype: torch.dtype) -> Call:
 def _whiten_project_norm_act(dtype: torch.dtype) -> Call:
     arguments, options = _stem(dtype)
     project, bias = torch.randn(32, 12, requires_grad=True), torch.zeros(32, requires_grad=True)
-    return _differentiated(
-        lambda ops: ops.whiten_project_norm_act(*arguments, project, bias, **options), project, bias
-    )
+    return _differentiated(lambda ops: ops.whiten_project_norm_act(*arguments, project, bias, **options), project, bias)
 
 
 def _excite_norm_act_add(dtype: torch.dtype) -> Call:
