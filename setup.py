@@ -36,7 +36,11 @@ setup(
     python_requires=">=3.11",
     package_dir={f"blink.{folder}": folder for folder in _FOLDERS},
     packages=["blink", *(name for folder in _FOLDERS for name in _packages(folder))],
-    package_data={"blink": ["py.typed"], "blink.reporting": ["*.jinja"]},
+    package_data={
+        "blink": ["py.typed"],
+        "blink.kernels.native": ["*.cpp", "*.hpp"],
+        "blink.reporting": ["*.jinja"],
+    },
     entry_points={"console_scripts": ["blink = blink.__main__:main"]},
     install_requires=[
         "torch>=2.11",

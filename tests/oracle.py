@@ -94,13 +94,13 @@ def updated(case: Case, ops, tensors: Tensors, dtype: torch.dtype) -> dict[str, 
 
 
 def judge_lists(
-    case: Case, tensors: Tensors, dtype: torch.dtype, tolerance: float, times_pytorch: float | None = 1.0
+    case: Case, tensors: Tensors, dtype: torch.dtype, tolerance: float, times_pytorch: float | None = 1.0, ops=None
 ) -> None:
-    """Every result of an op on lists against float64: the largest error within tolerance, relative to the result's
-    scale, and the root mean square error within times_pytorch of the reference's in `dtype`, or half a unit in the
-    result's last place."""
+    """Every result of an op on lists, of `ops`, by default fused, against float64: the largest error within tolerance,
+    relative to the result's scale, and the root mean square error within times_pytorch of the reference's in `dtype`,
+    or half a unit in the result's last place."""
     truth = updated(case, reference, in_float64(tensors), torch.float64)
-    results = updated(case, fused, tensors, dtype)
+    results = updated(case, ops or fused, tensors, dtype)
     pytorch = updated(case, reference, tensors, dtype)
     assert set(results) == set(truth)
     for name, want in truth.items():
@@ -117,23 +117,25 @@ def judge_lists(
             assert ours <= bar, f"{what}; its rms error is {ours:.2e}, PyTorch's {theirs:.2e}"
 
 
-def judge(case: Case, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:
-    """Run fused, reference in the same dtype, and reference in float64 on the same random data; compare.
+def judge(case: Case, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True, ops=None) -> None:
+    """Run `ops`, by default fused, reference in the same dtype, and reference in float64 on the same data; compare.
 
     versus_pytorch=False leaves the comparison with PyTorch's error out: for drawn shapes, where either error may be
     that of a few values and their ratio luck.
     """
     torch.manual_seed(0)
-    judge_on(case, case.make(DEVICE, dtype), dtype, tolerance, versus_pytorch)
+    judge_on(case, case.make(DEVICE, dtype), dtype, tolerance, versus_pytorch, ops)
 
 
-def judge_on(case: Case, tensors: dict, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True) -> None:
+def judge_on(
+    case: Case, tensors: dict, dtype: torch.dtype, tolerance: Tolerance, versus_pytorch: bool = True, ops=None
+) -> None:
     exact = in_float64(tensors)
     # a copy, because the call moves the running statistics
     shape = case.combined(reference, in_float64(tensors), torch.float64).shape
     upstream = torch.randn(shape, device=DEVICE).to(dtype)
     truth = run(case, reference, exact, torch.float64, upstream)
-    results = run(case, fused, tensors, dtype, upstream)
+    results = run(case, ops or fused, tensors, dtype, upstream)
     pytorch = run(case, reference, tensors, dtype, upstream) if versus_pytorch else {}
     assert set(results) == set(truth)
     for name, want in truth.items():

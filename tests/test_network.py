@@ -175,11 +175,13 @@ def test_impossible_networks_are_refused():
 
 def test_backend_choice(monkeypatch):
     cpu = torch.device("cpu")
-    assert backend.select("auto", cpu).name == "reference"
+    assert backend.select("auto", cpu).name == backend.select("native", cpu).name == "native"
     assert backend.select("reference", cpu).name == "reference"
     assert backend.select("auto", torch.device("cuda")).name == "fused"
     with pytest.raises(ValueError, match="unknown kernels"):
         backend.select("triton", cpu)
+    with pytest.raises(ValueError, match="native kernels are a CPU's"):
+        backend.select("native", torch.device("cuda"))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     for choice in ("auto", "compiled"):

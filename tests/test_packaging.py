@@ -32,7 +32,9 @@ def test_an_install_holds_every_module(built):
         for file in (ROOT / folder).rglob("*.py"):
             inside = file.relative_to(ROOT) if folder == "blink" else Path("blink") / file.relative_to(ROOT)
             assert (built / inside).is_file(), f"setup.py leaves out {inside}"
-    for file in ("py.typed", "reporting/page.html.jinja"):
+    sources = [f"kernels/native/{file.name}" for file in (ROOT / "kernels/native").glob("*.?pp")]
+    assert len(sources) > 5
+    for file in ("py.typed", "reporting/page.html.jinja", *sources):
         assert (built / "blink" / file).is_file()
 
 

@@ -7,8 +7,7 @@ compiler. Needs no triton.
 
 from .. import reference
 from ..reference import OPS
-from . import batch_norm, optimizers
-from . import whiten as stem
+from . import batch_norm, optimizers, stem
 
 __all__ = [*OPS]
 

@@ -130,8 +130,8 @@ std::unique_ptr<double[]> reduce_gradients(Upstream upstream, const T* x, const 
 
 // What the gradient through the batch's own statistics subtracts: mean g and, of xhat = centered rstd, mean g xhat.
 struct Means {
-    Means(const double* sums, const Norm& norm, int64_t channels, int64_t count, bool training)
-        : values(zeros<float>(2 * norm.padded)), g(values.get()), along(g + norm.padded) {
+    Means(const double* sums, const Norm& norm, int64_t channels, int64_t count, bool training_)
+        : training(training_), values(zeros<float>(2 * norm.padded)), g(values.get()), along(g + norm.padded) {
         for (int64_t c = 0; training && c < channels; c++) {
             g[c] = float(sums[c] / count);
             along[c] = float(sums[channels + c] / count * norm.rstd[c]);
@@ -139,10 +139,12 @@ struct Means {
     }
 
     Floats through(Floats own, Floats centered, const Norm& norm, int64_t c) const {
-        Floats left = own - load(g + c, All{}) - centered * load(along + c, All{});
-        return left * load(norm.slope + c, All{});
+        // an infinite value times nothing would be NaN
+        if (training) own = own - load(g + c, All{}) - centered * load(along + c, All{});
+        return own * load(norm.slope + c, All{});
     }
 
+    bool training;
     std::unique_ptr<float[]> values;
     float *g, *along;
 };

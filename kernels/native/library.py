@@ -49,7 +49,7 @@ _FUNCTIONS = {
         "muon_momentum": "ppppl" + "dddii",
         "muon_update": "ppl" + "dddi",
     },
-    "whiten": {
+    "stem": {
         "whiten_forward": "pppppppp" + "ppp" + "lllllll" + "i",
         "whiten_backward": "ppppppppp" + "ppp" + "lllllll" + "i",
         "whiten_norm_act_forward": "pppppppp" + "ppppppppp" + "lllllll" + "ddi",

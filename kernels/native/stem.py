@@ -167,7 +167,7 @@ def _folded(project_weight: Tensor, whiten_weight: Tensor) -> Tensor:
 
 def _library(images: Tensor, activation: str | None, dtype: torch.dtype) -> Library | None:
     known = activation in reference.ACTIVATIONS and dtype in _takes.FLOATS
-    return load("whiten", activation, dtype) if known else None
+    return load("stem", activation, dtype) if known else None
 
 
 def whiten(
