@@ -59,8 +59,8 @@ def load(
 ) -> Classifier:
     """The network of a file that a run kept (`model.saved.save`), with float32 weights, in evaluation mode.
 
-    device: by default a GPU if there is one; kernels: see `backend.select`, or a backend itself. Raises UserError for
-    what is no such file, or cannot be used here.
+    device: by default a GPU if there is one; kernels: see `backend.select`, but that auto is reference on a CPU;
+    or a backend itself. Raises UserError for what is no such file, or cannot be used here.
     """
     content, state = read(Path(path))
     try:
@@ -69,6 +69,9 @@ def load(
         classes, image_shape = tuple(map(str, content["classes"])), tuple(map(int, content["image_shape"]))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_sizes(config, len(classes), image_shape, state)
+        if kernels == "auto" and device.type == "cpu":
+            # to compile would take longer than most predictions
+            kernels = "reference"
         backend = kernels if isinstance(kernels, backends.Backend) else backends.select(kernels, device)
         network = Network(config, len(classes), image_shape, backend)
         network.load_state_dict(state)

@@ -77,8 +77,9 @@ def fused() -> Backend:
     return _collect("fused", ops)
 
 
-def select(choice: str, device: torch.device) -> Backend:
-    """`auto` is fused on a GPU and, of each op, the faster of native and reference on a CPU.
+def select(choice: str, device: torch.device, repeatable: bool = False) -> Backend:
+    """`auto` is fused on a GPU and, of each op, the faster of native and reference on a CPU;
+    if runs must be repeatable all that are native, as a trial may end otherwise at the next start.
 
     Raises ValueError for an unknown choice, for `fused` where the kernels can neither run nor be interpreted, for
     `native` on a GPU, and where Triton or torch.compile lacks its compiler.
@@ -90,7 +91,7 @@ def select(choice: str, device: torch.device) -> Backend:
     if choice == "native" and device.type != "cpu":
         raise ValueError(f"the native kernels are a CPU's, and the device is {device.type}; use --device cpu")
     if choice == "native" or (choice == "auto" and device.type != "cuda"):
-        return native(trusted=choice == "native")
+        return native(trusted=choice == "native" or repeatable)
     if device.type == "cuda" and kernels.HAS_TRITON and not has_c_compiler():
         raise ValueError(
             "Triton needs a C compiler to launch kernels and finds none; install gcc (or set CC), "

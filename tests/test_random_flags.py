@@ -49,7 +49,7 @@ TRAIN = {
     "--batch-size": ["1", "2", "8", "4000"],
     "--micro-batch": ["1", "3", "8"],
     "--seed": ["3"],
-    "--kernels": ["auto", "reference"],
+    "--kernels": ["auto", "native", "reference"],
     "--graph": ["auto", "on", "off"],
     "--device": ["cpu", "cuda", "meta", "mps", "cuda:99"],
     "--dtype": ["fp32", "bf16", "fp16"],

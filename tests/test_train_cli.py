@@ -102,7 +102,7 @@ def test_json_of_a_run(two_runs):
     assert data["generated"] is False and len(data["fingerprint"]) == 12
     assert content["command"][:2] == ["blink", "train"] and "--deterministic" in content["command"]
     assert content["deterministic"] is True and content["dtype"] == "fp32"
-    assert content["kernels"]["name"] == "reference"
+    assert content["kernels"]["name"] == "native"
     assert content["budget"] == {"batch_size": 8, "steps_per_epoch": 4, "total_steps": 2}
     assert list(content["start_up"]) == ["imports", "data", "network"] and min(content["start_up"].values()) > 0
     assert json.loads((out / "summary.json").read_text()) == content

@@ -35,7 +35,7 @@ def choose_setting(options: argparse.Namespace) -> Setting:
     """What `add_setting_arguments` was given, made effective in this process. Raises UserError for what cannot be."""
     device = choose_device(options.device)
     try:
-        backend = backends.select(options.kernels, device)
+        backend = backends.select(options.kernels, device, options.deterministic)
     except ValueError as error:
         raise UserError(f"--kernels {options.kernels}: {error}") from error
     interpreted = backend.name == "fused" and device.type != "cuda"
