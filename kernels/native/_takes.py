@@ -25,16 +25,7 @@ def _plain(t: Tensor) -> bool:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether each is memory of this machine's, holding its values as they are."""
-    return all(
-        t is None
-        or (
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-            and not t.is_neg()
-        )
-        for t in tensors
-    )
+    return all(t is None or _plain(t) for t in tensors)
 
 
 def images(x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> bool:
@@ -67,14 +58,7 @@ def normalization(
         and vector(bias, channels)
         and vector(weight, channels)
         and len(kept) == (2 if kept or not training else 0)
-        and all(
-            plain(t)
-            and t.shape == (channels,)
-            and t.dtype == torch.float32
-            and t.is_contiguous()
-            and not t.requires_grad
-            for t in kept
-        )
+        and all(_running(t, channels) for t in kept)
         and (not training or (count > 1 and sharing() is None))
     )
 
