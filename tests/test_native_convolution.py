@@ -51,6 +51,7 @@ def counted(tmp_path, monkeypatch):
     """Measurements, which choose 8; they are kept in a folder of the test's own."""
     asked = []
     monkeypatch.setenv("BLINK_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(native_convolution, "_fastest", lambda call, groups, *rest: asked.append(groups) or 8)
     return asked
 
