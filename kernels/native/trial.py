@@ -147,8 +147,12 @@ def _results(native: ModuleType) -> dict[str, bool]:
     if not library.compile_all("gelu"):
         return {}
     # what is drawn here is nobody's but the trials'
-    with torch.random.fork_rng(devices=[]):
-        results = {name: _passes(name, native) for name in _TRIALS}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            results = {name: _passes(name, native) for name in _TRIALS}
+    except RuntimeError:
+        # too little memory: nothing is known, and nothing kept
+        return {}
     # what cannot be kept is tried again by the next start
     with suppress(OSError), replacing(path) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
