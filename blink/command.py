@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from blink import ending
-from blink.errors import UserError
+from blink.errors import UserError, is_exhausted
 from blink.files import STANDARD_OUTPUT
 from blink.training import peers
 
@@ -80,8 +80,7 @@ def call(name: str, module: str, arguments: list[str]) -> int:
             peers.complain(UserError(f"out of memory ({error}); use fewer images (--limit) or smaller ones (--size)"))
             return 2
         except RuntimeError as error:
-            # PyTorch's own, which is imported where there is one
-            if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+            if not is_exhausted(error):
                 raise
             reason = str(error).split(". ")[0].splitlines()[0]
             peers.complain(

@@ -5,8 +5,8 @@ shows each; the weight gradient keeps the weight's dtype instead of the activati
 another dtype than the activations where a processor is faster so.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,21 +40,43 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.aten.convolution(x, weight, None, *_GEOMETRY.values())
 
 
-def gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+def _gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
     """The gradient of x (which = 0) or of the weight (1)."""
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(dy, x, weight, None, *_GEOMETRY.values(), mask)[which]
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """In dy's dtype, as weight is; of x only shape and layout matter."""
+    return _gradient(dy, torch.empty_like(x, dtype=dy.dtype), weight, 0)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """In dy's dtype, as x is; of the weight only shape and layout matter."""
+    return _gradient(dy, x, torch.empty_like(weight, dtype=dy.dtype), 1)
+
+
+class Passes(NamedTuple):
+    """How the three are computed: functions with the arguments of these."""
+
+    convolve: Callable[[Tensor, Tensor], Tensor] = convolve
+    input_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = input_gradient
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = weight_gradient
+
+
+_PLAIN = Passes()
 
 
 class _Conv3x3(torch.autograd.Function):
     """Saved for backward: x and the weight as given."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, passes):
         ctx.save_for_backward(x, weight)
+        ctx.passes = passes
         work = arithmetic_dtype(x)
         # the weight is rounded to the activations' dtype first, as autocast does
-        return convolve(x.to(work), weight.to(x.dtype).to(work)).to(x.dtype)
+        return passes.convolve(x.to(work), weight.to(x.dtype).to(work)).to(x.dtype)
 
     @staticmethod
     @differentiable_once("conv3x3", instead="plain_conv3x3")
@@ -62,37 +84,27 @@ class _Conv3x3(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         work = arithmetic_dtype(x)
         dx = dweight = None
-        needs_x, needs_weight = ctx.needs_input_grad
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         dy = dy.to(work)
-        # of the other operand only the shape matters
         if needs_weight:
             with record_function("wgrad"):
-                unread = torch.empty_like(weight, dtype=work)
-                dweight = gradient(dy, x.to(work), unread, 1).to(weight.dtype)
+                dweight = ctx.passes.weight_gradient(dy, x.to(work), weight).to(weight.dtype)
         if needs_x:
             with record_function("dgrad"):
-                unread = torch.empty_like(x, dtype=work)
-                dx = gradient(dy, unread, weight.to(x.dtype).to(work), 0).to(x.dtype)
-        return dx, dweight
+                dx = ctx.passes.input_gradient(dy, x, weight.to(x.dtype).to(work)).to(x.dtype)
+        return dx, dweight, None
 
 
-@contextmanager
-def in_autocast_dtype(x: Tensor) -> Iterator[Tensor]:
-    """x in autocast's dtype, if that is on; inside it is off."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        yield x
-
-
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, passes: Passes = _PLAIN) -> Tensor:
     """conv2d(x, weight, padding=1) with x [B, C, H, W] and weight [O, C, 3, 3] of any floating dtypes, y like x.
 
     Under autocast x is brought to autocast's dtype first. Differentiable once.
     """
-    with in_autocast_dtype(x) as x:
-        return _Conv3x3.apply(x, weight)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _Conv3x3.apply(x, weight, passes)
 
 
 def plain_conv3x3(x: Tensor, weight: Tensor) -> Tensor:

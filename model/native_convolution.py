@@ -15,12 +15,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from blink.files import cache_folder, from_json, replacing
-from blink.kernels.differentiation import differentiable_once
 from blink.kernels.environment import cpu_flags
-from blink.model.convolution import arithmetic_dtype, convolve, gradient, in_autocast_dtype
+from blink.model import convolution
 
 _GROUPS = (4, 8, 16)
 # wider images gained nothing on any processor tried
@@ -49,23 +47,25 @@ def apart(y: Tensor, group: int) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def _forward(group: int, x: Tensor, weight: Tensor) -> Tensor:
-    return convolve(x, weight) if group == 1 else apart(convolve(side_by_side(x, group), weight), group)
+def _convolve(group: int, x: Tensor, weight: Tensor) -> Tensor:
+    if group == 1:
+        return convolution.convolve(x, weight)
+    return apart(convolution.convolve(side_by_side(x, group), weight), group)
 
 
-def _input_gradient(group: int, dy: Tensor, weight: Tensor) -> Tensor:
-    dy = dy if group == 1 else side_by_side(dy, group)
-    # of x only the shape matters
-    unread = dy.new_empty(len(dy), weight.shape[1], *dy.shape[2:]).contiguous(memory_format=torch.channels_last)
-    dx = gradient(dy, unread, weight, 0)
-    return dx if group == 1 else apart(dx, group)
+def _input_gradient(group: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if group == 1:
+        return convolution.input_gradient(dy, x, weight)
+    dy = side_by_side(dy, group)
+    shape = (len(dy), weight.shape[1], *dy.shape[2:])
+    unread = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
+    return apart(convolution.input_gradient(dy, unread, weight), group)
 
 
-def _weight_gradient(group: int, dy: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(group: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if group > 1:
         dy, x = side_by_side(dy, group), side_by_side(x, group)
-    unread = x.new_empty(dy.shape[1], x.shape[1], 3, 3).contiguous(memory_format=torch.channels_last)
-    return gradient(dy, x, unread, 1)
+    return convolution.weight_gradient(dy, x, weight)
 
 
 class Choices:
@@ -84,18 +84,18 @@ class Choices:
             return {key: group for key, group in kept.items() if group in (1, *_GROUPS)}
         return {}
 
-    def group(self, call: Callable, images: tuple[Tensor, ...], rest: tuple[Tensor, ...] = ()) -> int:
-        """For call(group, *images, *rest): measured if this shape is new. images: the tensors that hold the batch."""
+    def group(self, call: Callable, images: tuple[Tensor, ...], weight: Tensor) -> int:
+        """For call(group, *images, weight): measured if this shape is new. images: the tensors that hold the batch."""
         batch, width = len(images[0]), images[0].shape[3]
         groups = [group for group in _GROUPS if batch % group == 0]
         # measured, it could differ from one start to the next
         deterministic = torch.backends.cudnn.deterministic
         if width > _WIDEST or not groups or images[0].numel() < _LEAST or deterministic:
             return 1
-        sizes = [*images[0].shape[1:], *(t.shape[1] for t in images[1:]), *(tuple(t.shape) for t in rest)]
+        sizes = [*images[0].shape[2:], *weight.shape[:2]]
         key = f"{call.__name__} {sizes} {groups} {images[0].dtype} {torch.get_num_threads()}"
         if key not in self._groups:
-            self._groups[key] = _fastest(call, groups, images, rest)
+            self._groups[key] = _fastest(call, groups, images, weight)
             self._write()
         return self._groups[key]
 
@@ -108,7 +108,7 @@ class Choices:
                 temporary.write_text(json.dumps(self._groups, indent=1) + "\n")
 
 
-def _fastest(call: Callable, groups: list[int], images: tuple[Tensor, ...], rest: tuple[Tensor, ...]) -> int:
+def _fastest(call: Callable, groups: list[int], images: tuple[Tensor, ...], weight: Tensor) -> int:
     """The group of the least time, alternating, on some of the images; 1 if none gains enough."""
     count = min(len(images[0]), _IMAGES)
     few = tuple(t[: count - count % groups[-1]] for t in images)
@@ -117,7 +117,7 @@ def _fastest(call: Callable, groups: list[int], images: tuple[Tensor, ...], rest
     for attempt in range(_ROUNDS + 1):
         for group in seconds:
             begin = time.perf_counter()
-            call(group, *few, *rest)
+            call(group, *few, weight)
             if attempt:
                 seconds[group] = min(seconds[group], time.perf_counter() - begin)
     best = min(groups, key=seconds.__getitem__)
@@ -129,39 +129,17 @@ def _choices() -> Choices:
     return Choices()
 
 
-class _Conv3x3(torch.autograd.Function):
-    """Saved for backward: x and the weight as given."""
+def _by_choice(call: Callable) -> Callable[..., Tensor]:
+    def run(*operands: Tensor) -> Tensor:
+        *images, weight = operands
+        return call(_choices().group(call, tuple(images), weight), *operands)
 
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        work = arithmetic_dtype(x)
-        # the weight is rounded to the activations' dtype first, as autocast does
-        operands = x.to(work), weight.to(x.dtype).to(work)
-        return _forward(_choices().group(_forward, operands[:1], operands[1:]), *operands).to(x.dtype)
+    return run
 
-    @staticmethod
-    @differentiable_once("conv3x3", instead="plain_conv3x3")
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        work = arithmetic_dtype(x)
-        dx = dweight = None
-        needs_x, needs_weight = ctx.needs_input_grad
-        dy = dy.to(work)
-        if needs_weight:
-            with record_function("wgrad"):
-                operands = dy, x.to(work)
-                group = _choices().group(_weight_gradient, operands)
-                dweight = _weight_gradient(group, *operands).to(weight.dtype)
-        if needs_x:
-            with record_function("dgrad"):
-                operands = dy, weight.to(x.dtype).to(work)
-                group = _choices().group(_input_gradient, operands[:1], operands[1:])
-                dx = _input_gradient(group, *operands).to(x.dtype)
-        return dx, dweight
+
+_PASSES = convolution.Passes(*map(_by_choice, (_convolve, _input_gradient, _weight_gradient)))
 
 
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """conv2d(x, weight, padding=1): see `convolution.conv3x3`, whose numbers these are but for the order of sums."""
-    with in_autocast_dtype(x) as x:
-        return _Conv3x3.apply(x, weight)
+    return convolution.conv3x3(x, weight, _PASSES)

@@ -18,6 +18,8 @@ def _run(arguments: list[str], output: Path | None, stdout: str | None, encoding
     torch.set_num_threads(1)
     # what begins in the background of a shell ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # and what nohup begins this one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.pop("TRITON_INTERPRET", None)
     if output is not None:
         sys.stdout = None if stdout is None else _onto(stdout or f"{output}.out", 1, encoding)

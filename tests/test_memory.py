@@ -10,7 +10,7 @@ from PIL import Image
 
 import blink
 from blink.__main__ import main
-from blink.errors import UserError
+from blink.errors import UserError, is_exhausted
 from blink.model import backend
 from blink.training import memory, precision
 from blink.training.budget import plan_budget
@@ -117,7 +117,7 @@ def test_nothing_fits_and_other_errors(monkeypatch):
     monkeypatch.setattr(memory.sys, "executable", "false")
     with pytest.raises(UserError, match="out of memory with 8 images at a time, and with 2 as well; use smaller"):
         blink.train(pixels(16), batch_size=8, device="cpu", dtype="fp32", steps=2)
-    assert not memory.is_exhausted(RuntimeError("shapes differ")) and memory.is_exhausted(MemoryError())
+    assert not is_exhausted(RuntimeError("shapes differ")) and is_exhausted(MemoryError())
 
 
 def test_other_commands_say_it_too(monkeypatch, capsys):

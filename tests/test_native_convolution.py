@@ -56,33 +56,34 @@ def counted(tmp_path, monkeypatch):
     return asked
 
 
-def pair(batch: int = 64, width: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(batch: int = 64, width: int = 5) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(dy, x), and the weight"""
     x = torch.zeros(batch, 256, 5, width).contiguous(memory_format=torch.channels_last)
-    return x, x.clone()
+    return (x, x.clone()), torch.zeros(256, 256, 3, 3)
 
 
 def test_a_shape_is_measured_once_and_its_choice_kept(counted, tmp_path):
     call = native_convolution._weight_gradient
     choices = Choices()
-    assert [choices.group(call, pair()) for _ in range(2)] == [8, 8] and counted == [[4, 8, 16]]
-    assert Choices().group(call, pair()) == 8 and len(counted) == 1
+    assert [choices.group(call, *operands()) for _ in range(2)] == [8, 8] and counted == [[4, 8, 16]]
+    assert Choices().group(call, *operands()) == 8 and len(counted) == 1
     # a batch that 16 does not divide has other candidates
-    assert choices.group(call, pair(72)) == 8 and counted[1:] == [[4, 8]]
+    assert choices.group(call, *operands(72)) == 8 and counted[1:] == [[4, 8]]
     (file,) = (tmp_path / "native").glob("convolutions-*.json")
     assert set(json.loads(file.read_text()).values()) == {8}
     for damage in ("{", "[1]", '{"key": "x"}'):
         file.write_text(damage)
-        assert Choices().group(call, pair()) == 8
+        assert Choices().group(call, *operands()) == 8
     assert len(counted) == 5
 
 
 def test_nothing_is_measured_where_nothing_is_gained_or_runs_must_repeat(counted, monkeypatch):
     choices, call = Choices(), native_convolution._weight_gradient
-    assert choices.group(call, pair(width=9)) == 1  # wide
-    assert choices.group(call, pair(63)) == 1  # odd
-    assert choices.group(call, pair(4)) == 1  # little work
+    assert choices.group(call, *operands(width=9)) == 1  # wide
+    assert choices.group(call, *operands(63)) == 1  # odd
+    assert choices.group(call, *operands(4)) == 1  # little work
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    assert choices.group(call, pair()) == 1 and not counted
+    assert choices.group(call, *operands()) == 1 and not counted
 
 
 def test_a_measurement_takes_the_fastest_that_gains_enough(monkeypatch):
@@ -91,13 +92,14 @@ def test_a_measurement_takes_the_fastest_that_gains_enough(monkeypatch):
     seconds = {1: 1.0, 4: 0.8, 8: 0.5, 16: 0.6}
 
     def call(group, *tensors):
-        assert all(len(t) == 128 for t in tensors)
+        *images, _ = tensors
+        assert all(len(t) == 128 for t in images)
         clock[0] += seconds[group]
 
     images = (torch.zeros(200, 1, 1, 1),)
-    assert native_convolution._fastest(call, [4, 8, 16], images, ()) == 8
+    assert native_convolution._fastest(call, [4, 8, 16], images, torch.zeros(1)) == 8
     seconds.update({4: 0.97, 8: 0.96, 16: 2.0})
-    assert native_convolution._fastest(call, [4, 8, 16], images, ()) == 1
+    assert native_convolution._fastest(call, [4, 8, 16], images, torch.zeros(1)) == 1
 
 
 @pytest.mark.parametrize("leaf", ["x", "weight"])

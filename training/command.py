@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from blink import __version__, ending
-from blink.errors import UserError
+from blink.errors import UserError, is_exhausted
 from blink.files import check_json, make_folder, replaceable, write_json
 from blink.model import saved
 from blink.training import distributed, duration, gallery, loggers, memory, peers, resume
@@ -70,7 +70,7 @@ def execute(
         training.look()
     except Exception as error:
         failure = error
-    if failure is not None and memory.is_exhausted(failure):
+    if failure is not None and is_exhausted(failure):
         # its traceback holds the step's tensors
         traceback.clear_frames(failure.__traceback__)
         failure.__traceback__ = None

@@ -1,4 +1,4 @@
-"""Out of memory: whether an error says so, and what would have fitted, which another process tries out.
+"""Out of memory: what would have fitted, which another process tries out.
 
 python -m blink.training.memory      reads what `refusal` writes, prints each number of images that fits
 """
@@ -12,20 +12,11 @@ from dataclasses import replace
 import torch
 
 from blink.command import python_path
-from blink.errors import UserError
+from blink.errors import UserError, is_exhausted
 from blink.model import backend as backends
 from blink.training.data.dataset import Dataset
 from blink.training.job import Job
 from blink.training.trainer import Trainer
-
-# what allocators and libraries say in a RuntimeError when there is no memory on a CPU
-_ON_CPU = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a")
-
-
-def is_exhausted(error: BaseException) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ON_CPU)
 
 
 def refusal(job: Job) -> UserError:

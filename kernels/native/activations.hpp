@@ -30,22 +30,23 @@ struct Silu {
 };
 
 struct Gelu {
-    // Phi(z) and exp(-z^2 / 2), with one exponential and one division: the fit of kernels/activations.py
-    static Floats cdf(Floats z, Floats& e) {
-        Floats t = reciprocal(1.f + magnitude(z) * 0.38890872965260115f);
-        e = exp2_of_negative(z * -0.7213475204444817f * z);
-        Floats p = -0.2572172153111593f + t * 0.05319669032864347f;
-        p = -0.01862555922152061f + t * (0.3770982000405573f + t * p);
-        Floats h = e * (t * (0.15090677604015446f + t * (0.19464109117593972f + t * p)));
-        return z >= 0.f ? 1.f - h : h;
+    // Phi(-m) for m >= 0: the fit of kernels/activations.py, and both formulas with it
+    static Floats tail(Floats m) {
+        Floats p = 3.296825525467284e-05f + m * -2.2758897557650926e-06f;
+        p = -0.00020247547945473343f + m * (-0.00015728003927506506f + m * p);
+        p = -0.0525464303791523f + m * (0.007142776623368263f + m * p);
+        p = -1.1511069536209106f + m * (-0.45919305086135864f + m * p);
+        return exp2_of_negative(-0.9999999403953552f + m * p);
     }
     static Floats value(Floats z) {
-        Floats e;
-        return z * cdf(z, e);
+        // an infinite z has no product with a tail of 0; a NaN z is larger than nothing and stays
+        Floats m = magnitude(z > 16.f ? 16.f + Floats{} : z);
+        return (z < 0.f ? Floats{} : z) - m * tail(m);
     }
     static Floats backward(Floats dy, Floats z) {
-        Floats e, phi = cdf(z, e);
-        return dy * (phi + 0.3989422804014327f * (z * e));
+        Floats m = magnitude(z), e = exp2_of_negative(z * -0.7213475204444817f * z);
+        Floats q = tail(m) - 0.3989422804014327f * m * e;
+        return dy * (z < 0.f ? q : 1.f - q);
     }
 };
 

@@ -15,13 +15,6 @@ Floats gated(const T* x, const float* gate, int64_t c, auto lanes) {
     return gate ? v * load(gate + c, lanes) : v;
 }
 
-// adds v - shift and its square to both sums
-inline __attribute__((always_inline)) void add_moments(Sums& sums, const float* shift, int64_t c, Floats v) {
-    Floats d = v - load(shift + c, All{});
-    store(sums.first() + c, load(sums.first() + c, All{}) + d, All{});
-    store(sums.second() + c, load(sums.second() + c, All{}) + d * d, All{});
-}
-
 // near each channel's mean over `rows` rows: the mean of a few of them, of which value(row, c, lanes) is one
 std::unique_ptr<float[]> near_mean(int64_t rows, int64_t channels, auto&& value) {
     constexpr int SAMPLES = 16;
@@ -50,7 +43,7 @@ void batch_statistics(const T* x, const float* gate, int64_t images, int64_t row
             for (int64_t r = 0; r < rows; r++) {
                 const T* from = x + (i * rows + r) * channels;
                 by_channels(channels, [&](int64_t c, auto lanes) {
-                    add_moments(sums, shift.get(), c, gated(from, g, c, lanes));
+                    sums.add_moments(c, shift.get(), gated(from, g, c, lanes));
                 });
                 sums.count_row();
             }
@@ -71,7 +64,7 @@ void normalize(const T* x, const float* gate, const T* residual, const Norm& nor
             by_channels(channels, [&](int64_t c, auto lanes) {
                 Floats value = Act::value(norm.at(norm.centered(gated(x + at, g, c, lanes), c), c));
                 if (residual) value += load(residual + at + c, lanes);
-                if (squeeze) store(total->first() + c, load(total->first() + c, All{}) + value, All{});
+                if (squeeze) total->add(c, value);
                 store(y + at + c, value, lanes);
             });
             if (squeeze) total->count_row();
@@ -112,8 +105,7 @@ std::unique_ptr<double[]> reduce_gradients(Upstream upstream, const T* x, const 
                     Floats centered = norm.centered(gated(x + at, gates, c, lanes), c);
                     Floats t = upstream.at(at + c, i, channels, 1.f / rows, c, lanes);
                     Floats g = Act::backward(t, norm.at(centered, c));
-                    store(sums.first() + c, load(sums.first() + c, All{}) + g, All{});
-                    store(sums.second() + c, load(sums.second() + c, All{}) + g * centered, All{});
+                    sums.add(c, g, g * centered);
                 });
                 sums.count_row();
             }
@@ -163,7 +155,7 @@ void normalize_backward(Upstream upstream, const T* x, const float* gate, const 
                 Floats g = Act::backward(upstream.at(at + c, i, channels, 1.f / rows, c, lanes), norm.at(centered, c));
                 Floats d = means.through(g, centered, norm, c);
                 if (gates) {
-                    store(total->first() + c, load(total->first() + c, All{}) + d * v, All{});
+                    total->add(c, d * v);
                     d *= factor;
                 }
                 store(dx + at + c, d, lanes);
@@ -219,7 +211,7 @@ void pool(const T* x, T* pooled, uint8_t* index, int64_t images, int64_t height,
                         auto [best, which] = winner(corner, width, channels, lanes);
                         store(pooled + place, best, lanes);
                         if (index) store_index(index + place, which, lanes);
-                        if (mean) add_moments(sums, shift.get(), c, best);
+                        if (mean) sums.add_moments(c, shift.get(), best);
                     });
                     sums.count_row();
                 }
@@ -262,8 +254,9 @@ void unpool_backward(Upstream upstream, const T* pooled, const uint8_t* index, c
 
 extern "C" void norm_act_forward(const T* x, const float* gate, const T* residual, const float* bias,
                                  const float* weight, const float* fixed_mean, const float* fixed_var,
-                                 float* running_mean, float* running_var, float* mean, float* var, T* y, int64_t images, int64_t rows, int64_t channels, double momentum, double eps,
-             int threads) {
+                                 float* running_mean, float* running_var, float* mean, float* var, T* y,
+                                 int64_t images, int64_t rows, int64_t channels, double momentum, double eps,
+                                 int threads) {
     if (!fixed_mean) {
         batch_statistics(x, gate, images, rows, channels, momentum, mean, var, running_mean, running_var, threads);
     }
@@ -271,10 +264,11 @@ extern "C" void norm_act_forward(const T* x, const float* gate, const T* residua
     normalize(x, gate, residual, norm, y, nullptr, images, rows, channels, threads);
 }
 
-extern "C" void pool_norm_act_forward(const T* x, const float* bias, const float* weight, const float* fixed_mean, const float* fixed_var,
-                  float* running_mean, float* running_var, float* mean, float* var, T* pooled, uint8_t* index, T* y,
-                  float* squeeze, int64_t images, int64_t height, int64_t width, int64_t channels, double momentum,
-                  double eps, int threads) {
+extern "C" void pool_norm_act_forward(const T* x, const float* bias, const float* weight, const float* fixed_mean,
+                                      const float* fixed_var, float* running_mean, float* running_var, float* mean,
+                                      float* var, T* pooled, uint8_t* index, T* y, float* squeeze, int64_t images,
+                                      int64_t height, int64_t width, int64_t channels, double momentum, double eps,
+                                      int threads) {
     pool(x, pooled, index, images, height, width, channels, momentum, fixed_mean ? nullptr : mean, var, running_mean,
          running_var, threads);
     Norm norm(channels, fixed_mean ? fixed_mean : mean, fixed_var ? fixed_var : var, bias, weight, eps);
@@ -283,10 +277,10 @@ extern "C" void pool_norm_act_forward(const T* x, const float* bias, const float
 }
 
 // height 0: there was no pooling, and width is the number of rows. dsums [2, C] float32: dbias, dweight.
-extern "C" void norm_act_backward(const T* dy, const T* dy2, const float* dsqueeze, const T* x, const uint8_t* index, const float* gate,
-              const float* bias, const float* weight, const float* mean, const float* var, T* dx, float* dgate,
-              float* dsums, int64_t images, int64_t height, int64_t width, int64_t channels, int training, double eps,
-              int threads) {
+extern "C" void norm_act_backward(const T* dy, const T* dy2, const float* dsqueeze, const T* x, const uint8_t* index,
+                                  const float* gate, const float* bias, const float* weight, const float* mean,
+                                  const float* var, T* dx, float* dgate, float* dsums, int64_t images, int64_t height,
+                                  int64_t width, int64_t channels, int training, double eps, int threads) {
     Norm norm(channels, mean, var, bias, weight, eps);
     Upstream upstream{dy, dy2, dsqueeze};
     int64_t rows = height ? (height / 2) * (width / 2) : width;

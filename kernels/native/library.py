@@ -13,8 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 
@@ -77,10 +76,6 @@ def _with_tensors(name: str, function: Callable) -> Callable:
     return call
 
 
-def _activation(name: str | None) -> str:
-    return str(name or "identity").title()
-
-
 @cache
 def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.float32) -> Library | None:
     """The library of `name`.cpp for this activation and these values, or None where there is none, which is said once.
@@ -88,7 +83,8 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
     dtype: float32 or bfloat16.
     """
     try:
-        return Library(_compiled(name, _activation(activation), dtype), _FUNCTIONS[name])
+        (path,) = _made([(name, activation, dtype)])
+        return Library(path, _FUNCTIONS[name])
     except _FAILURES as error:
         said = str(error).strip().splitlines()
         say_once(f"no compiled kernels, plain PyTorch runs in their place: {said[0] if said else type(error).__name__}")
@@ -96,23 +92,19 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
 
 
 def compile_all(activation: str | None) -> bool:
-    """Make every library for this activation, side by side; False, which is said, where that fails."""
-    kinds = [(name, dtype) for name in _FUNCTIONS for dtype in (torch.float32, torch.bfloat16)]
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        list(pool.map(lambda kind: _attempt(kind[0], _activation(activation), kind[1]), kinds))
-    return all(load(name, activation, dtype) is not None for name, dtype in kinds)
+    """Make every library, for this activation where it has one, side by side; False, which is said, if that fails."""
+    activations = {name: None if name == "optimizers" else activation for name in _FUNCTIONS}
+    kinds = [(name, act, dtype) for name, act in activations.items() for dtype in (torch.float32, torch.bfloat16)]
+    # what fails here fails in `load` again, and is said there
+    with suppress(*_FAILURES):
+        _made(kinds)
+    return all(load(*kind) is not None for kind in kinds)
 
 
 def digest_of_sources() -> str:
     """Of all files of this package that a compiled op comes from."""
     files = sorted(f for f in _SOURCES.iterdir() if f.suffix in (".cpp", ".hpp", ".py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _attempt(*kind) -> None:
-    # what fails here fails in `load` again, and is said there
-    with suppress(*_FAILURES):
-        _compiled(*kind)
 
 
 @cache
@@ -126,27 +118,45 @@ def _compiler() -> tuple[str, str]:
     return found, version.stdout
 
 
-def _compiled(name: str, activation: str, dtype: torch.dtype) -> Path:
-    """The path of the library, made if it is not there."""
+def _made(kinds: list[tuple[str, str | None, torch.dtype]]) -> list[Path]:
+    """The paths of these libraries; those that are not there are compiled, at the same time. Raises RuntimeError."""
+    paths, running = [], []
+    # processes, not threads of this one: a start in little memory has no room for their stacks
+    with ExitStack() as opened:
+        for kind in kinds:
+            path, command = _build(*kind)
+            paths.append(path)
+            if not path.is_file():
+                remove_leftovers(path.parent)
+                temporary = opened.enter_context(replacing(path))
+                pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                running.append(subprocess.Popen([*command, "-o", str(temporary)], **pipes))
+                # before the file goes: one that failed leaves none behind that writes
+                opened.callback(running[-1].kill)
+        for process in running:
+            _, said = process.communicate(timeout=_SECONDS)
+            if process.returncode:
+                lines = [line for line in said.splitlines() if "error" in line] or said.splitlines()
+                reason = lines[0] if lines else f"exit code {process.returncode}"
+                raise RuntimeError(f"{process.args[0]} failed: {reason}")
+    return paths
+
+
+def _build(name: str, activation: str | None, dtype: torch.dtype) -> tuple[Path, list[str]]:
+    """Where a library is kept, and the command that makes it, but for where to."""
     compiler, version = _compiler()
     kind = {torch.float32: "float", torch.bfloat16: "BFloat16"}[dtype]
+    # the struct of activations.hpp
+    activation = (activation or "identity").title()
     flags = [*_FLAGS, f"-DACTIVATION={activation}", f"-DDTYPE={kind}"]
     if "avx512f" in cpu_flags():
         flags.append("-mprefer-vector-width=512")
-    files = sorted(_SOURCES.glob("*.hpp")) + [_SOURCES / f"{name}.cpp"]
+    source = _SOURCES / f"{name}.cpp"
     digest = hashlib.sha256("\0".join([compiler, version, *flags, platform.machine(), *sorted(cpu_flags())]).encode())
-    for file in files:
+    for file in (*sorted(_SOURCES.glob("*.hpp")), source):
         digest.update(file.read_bytes())
     path = folder() / f"{name}-{activation.lower()}-{kind.lower()}-{digest.hexdigest()[:24]}.so"
-    if not path.is_file():
-        remove_leftovers(path.parent)
-        with replacing(path) as temporary:
-            command = [compiler, *flags, str(files[-1]), "-o", str(temporary)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise RuntimeError(f"{compiler} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
-    return path
+    return path, [compiler, *flags, str(source)]
 
 
 def folder() -> Path:

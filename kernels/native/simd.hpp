@@ -146,7 +146,8 @@ inline Floats reciprocal(Floats v) {
     // a Newton step from an estimate of 14 bits takes half of a division's time; of infinity its product is a NaN
     __m512 estimate = _mm512_rcp14_ps(__m512(v));
     __m512 error = _mm512_fnmadd_ps(__m512(v), estimate, _mm512_set1_ps(1.f));
-    error = _mm512_mask_mov_ps(error, _mm512_cmp_ps_mask(estimate, _mm512_setzero_ps(), _CMP_EQ_OQ), _mm512_setzero_ps());
+    __mmask16 infinite = _mm512_cmp_ps_mask(estimate, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    error = _mm512_mask_mov_ps(error, infinite, _mm512_setzero_ps());
     return Floats(_mm512_fmadd_ps(estimate, error, estimate));
 #else
     return 1.f / v;

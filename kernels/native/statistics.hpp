@@ -17,8 +17,17 @@ class Sums {
         : channels_(channels), padded_((channels + LANES - 1) / LANES * LANES), narrow_(zeros<float>(2 * padded_)),
           wide_(zeros<double>(2 * channels)) {}
 
-    float* first() { return narrow_.get(); }
-    float* second() { return narrow_.get() + padded_; }
+    // to the sums of a vector of channels
+    inline __attribute__((always_inline)) void add(int64_t c, Floats to_first) { add_to(narrow_.get() + c, to_first); }
+    inline __attribute__((always_inline)) void add(int64_t c, Floats to_first, Floats to_second) {
+        add_to(narrow_.get() + c, to_first);
+        add_to(narrow_.get() + padded_ + c, to_second);
+    }
+    // of v - shift, and of its square
+    inline __attribute__((always_inline)) void add_moments(int64_t c, const float* shift, Floats v) {
+        Floats d = v - load(shift + c, All{});
+        add(c, d, d * d);
+    }
 
     // after every row
     void count_row() {
@@ -32,10 +41,12 @@ class Sums {
     }
 
   private:
+    static void add_to(float* sum, Floats v) { store(sum, load(sum, All{}) + v, All{}); }
+
     void flush() {
         for (int64_t i = 0; i < channels_; i++) {
-            wide_[i] += first()[i];
-            wide_[channels_ + i] += second()[i];
+            wide_[i] += narrow_[i];
+            wide_[channels_ + i] += narrow_[padded_ + i];
         }
         std::fill_n(narrow_.get(), 2 * padded_, 0.f);
         rows_ = 0;

@@ -60,7 +60,7 @@ struct Source {
     }
 };
 
-// The convolution's filters, [k * k * C, O padded], so that all outputs of a pixel are summed at once; and its geometry.
+// The convolution's filters, [k * k * C, O padded], so that all outputs of a pixel are summed at once; its geometry.
 struct Filters {
     int64_t kernel, channels, outputs, padded, features;
     std::unique_ptr<float[]> weight, shift;
@@ -144,14 +144,17 @@ extern "C" void whiten_forward(const uint8_t* images, const int64_t* index, cons
     Source source{images, index, translation, cutout, flip, jitter, cutout_size, height, width, channels, mean, std};
     Filters filters(weight, bias, outputs, channels, kernel);
     int64_t rows = height - kernel + 1, columns = width - kernel + 1, size = columns * outputs;
-    by_images(source, batch, std::min<int64_t>(batch, 256), threads, [&](int64_t, int64_t begin, int64_t end, auto&& image) {
+    int64_t chunks = std::min<int64_t>(batch, 256);
+    by_images(source, batch, chunks, threads, [&](int64_t, int64_t begin, int64_t end, auto&& image) {
         auto z = buffer<float>(filters.row_size(columns));
         for (int64_t i = begin; i < end; i++) {
             const float* pixels = image(i);
             for (int64_t r = 0; r < rows; r++) {
                 filters.row(pixels + r * width * channels, width, columns, z.get());
                 T* to = y + (i * rows + r) * size;
-                by_channels(size, [&](int64_t k, auto lanes) { store(to + k, Act::value(load(z.get() + k, All{})), lanes); });
+                by_channels(size, [&](int64_t k, auto lanes) {
+                    store(to + k, Act::value(load(z.get() + k, All{})), lanes);
+                });
             }
         }
     });
@@ -226,9 +229,7 @@ extern "C" void whiten_norm_act_forward(
                         const float* from = z.get() + x * outputs;
                         by_channels(outputs, [&](int64_t o, auto) {
                             // lanes beyond the last output hold others' values, into sums that nobody reads
-                            Floats d = load(from + o, All{}) - load(shift.get() + o, All{});
-                            store(sums.first() + o, load(sums.first() + o, All{}) + d, All{});
-                            store(sums.second() + o, load(sums.second() + o, All{}) + d * d, All{});
+                            sums.add_moments(o, shift.get(), load(from + o, All{}));
                         });
                         sums.count_row();
                     }
@@ -300,7 +301,8 @@ extern "C" void whiten_norm_act_backward(
                 filters.row(pixels + r * width * channels, width, columns, z.get());
                 const T* from = dy + (i * rows + r) * size;
                 by_channels(size, [&](int64_t k, auto lanes) {
-                    Floats xhat = (load(z.get() + k, All{}) - load(means.get() + k, All{})) * load(slopes.get() + k, All{});
+                    Floats centered = load(z.get() + k, All{}) - load(means.get() + k, All{});
+                    Floats xhat = centered * load(slopes.get() + k, All{});
                     Floats own_g = Act::backward(load(from + k, lanes), xhat + load(biases.get() + k, All{}));
                     store(g.get() + k, own_g, lanes);
                     store(z.get() + k, xhat, lanes);

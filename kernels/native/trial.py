@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
+from blink.errors import is_exhausted
 from blink.files import from_json, replacing
 
 from .. import reference
@@ -150,8 +151,10 @@ def _results(native: ModuleType) -> dict[str, bool]:
     try:
         with torch.random.fork_rng(devices=[]):
             results = {name: _passes(name, native) for name in _TRIALS}
-    except RuntimeError:
-        # too little memory: nothing is known, and nothing kept
+    except RuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        # nothing is known, and nothing kept; what does not fit the training will say
         return {}
     # what cannot be kept is tried again by the next start
     with suppress(OSError), replacing(path) as temporary:
