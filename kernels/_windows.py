@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ._common import rounded_product
 from ._patches import (
@@ -47,10 +48,10 @@ class WindowTile(NamedTuple):
 class Filters(NamedTuple):
     """weight [O, C_in, k, k] and bias [O] or None, for images normalized by mean and std [C_in], or as they are."""
 
-    weight: object
-    bias: object
-    mean: object
-    std: object
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
 
 
 @triton.jit
@@ -178,7 +179,7 @@ def filter_windows(q, folded, jitter_ptr, image, n_images, EXACT: tl.constexpr):
 
 
 def window_tile(source: PatchSource, filters: int, exact: bool, rows: int) -> tuple[WindowTile, int, int]:
-    """(a tile of `rows` matrix rows, how many tiles there are, how many blocks of columns)."""
+    """(a tile of `rows` matrix rows, fewer if `exact`; how many tiles there are; how many blocks of columns)."""
     channels, kernel = source.geometry.C_IN, source.geometry.K
     run, block = _run_of(filters, channels, kernel) if source.bytes and not exact else (1, 0)
     parts = run * filters // block if block else 1

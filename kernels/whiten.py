@@ -45,7 +45,10 @@ _FWD_ROWS, _BWD_ROWS = 128, 64
 # programs that a processor's registers hold at once, of runs and of single positions
 _RESIDENT_RUNS, _RESIDENT_SINGLE = 2, 6
 # what the compile report would otherwise report as stores that are narrower than the layout allows
-NARROW_ACCESS = {"_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes"}
+NARROW_ACCESS = {
+    "_fwd_kernel:gfx942": "a lane of an mfma result holds 4 channels, which it stores as 8 bytes",
+    "_bwd_kernel:gfx942": "gradients are read as an mfma result lies, of which a lane holds 4 rows",
+}
 
 
 @triton.jit
