@@ -37,7 +37,9 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, None, *_GEOMETRY.values())
+    """y like x; weight has x's dtype."""
+    work = arithmetic_dtype(x)
+    return torch.ops.aten.convolution(x.to(work), weight.to(work), None, *_GEOMETRY.values()).to(x.dtype)
 
 
 def _gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
@@ -47,17 +49,19 @@ def _gradient(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
 
 
 def input_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """In dy's dtype, as weight is; of x only shape and layout matter."""
-    return _gradient(dy, torch.empty_like(x, dtype=dy.dtype), weight, 0)
+    """Like x, of which only shape and layout matter; dy and weight have its dtype."""
+    work = arithmetic_dtype(dy)
+    return _gradient(dy.to(work), torch.empty_like(x, dtype=work), weight.to(work), 0).to(dy.dtype)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """In dy's dtype, as x is; of the weight only shape and layout matter."""
-    return _gradient(dy, x, torch.empty_like(weight, dtype=dy.dtype), 1)
+    """In the dtype that products run in; dy and x have the same; of the weight only shape and layout matter."""
+    work = arithmetic_dtype(dy)
+    return _gradient(dy.to(work), x.to(work), torch.empty_like(weight, dtype=work), 1)
 
 
 class Passes(NamedTuple):
-    """How the three are computed: functions with the arguments of these."""
+    """How the three are computed: functions with the arguments of these, on activations and weights of one dtype."""
 
     convolve: Callable[[Tensor, Tensor], Tensor] = convolve
     input_gradient: Callable[[Tensor, Tensor, Tensor], Tensor] = input_gradient
@@ -74,24 +78,21 @@ class _Conv3x3(torch.autograd.Function):
     def forward(ctx, x, weight, passes):
         ctx.save_for_backward(x, weight)
         ctx.passes = passes
-        work = arithmetic_dtype(x)
-        # the weight is rounded to the activations' dtype first, as autocast does
-        return passes.convolve(x.to(work), weight.to(x.dtype).to(work)).to(x.dtype)
+        # the weight is rounded to the activations' dtype, as autocast does
+        return passes.convolve(x, weight.to(x.dtype))
 
     @staticmethod
     @differentiable_once("conv3x3", instead="plain_conv3x3")
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        work = arithmetic_dtype(x)
         dx = dweight = None
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        dy = dy.to(work)
         if needs_weight:
             with record_function("wgrad"):
-                dweight = ctx.passes.weight_gradient(dy, x.to(work), weight).to(weight.dtype)
+                dweight = ctx.passes.weight_gradient(dy, x, weight).to(weight.dtype)
         if needs_x:
             with record_function("dgrad"):
-                dx = ctx.passes.input_gradient(dy, x, weight.to(x.dtype).to(work)).to(x.dtype)
+                dx = ctx.passes.input_gradient(dy, x, weight.to(x.dtype))
         return dx, dweight, None
 
 

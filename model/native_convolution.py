@@ -1,9 +1,11 @@
-"""The 3x3 convolution of the native backend: oneDNN's, with small images laid side by side where that is faster.
+"""The 3x3 convolution of the native backend: of several ways to compute it, for each shape and pass, the fastest.
 
-oneDNN multiplies along one image's row, so that rows of a few pixels leave most of a vector or matrix unit unused. With
-k images of a group beside each other, each followed by a column of zeros, the rows are k times as long, and values and
-gradients are those of the images apart: the zeros are what each would have been padded with. Which k is fastest, or 1,
-is measured when a shape first comes, for each of the three passes, and kept below the cache folder.
+Winograd's algorithm, compiled (kernels/native/winograd.py), needs a fourth to a half of the products; oneDNN has the
+matrix units that some processors compute bfloat16 with. And oneDNN multiplies along one image's row, so that rows of a
+few pixels leave most of a vector or matrix unit unused: with k images of a group beside each other, each followed by a
+column of zeros, the rows are k times as long, and values and gradients are those of the images apart, since the zeros
+are what each would have been padded with. Which way is fastest is measured when a shape first comes, for each of the
+three passes, and kept below the cache folder.
 """
 
 import hashlib
@@ -17,16 +19,24 @@ import torch
 from torch import Tensor
 
 from blink.files import cache_folder, from_json, replacing
+from blink.kernels.dispatch import say_once
 from blink.kernels.environment import cpu_flags
+from blink.kernels.native import winograd
+from blink.kernels.native.library import digest_of_sources
 from blink.model import convolution
 
+# the ways: oneDNN for that many images side by side, and our own
+Way = int | str
 _GROUPS = (4, 8, 16)
-# wider images gained nothing on any processor tried
+WINOGRAD = "winograd"
+# wider images gained nothing side by side on any processor tried
 _WIDEST = 8
 # values of a batch below which nothing that could be gained is worth a measurement
 _LEAST = 1 << 18
-# images that a measurement takes at most, its rounds, and what k must gain to be taken instead of 1
+# images that a measurement takes at most, its rounds, and what a way must gain to be taken instead of 1
 _IMAGES, _ROUNDS, _GAIN = 128, 3, 0.95
+# of the largest value: a wrong kernel is off by far more, and the tests judge the rest
+_CLOSE = 5e-2
 
 
 def side_by_side(x: Tensor, group: int) -> Tensor:
@@ -47,80 +57,97 @@ def apart(y: Tensor, group: int) -> Tensor:
     return images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
-def _convolve(group: int, x: Tensor, weight: Tensor) -> Tensor:
-    if group == 1:
+def _convolve(way: Way, x: Tensor, weight: Tensor) -> Tensor:
+    if way == WINOGRAD:
+        return winograd.convolve(x, weight)
+    if way == 1:
         return convolution.convolve(x, weight)
-    return apart(convolution.convolve(side_by_side(x, group), weight), group)
+    return apart(convolution.convolve(side_by_side(x, way), weight), way)
 
 
-def _input_gradient(group: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if group == 1:
+def _input_gradient(way: Way, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if way == WINOGRAD:
+        return winograd.input_gradient(dy, x, weight)
+    if way == 1:
         return convolution.input_gradient(dy, x, weight)
-    dy = side_by_side(dy, group)
+    dy = side_by_side(dy, way)
     shape = (len(dy), weight.shape[1], *dy.shape[2:])
     unread = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
-    return apart(convolution.input_gradient(dy, unread, weight), group)
+    return apart(convolution.input_gradient(dy, unread, weight), way)
 
 
-def _weight_gradient(group: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if group > 1:
-        dy, x = side_by_side(dy, group), side_by_side(x, group)
+def _weight_gradient(way: Way, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if way == WINOGRAD:
+        return winograd.weight_gradient(dy, x, weight)
+    if way != 1:
+        dy, x = side_by_side(dy, way), side_by_side(x, way)
     return convolution.weight_gradient(dy, x, weight)
 
 
+def _ways(images: tuple[Tensor, ...]) -> list[Way]:
+    """What there is beside 1 for the tensors that hold the batch."""
+    batch, width = len(images[0]), images[0].shape[3]
+    groups = [group for group in _GROUPS if batch % group == 0 and width <= _WIDEST]
+    return [*groups, WINOGRAD] if winograd.takes(*images) else groups
+
+
 class Choices:
-    """For each shape and pass the fastest group, kept in a file of this processor's and software's."""
+    """For each shape and pass the fastest way, kept in a file of this processor's and software's."""
 
     def __init__(self):
-        facts = [torch.__version__, torch.backends.mkldnn.is_available(), *sorted(cpu_flags())]
+        mkldnn = torch.backends.mkldnn.is_available()
+        facts = [torch.__version__, mkldnn, *sorted(cpu_flags()), digest_of_sources()]
         name = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
         folder = cache_folder()
         self._path = None if folder is None else folder / "native" / f"convolutions-{name}.json"
-        self._groups = self._read()
+        self._ways = self._read()
 
-    def _read(self) -> dict[str, int]:
+    def _read(self) -> dict[str, Way]:
         with suppress(OSError, ValueError, AttributeError):
             kept = from_json(self._path.read_bytes())
-            return {key: group for key, group in kept.items() if group in (1, *_GROUPS)}
+            return {key: way for key, way in kept.items() if way in (1, *_GROUPS, WINOGRAD)}
         return {}
 
-    def group(self, call: Callable, images: tuple[Tensor, ...], weight: Tensor) -> int:
-        """For call(group, *images, weight): measured if this shape is new. images: the tensors that hold the batch."""
-        batch, width = len(images[0]), images[0].shape[3]
-        groups = [group for group in _GROUPS if batch % group == 0]
+    def way(self, call: Callable, images: tuple[Tensor, ...], weight: Tensor) -> Way:
+        """For call(way, *images, weight): measured if this shape is new. images: the tensors that hold the batch."""
         # measured, it could differ from one start to the next
-        deterministic = torch.backends.cudnn.deterministic
-        if width > _WIDEST or not groups or images[0].numel() < _LEAST or deterministic:
+        if images[0].numel() < _LEAST or torch.backends.cudnn.deterministic or not (ways := _ways(images)):
             return 1
         sizes = [*images[0].shape[2:], *weight.shape[:2]]
-        key = f"{call.__name__} {sizes} {groups} {images[0].dtype} {torch.get_num_threads()}"
-        if key not in self._groups:
-            self._groups[key] = _fastest(call, groups, images, weight)
+        key = f"{call.__name__} {sizes} {ways} {images[0].dtype} {torch.get_num_threads()}"
+        if key not in self._ways:
+            self._ways[key] = _fastest(call, ways, images, weight)
             self._write()
-        return self._groups[key]
+        return self._ways[key]
 
     def _write(self) -> None:
         # what cannot be kept is measured again by the next start; another process's choices stay
         with suppress(OSError, AttributeError):
-            self._groups = self._read() | self._groups
+            self._ways = self._read() | self._ways
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as temporary:
-                temporary.write_text(json.dumps(self._groups, indent=1) + "\n")
+                temporary.write_text(json.dumps(self._ways, indent=1) + "\n")
 
 
-def _fastest(call: Callable, groups: list[int], images: tuple[Tensor, ...], weight: Tensor) -> int:
-    """The group of the least time, alternating, on some of the images; 1 if none gains enough."""
+def _fastest(call: Callable, ways: list[Way], images: tuple[Tensor, ...], weight: Tensor) -> Way:
+    """The way of the least time, alternating, on some of the images; 1 if none gains enough."""
+    whole = max((way for way in ways if way != WINOGRAD), default=1)
     count = min(len(images[0]), _IMAGES)
-    few = tuple(t[: count - count % groups[-1]] for t in images)
-    seconds = dict.fromkeys([1, *groups], float("inf"))
-    # the first round is for oneDNN, which prepares each shape anew
-    for attempt in range(_ROUNDS + 1):
-        for group in seconds:
+    few = tuple(t[: count - count % whole] for t in images)
+    # unmeasured: oneDNN prepares each shape anew
+    results = {way: call(way, *few, weight).float() for way in (1, *ways)}
+    close = _CLOSE * results[1].abs().max()
+    # written so that a NaN fails
+    if WINOGRAD in ways and not (results[WINOGRAD] - results[1]).abs().max() <= close:
+        say_once(f"the native {call.__name__.strip('_')} is wrong on this machine; oneDNN runs in its place")
+        ways = [way for way in ways if way != WINOGRAD]
+    seconds = dict.fromkeys([1, *ways], float("inf"))
+    for _ in range(_ROUNDS):
+        for way in seconds:
             begin = time.perf_counter()
-            call(group, *few, weight)
-            if attempt:
-                seconds[group] = min(seconds[group], time.perf_counter() - begin)
-    best = min(groups, key=seconds.__getitem__)
+            call(way, *few, weight)
+            seconds[way] = min(seconds[way], time.perf_counter() - begin)
+    best = min(seconds, key=seconds.__getitem__)
     return best if seconds[best] < _GAIN * seconds[1] else 1
 
 
@@ -132,7 +159,7 @@ def _choices() -> Choices:
 def _by_choice(call: Callable) -> Callable[..., Tensor]:
     def run(*operands: Tensor) -> Tensor:
         *images, weight = operands
-        return call(_choices().group(call, tuple(images), weight), *operands)
+        return call(_choices().way(call, tuple(images), weight), *operands)
 
     return run
 

@@ -1,25 +1,26 @@
-"""Small images laid side by side: the same convolution and gradients, and choices that are kept."""
+"""The native convolution, each way: the same convolution and gradients, and choices that are kept."""
 
 import json
 
 import pytest
 import torch
 
+from blink.kernels.native import winograd
 from blink.model import native_convolution
 from blink.model.native_convolution import Choices, apart, conv3x3, side_by_side
 
 
 class Always:
-    def __init__(self, group: int):
-        self.group = lambda call, images, rest=(): group
+    def __init__(self, way: int | str):
+        self.way = lambda call, images, rest=(): way
 
 
-def judged(group: int, batch: int, dtype: torch.dtype, monkeypatch) -> tuple[torch.Tensor, ...]:
-    monkeypatch.setattr(native_convolution, "_choices", lambda: Always(group))
-    x = torch.randn(batch, 5, 3, 4).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(7, 5, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+def judged(way: int | str, shape: tuple[int, ...], outputs: int, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(native_convolution, "_choices", lambda: Always(way))
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(outputs, shape[1], 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     y = conv3x3(x, weight)
-    dy = torch.randn(y.shape).to(dtype)
+    dy = torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
     grads = torch.autograd.grad(y, (x, weight), dy)
     assert (y.dtype, *(g.dtype for g in grads)) == (dtype, dtype, torch.float32)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -28,14 +29,60 @@ def judged(group: int, batch: int, dtype: torch.dtype, monkeypatch) -> tuple[tor
     truth = (want, *torch.autograd.grad(want, exact, dy.double()))
     for ours, true in zip((y, *grads), truth):
         assert (ours.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-2) * true.abs().max()
-    return y, *grads
+    return y, *grads, *truth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("group, batch", [(1, 6), (4, 8), (8, 8), (16, 32)])
+@pytest.mark.parametrize("way, batch", [(1, 6), (4, 8), (8, 8), (16, 32)])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_values_and_gradients_are_the_convolutions(group, batch, dtype, monkeypatch):
-    judged(group, batch, dtype, monkeypatch)
+def test_values_and_gradients_are_the_convolutions(way, batch, dtype, monkeypatch):
+    judged(way, (batch, 5, 3, 4), 7, dtype, monkeypatch)
+
+
+# sizes of tiles that fit and do not, 2, 3 and 4; channels that fill vectors and do not; more tiles than a block
+_SHAPES = [
+    ((3, 8, 4, 4), 16), ((2, 5, 7, 9), 7), ((5, 3, 1, 1), 4), ((4, 8, 2, 2), 8), ((3, 17, 3, 3), 40),
+    ((2, 30, 5, 6), 1), ((2, 1, 6, 3), 50), ((2, 24, 31, 31), 64), ((40, 8, 11, 13), 24), ((3, 100, 15, 15), 33),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, outputs", _SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_winograds_are_the_convolutions_but_for_the_rounding(shape, outputs, monkeypatch):
+    y, dx, dweight, *truth = judged("winograd", shape, outputs, torch.bfloat16, monkeypatch)
+    for ours, true in zip((y, dx), truth):
+        # half a unit in the last place of what is rounded, and float32's error
+        assert ((ours.double() - true).abs() <= 2**-8 * true.abs() + 1e-5 * true.abs().max()).all()
+    assert (dweight.double() - truth[2]).abs().max() <= 1e-5 * truth[2].abs().max()
+
+
+def test_winograds_bits_do_not_depend_on_the_threads(monkeypatch):
+    x = torch.randn(9, 20, 13, 13).bfloat16().contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(9, 35, 13, 13).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, found, before = torch.randn(35, 20, 3, 3).bfloat16(), [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            found.append((winograd.convolve(x, weight), winograd.weight_gradient(dy, x, weight)))
+        finally:
+            torch.set_num_threads(before)
+    for results in found[1:]:
+        assert all(map(torch.equal, results, found[0]))
+
+
+def test_winograds_kernels_take_what_they_can_read():
+    x = torch.zeros(2, 3, 4, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert winograd.takes(x) and winograd.takes(x, x)
+    for other in (x.float(), x.contiguous(), x[:0], x[:, :2], x.to("meta"), x[0]):
+        assert not winograd.takes(x, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    x = torch.zeros(1, 8, 9, 9, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 4, 4] = value
+    y = winograd.convolve(x, torch.ones(8, 8, 3, 3))
+    assert not y[:, :, 3:6, 3:6].isfinite().any() and y[:, :, :, 8].isfinite().all()
 
 
 def test_images_come_apart_again():
@@ -65,41 +112,60 @@ def operands(batch: int = 64, width: int = 5) -> tuple[tuple[torch.Tensor, torch
 def test_a_shape_is_measured_once_and_its_choice_kept(counted, tmp_path):
     call = native_convolution._weight_gradient
     choices = Choices()
-    assert [choices.group(call, *operands()) for _ in range(2)] == [8, 8] and counted == [[4, 8, 16]]
-    assert Choices().group(call, *operands()) == 8 and len(counted) == 1
+    assert [choices.way(call, *operands()) for _ in range(2)] == [8, 8] and counted == [[4, 8, 16]]
+    assert Choices().way(call, *operands()) == 8 and len(counted) == 1
     # a batch that 16 does not divide has other candidates
-    assert choices.group(call, *operands(72)) == 8 and counted[1:] == [[4, 8]]
+    assert choices.way(call, *operands(72)) == 8 and counted[1:] == [[4, 8]]
     (file,) = (tmp_path / "native").glob("convolutions-*.json")
     assert set(json.loads(file.read_text()).values()) == {8}
     for damage in ("{", "[1]", '{"key": "x"}'):
         file.write_text(damage)
-        assert Choices().group(call, *operands()) == 8
+        assert Choices().way(call, *operands()) == 8
     assert len(counted) == 5
 
 
 def test_nothing_is_measured_where_nothing_is_gained_or_runs_must_repeat(counted, monkeypatch):
     choices, call = Choices(), native_convolution._weight_gradient
-    assert choices.group(call, *operands(width=9)) == 1  # wide
-    assert choices.group(call, *operands(63)) == 1  # odd
-    assert choices.group(call, *operands(4)) == 1  # little work
+    assert choices.way(call, *operands(width=9)) == 1  # wide, and float32
+    assert choices.way(call, *operands(63)) == 1  # odd
+    assert choices.way(call, *operands(4)) == 1  # little work
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    assert choices.group(call, *operands()) == 1 and not counted
+    assert choices.way(call, *operands()) == 1 and not counted
+
+
+class Timed:
+    """A call that takes `seconds` of a clock of its own, and gives `result` of that way, else 1."""
+
+    def __init__(self, seconds: dict, result: dict, monkeypatch):
+        self.seconds, self.result, self.now = seconds, result, 0.0
+        self.__name__ = "_convolve"
+        monkeypatch.setattr(native_convolution.time, "perf_counter", lambda: self.now)
+
+    def __call__(self, way, *tensors):
+        *images, _ = tensors
+        assert all(len(t) == 128 for t in images)
+        self.now += self.seconds[way]
+        return torch.tensor([self.result.get(way, 1.0)])
 
 
 def test_a_measurement_takes_the_fastest_that_gains_enough(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(native_convolution.time, "perf_counter", lambda: clock[0])
-    seconds = {1: 1.0, 4: 0.8, 8: 0.5, 16: 0.6}
+    images, ways, weight = (torch.zeros(200, 1, 1, 1),), [4, 8, 16, "winograd"], torch.zeros(1)
+    call = Timed({1: 1.0, 4: 0.8, 8: 0.5, 16: 0.6, "winograd": 0.4}, {}, monkeypatch)
+    assert native_convolution._fastest(call, ways, images, weight) == "winograd"
+    assert native_convolution._fastest(call, ways[:3], images, weight) == 8
+    assert native_convolution._fastest(call, ["winograd"], images, weight) == "winograd"
+    call.seconds.update({4: 0.97, 8: 0.96, 16: 2.0, "winograd": 0.96})
+    assert native_convolution._fastest(call, ways, images, weight) == 1
 
-    def call(group, *tensors):
-        *images, _ = tensors
-        assert all(len(t) == 128 for t in images)
-        clock[0] += seconds[group]
 
-    images = (torch.zeros(200, 1, 1, 1),)
-    assert native_convolution._fastest(call, [4, 8, 16], images, torch.zeros(1)) == 8
-    seconds.update({4: 0.97, 8: 0.96, 16: 2.0})
-    assert native_convolution._fastest(call, [4, 8, 16], images, torch.zeros(1)) == 1
+@pytest.mark.parametrize("wrong", [1.2, float("nan")])
+def test_a_wrong_way_is_not_taken_and_said(wrong, monkeypatch):
+    said = []
+    monkeypatch.setattr(native_convolution, "say_once", said.append)
+    call = Timed({1: 1.0, 4: 0.8, "winograd": 0.4}, {"winograd": wrong}, monkeypatch)
+    images = (torch.zeros(128, 1, 1, 1),)
+    assert native_convolution._fastest(call, [4, "winograd"], images, torch.zeros(1)) == 4
+    assert said == ["the native convolve is wrong on this machine; oneDNN runs in its place"]
 
 
 @pytest.mark.parametrize("leaf", ["x", "weight"])

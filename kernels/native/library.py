@@ -54,7 +54,14 @@ _FUNCTIONS = {
         "whiten_norm_act_forward": "pppppppp" + "ppppppppp" + "lllllll" + "ddi",
         "whiten_norm_act_backward": "ppppppppp" + "ppppp" + "lllllll" + "idi",
     },
+    "winograd": {
+        "winograd_convolve": "ppp" + "lllll" + "i",
+        "winograd_filter_gradient": "ppp" + "lllll" + "i",
+    },
 }
+
+# the files that an activation is compiled into
+_ACTIVATED = {"batch_norm", "stem"}
 
 
 class Library:
@@ -93,8 +100,9 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
 
 def compile_all(activation: str | None) -> bool:
     """Make every library, for this activation where it has one, side by side; False, which is said, if that fails."""
-    activations = {name: None if name == "optimizers" else activation for name in _FUNCTIONS}
-    kinds = [(name, act, dtype) for name, act in activations.items() for dtype in (torch.float32, torch.bfloat16)]
+    activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS}
+    dtypes = {name: (torch.float32, torch.bfloat16) for name in _FUNCTIONS} | {"winograd": (torch.bfloat16,)}
+    kinds = [(name, act, dtype) for name, act in activations.items() for dtype in dtypes[name]]
     # what fails here fails in `load` again, and is said there
     with suppress(*_FAILURES):
         _made(kinds)
