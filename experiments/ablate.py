@@ -12,6 +12,7 @@ from rich.console import Console
 from blink.errors import UserError
 from blink.experiments import compare, deciding, pool, records, runs
 from blink.experiments.claims import Claims
+from blink.experiments.lending import lent
 from blink.experiments.plans import PLANS, Plan, narrowed, stretched
 from blink.files import check_output
 from blink.training.bars import RunBars
@@ -64,21 +65,31 @@ def run(options: Namespace) -> int:
     with records.locked(path):
         # seen to be possible before hours are spent on what will need it
         pass
-    train_missing(queue, path, runner, console, note, began)
-    written = [run for run in runs.read(path, note, wait=True) if run["plan"] == options.plan]
-    for each in pool.pooled([(path.name, written)], note):
+    asked = {runs.trial(run)[0] for run in queue}
+
+    def read() -> list[dict]:
+        written = runs.read(path, note, wait=True)
+        return written + lent(written, options.plan, chosen, asked)
+
+    train_missing(queue, path, read, runner, console, note, began)
+    own = [run for run in read() if run["plan"] == options.plan]
+    for each in pool.pooled([(path.name, own)], note):
         for line in compare.lines(each, plan):
             console.print(line)
     return 0
 
 
 def train_missing(
-    queue: list[dict], path: Path, runner: "Runner", console: Console, note: Callable[[str], None], began: float
-) -> None:
-    """Until every run of the queue is on file, or what the options bound: train one that nobody trains, or wait."""
+    queue: list[dict], path: Path, read: Callable[[], list[dict]], runner: "Runner", console: Console,
+    note: Callable[[str], None], began: float,
+) -> None:  # fmt: skip
+    """Until every run of the queue is on file, or what the options bound: train one that nobody trains, or wait.
+
+    read: gives what is on file at `path`, and what of it other plans lend.
+    """
     options, claims, longest, looks = runner.options, Claims(path), 0.0, 0
     with RunBars(console, len(queue)) as bars:
-        while left := worth_training(queue, path, options.decide, note):
+        while left := worth_training(queue, path, read(), options.decide, note):
             if options.minutes is not None and time.perf_counter() - began + longest > 60 * options.minutes:
                 number, minutes = queue.index(left[0]) + 1, f"{options.minutes:g} minutes would not hold it"
                 console.print(f"stopped before run {number} of {len(queue)}: {minutes}")
@@ -96,7 +107,7 @@ def train_missing(
                 continue
             with claim:
                 looks = 0
-                if not missing([claim.run], runs.read(path, note, wait=True), path):
+                if not missing([claim.run], read(), path):
                     # its last owner wrote it between the look and the claim
                     continue
                 what, steps = f"seed {claim.run['seed']}  {claim.run['variant']}", claim.run["budget"]["total_steps"]
@@ -169,9 +180,10 @@ class Runner:
         }
 
 
-def worth_training(queue: list[dict], path: Path, decide: bool, note: Callable[[str], None]) -> list[dict]:
+def worth_training(
+    queue: list[dict], path: Path, written: list[dict], decide: bool, note: Callable[[str], None]
+) -> list[dict]:
     """The runs that are missing, but for those of variants that are stopped, which is noted."""
-    written = runs.read(path, note, wait=True)
     stopped = deciding.stopped(queue, written) if decide else {}
     for name, why in stopped.items():
         note(f"{name}: no more runs ({why})")

@@ -97,7 +97,7 @@ def compare(records: list[dict], plan: Plan) -> list[Row]:
                 spread([r["seconds"] for r in seen.values()]) if one_machine else None,
                 spread(ratios) if shared else None,
                 some["flops"]["total"] / 1e15,
-                some.get("stem"),
+                next((run["stem"] for run in seen.values() if run.get("stem")), None),
                 _stem_ratio(seen, baseline),
                 some["budget"]["total_steps"] / some["budget"]["steps_per_epoch"],
             )

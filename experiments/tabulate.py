@@ -13,9 +13,10 @@ from pathlib import Path
 
 from blink.errors import UserError
 from blink.experiments import compare, log, pool, provenance, records
+from blink.experiments.lending import lent
 from blink.experiments.plans import PLANS
 from blink.experiments.race import table as race
-from blink.experiments.runs import distinct
+from blink.experiments.runs import distinct, trial
 from blink.tables import markdown as table
 from blink.training.results import with_spread
 
@@ -158,7 +159,7 @@ def line_tables(folder: Path) -> tuple[str, str, str, str]:
             unknown = next((run["plan"] for run in files[path.name] if run["plan"] not in PLANS), None)
             if unknown is not None:
                 raise UserError(f"{path} holds runs of {unknown!r}, which is no plan of this version; remove it")
-    pools = pool.pooled(files.items(), records.tell)
+    pools = pool.pooled(with_lent(files).items(), records.tell)
     # in the order of the plans, whatever their files are called
     plans = dict.fromkeys(PLANS, "")
     for each in pools:
@@ -169,6 +170,19 @@ def line_tables(folder: Path) -> tuple[str, str, str, str]:
         plans[name] += f"\n{links}: {text}"
     told = "".join(f"\n## {name}\n\n{PLANS[name].summary}\n{text}" for name, text in plans.items() if text)
     return told, log.markdown(pools), races, near["cuda"] or near["cpu"]
+
+
+def with_lent(files: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Each file's runs, and what of them other plans lend to the plans whose own runs under the same conditions it
+    or another file has.
+    """
+    own: dict[str, set[str]] = {}
+    for run in (run for runs in files.values() for run in runs):
+        own.setdefault(run["plan"], set()).add(trial(run)[0])
+    return {
+        file: runs + [r for plan, among in own.items() for r in lent(runs, plan, PLANS[plan].variants, among)]
+        for file, runs in files.items()
+    }
 
 
 @contextmanager

@@ -110,9 +110,11 @@ class Choices:
 
     def way(self, call: Callable, images: tuple[Tensor, ...], weight: Tensor) -> Way:
         """For call(way, *images, weight): measured if this shape is new. images: the tensors that hold the batch."""
-        # measured, it could differ from one start to the next
-        if images[0].numel() < _LEAST or torch.backends.cudnn.deterministic or not (ways := _ways(images)):
+        if images[0].numel() < _LEAST or not (ways := _ways(images)):
             return 1
+        if torch.backends.cudnn.deterministic:
+            # measured, it could differ from one start to the next
+            return WINOGRAD if WINOGRAD in ways and not convolution.fast_bf16() else 1
         sizes = [*images[0].shape[2:], *weight.shape[:2]]
         key = f"{call.__name__} {sizes} {ways} {images[0].dtype} {torch.get_num_threads()}"
         if key not in self._ways:

@@ -101,8 +101,7 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
 def compile_all(activation: str | None) -> bool:
     """Make every library, for this activation where it has one, side by side; False, which is said, if that fails."""
     activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS}
-    dtypes = {name: (torch.float32, torch.bfloat16) for name in _FUNCTIONS} | {"winograd": (torch.bfloat16,)}
-    kinds = [(name, act, dtype) for name, act in activations.items() for dtype in dtypes[name]]
+    kinds = [(name, act, dtype) for name, act in activations.items() for dtype in (torch.float32, torch.bfloat16)]
     # what fails here fails in `load` again, and is said there
     with suppress(*_FAILURES):
         _made(kinds)
