@@ -99,8 +99,10 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
 
 
 def compile_all(activation: str | None) -> bool:
-    """Make every library, for this activation where it has one, side by side; False, which is said, if that fails."""
-    activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS}
+    """Make the libraries of all ops, for this activation where one has it, side by side; False, which is said, if that
+    fails. The convolution's, which takes as long as all of them, is made when a shape first comes that it is tried for.
+    """
+    activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS if name != "winograd"}
     kinds = [(name, act, dtype) for name, act in activations.items() for dtype in (torch.float32, torch.bfloat16)]
     # what fails here fails in `load` again, and is said there
     with suppress(*_FAILURES):
