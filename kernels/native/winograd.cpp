@@ -94,14 +94,11 @@ struct Tiles {
 // `panel` channels beside each other
 struct ByTile {
     int64_t row;
-    int64_t size(int64_t tiles, int64_t) const { return apart(tiles * row); }
     int64_t at(int64_t t, int64_t c) const { return t * row + c; }
 };
 struct ByPanel {
     int64_t panel, tiles;
-    int64_t size(int64_t, int64_t channels) const {
-        return apart((channels + panel - 1) / panel * panel * tiles);
-    }
+    int64_t size(int64_t channels) const { return apart((channels + panel - 1) / panel * panel * tiles); }
     int64_t at(int64_t t, int64_t c) const { return (c / panel * tiles + t) * panel + c % panel; }
 };
 
@@ -186,7 +183,7 @@ void filter_gradient(const T* x, const T* dy, float* dfilters, const Tiles<M>& t
     int64_t panels = (outs + COLUMNS - 1) / COLUMNS, wide = panels * COLUMNS;
     int64_t block = block_of<M>(in, outs, 16 * ROWS), count = tiles.count();
     ByPanel of_values{PANEL, block}, of_grads{COLUMNS, block};
-    int64_t step = of_values.size(block, in), grad_step = of_grads.size(block, outs);
+    int64_t step = of_values.size(in), grad_step = of_grads.size(outs);
     auto values = buffer<float>(VALUES * step), grads = zeros<float>(VALUES * grad_step);
     auto sums = zeros<float>(VALUES * in * wide);
     std::vector<T> zero(std::max(in, outs));

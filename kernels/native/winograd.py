@@ -3,7 +3,7 @@
 F(m x m, 3 x 3) of Lavin and Gray (Fast Algorithms for Convolutional Neural Networks, 2015), m of 2, 3 and 4 that takes
 the fewest products for the size of the images: y = A^T [sum over channels of (G g G^T) * (B^T d B)] A for every tile.
 At m = 4 a fourth of the direct convolution's multiply-adds are left. All of it is float32, whatever the images, with a
-root mean square error of some 2e-6 of the values', three times a direct float32 convolution's and far below the
+root mean square error of some 2e-6 of the values', up to six times a direct float32 convolution's and far below the
 rounding of a bfloat16 result. What is not finite reaches all of its tile, and so up to five pixels.
 """
 
