@@ -73,7 +73,7 @@ def hardswish(z):
 
 @triton.jit
 def hardswish_backward(dy, z):
-    # a NaN z lets dy through, as in PyTorch
+    # a NaN z lets dy through, as in PyTorch's CUDA code
     return tl.where(z <= -3, 0.0, dy * tl.where(z < 3, z * 0.3333333333333333 + 0.5, 1.0))
 
 

@@ -27,10 +27,11 @@ every_activation = pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def table(activation: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Every z with every upstream gradient, side by side.
 
-    PyTorch's vectorized CPU code makes gelu(inf) a NaN, its scalar and its CUDA code inf; hardswish(1e38) overflows.
+    PyTorch's vectorized CPU code makes gelu(inf) a NaN, its scalar and its CUDA code inf; so with the gradient of
+    hardswish(NaN), where these let dy through; hardswish(1e38) overflows.
     """
-    left_out = {"gelu": INF, "hardswish": 1e38}.get(activation)
-    points = [z for z in POINTS if z != left_out]
+    left_out = {"gelu": (INF,), "hardswish": (1e38, NAN)}.get(activation, ())
+    points = [z for z in POINTS if not any(z is value for value in left_out)]
     return torch.tensor(list(product(points, UPSTREAM)), device=DEVICE).unbind(1)
 
 
@@ -74,6 +75,15 @@ def test_normalizing_ops(op, activation):
     if op == "excite_norm_act_add":
         arguments |= {"gate": torch.ones(1, len(z), device=DEVICE), "residual": channels(torch.ones_like(z))}
     assert_as_pytorch(op, arguments, channels(dy), {"training": False, "eps": 1e-12, "activation": activation})
+
+
+def test_hardswish_of_nan_lets_the_gradient_through():
+    nan, dy = torch.full((len(UPSTREAM),), NAN, device=DEVICE), torch.tensor(UPSTREAM, device=DEVICE)
+    arguments = {"x": channels(nan), "bias": torch.zeros_like(nan), **unit_statistics(len(nan))}
+    options = {"training": False, "eps": 1e-12, "activation": "hardswish"}
+    got = results(fused, "norm_act", arguments, channels(dy), options)
+    assert got["y"].isnan().all()
+    torch.testing.assert_close(got["dbias"], dy, rtol=0, atol=0, equal_nan=True)
 
 
 @every_activation
