@@ -69,7 +69,7 @@ def trainer(recipe: Recipe, dataset: Dataset, steps: int, batch: int, which: bac
 def test_learns_what_two_channels_teach(kind):
     """The first is the yardstick: discs and stripes are told apart, with or without a channel that says nothing."""
     dataset = degenerate(kind, 1000, 24, 400, TWO)
-    result = train(trainer(narrowed(BLINK, 24), dataset, steps=60, batch=16), 0, validate=0)
+    result = train(trainer(narrowed(BLINK, 24), dataset, steps=120, batch=16), 0, validate=0)
     assert result.accuracy > 0.8
     assert np.mean(result.losses[-10:]) < 0.6
 
