@@ -1,11 +1,11 @@
 """The 3x3 convolution of the native backend: of several ways to compute it, for each shape and pass, the fastest.
 
-Winograd's algorithm, compiled (kernels/native/winograd.py), needs a fourth to a half of the products; oneDNN has the
-matrix units that some processors compute bfloat16 with. And oneDNN multiplies along one image's row, so that rows of a
-few pixels leave most of a vector or matrix unit unused: with k images of a group beside each other, each followed by a
-column of zeros, the rows are k times as long, and values and gradients are those of the images apart, since the zeros
-are what each would have been padded with. Which way is fastest is measured when a shape first comes, for each of the
-three passes, and kept below the cache folder.
+Winograd's algorithm, compiled (kernels/native/winograd.py), needs a fourth to a half of the products; the matrix units
+that some processors compute bfloat16 with are oneDNN's and, for the weight gradient, our own (matrix_units.py there).
+And oneDNN multiplies along one image's row, so that rows of a few pixels leave most of a vector or matrix unit unused:
+with k images of a group beside each other, each followed by a column of zeros, the rows are k times as long, and values
+and gradients are those of the images apart, since the zeros are what each would have been padded with. Which way is
+fastest is measured when a shape first comes, for each of the three passes, and kept below the cache folder.
 """
 
 import hashlib
@@ -21,14 +21,15 @@ from torch import Tensor
 from blink.files import cache_folder, from_json, replacing
 from blink.kernels.dispatch import say_once
 from blink.kernels.environment import cpu_flags
-from blink.kernels.native import winograd
+from blink.kernels.native import matrix_units, winograd
 from blink.kernels.native.library import digest_of_sources
 from blink.model import convolution
 
 # the ways: oneDNN for that many images side by side, and our own
 Way = int | str
 _GROUPS = (4, 8, 16)
-WINOGRAD = "winograd"
+WINOGRAD, MATRIX_UNITS = "winograd", "matrix_units"
+_OWN = (WINOGRAD, MATRIX_UNITS)
 # wider images gained nothing side by side on any processor tried
 _WIDEST = 8
 # values of a batch below which nothing that could be gained is worth a measurement
@@ -79,16 +80,22 @@ def _input_gradient(way: Way, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _weight_gradient(way: Way, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if way == WINOGRAD:
         return winograd.weight_gradient(dy, x, weight)
+    if way == MATRIX_UNITS:
+        return matrix_units.weight_gradient(dy, x, weight)
     if way != 1:
         dy, x = side_by_side(dy, way), side_by_side(x, way)
     return convolution.weight_gradient(dy, x, weight)
 
 
-def _ways(images: tuple[Tensor, ...]) -> list[Way]:
-    """What there is beside 1 for the tensors that hold the batch."""
+def _ways(call: Callable, images: tuple[Tensor, ...]) -> list[Way]:
+    """What there is for a pass beside 1, for the tensors that hold the batch."""
     batch, width = len(images[0]), images[0].shape[3]
-    groups = [group for group in _GROUPS if batch % group == 0 and width <= _WIDEST]
-    return [*groups, WINOGRAD] if winograd.takes(*images) else groups
+    ways: list[Way] = [group for group in _GROUPS if batch % group == 0 and width <= _WIDEST]
+    if winograd.takes(*images):
+        ways.append(WINOGRAD)
+    if call is _weight_gradient and matrix_units.takes(*images):
+        ways.append(MATRIX_UNITS)
+    return ways
 
 
 class Choices:
@@ -105,12 +112,12 @@ class Choices:
     def _read(self) -> dict[str, Way]:
         with suppress(OSError, ValueError, AttributeError):
             kept = from_json(self._path.read_bytes())
-            return {key: way for key, way in kept.items() if way in (1, *_GROUPS, WINOGRAD)}
+            return {key: way for key, way in kept.items() if way in (1, *_GROUPS, *_OWN)}
         return {}
 
     def way(self, call: Callable, images: tuple[Tensor, ...], weight: Tensor) -> Way:
         """For call(way, *images, weight): measured if this shape is new. images: the tensors that hold the batch."""
-        if images[0].numel() < _LEAST or not (ways := _ways(images)):
+        if images[0].numel() < _LEAST or not (ways := _ways(call, images)):
             return 1
         if torch.backends.cudnn.deterministic:
             # measured, it could differ from one start to the next
@@ -133,16 +140,18 @@ class Choices:
 
 def _fastest(call: Callable, ways: list[Way], images: tuple[Tensor, ...], weight: Tensor) -> Way:
     """The way of the least time, alternating, on some of the images; 1 if none gains enough."""
-    whole = max((way for way in ways if way != WINOGRAD), default=1)
+    whole = max((way for way in ways if way not in _OWN), default=1)
     count = min(len(images[0]), _IMAGES)
     few = tuple(t[: count - count % whole] for t in images)
     # unmeasured: oneDNN prepares each shape anew
     results = {way: call(way, *few, weight).float() for way in (1, *ways)}
     close = _CLOSE * results[1].abs().max()
     # written so that a NaN fails; where oneDNN's is none either, nothing can be judged
-    if WINOGRAD in ways and close.isfinite() and not (results[WINOGRAD] - results[1]).abs().max() <= close:
-        say_once(f"the native {call.__name__.strip('_')} is wrong on this machine; oneDNN runs in its place")
-        ways = [way for way in ways if way != WINOGRAD]
+    for own in [way for way in ways if way in _OWN and close.isfinite()]:
+        if not (results[own] - results[1]).abs().max() <= close:
+            what = f"{call.__name__.strip('_')} ({own})".replace("_", " ")
+            say_once(f"the native {what} is wrong on this machine; another runs in its place")
+            ways = [way for way in ways if way != own]
     seconds = dict.fromkeys([1, *ways], float("inf"))
     for _ in range(_ROUNDS):
         for way in seconds:

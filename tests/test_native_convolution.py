@@ -5,9 +5,17 @@ import json
 import pytest
 import torch
 
-from blink.kernels.native import winograd
+from blink.kernels.environment import cpu_flags
+from blink.kernels.native import matrix_units, winograd
 from blink.model import native_convolution
-from blink.model.native_convolution import Choices, apart, conv3x3, side_by_side
+from blink.model.native_convolution import (
+    Choices,
+    _input_gradient,
+    _weight_gradient,
+    apart,
+    conv3x3,
+    side_by_side,
+)
 
 # of the largest value: what float32 loses in the sums of a tile of 4 x 4, the largest of many values
 _WINOGRADS = 3e-5
@@ -91,6 +99,44 @@ def test_winograds_bits_do_not_depend_on_the_threads(monkeypatch):
             torch.set_num_threads(before)
     for results in found[1:]:
         assert all(map(torch.equal, results, found[0]))
+
+
+# one image and several of a line, rows longer than one; channels that fill tiles and do not, blocks even and odd
+_LINES = [*_SHAPES, ((2, 16, 3, 400), 16), ((7, 33, 7, 7), 129), ((1, 1, 1, 1), 1), ((70, 48, 2, 3), 48)]
+
+
+@pytest.mark.parametrize("shape, outputs", _LINES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_matrix_units_gradient_is_the_convolutions(shape, outputs):
+    if "amx_bf16" in cpu_flags() and not matrix_units.available():
+        pytest.skip("the system keeps the matrix units from this process")
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(shape[0], outputs, *shape[2:]).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.zeros(outputs, shape[1], 3, 3, dtype=torch.double, requires_grad=True)
+    (true,) = torch.autograd.grad(torch.nn.functional.conv2d(x.double(), weight, padding=1), weight, dy.double())
+    ours, before = [], torch.get_num_threads()
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            ours.append(matrix_units.weight_gradient(dy, x, weight))
+        finally:
+            torch.set_num_threads(before)
+    assert ours[0].dtype == torch.float32 and ours[0].is_contiguous(memory_format=torch.channels_last)
+    # products of bfloat16 are exact in float32
+    assert (ours[0].double() - true).abs().max() <= 1e-6 * true.abs().max()
+    assert all(torch.equal(ours[0], other) for other in ours[1:])
+
+
+def test_matrix_units_take_what_they_can_read_where_there_are_any(monkeypatch):
+    x = torch.zeros(2, 3, 4, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert not matrix_units.available() or "amx_bf16" in cpu_flags()
+    for there in (False, True):
+        monkeypatch.setattr(matrix_units, "available", lambda there=there: there)
+        assert matrix_units.takes(x, x) == there
+        for other in (x.float(), x.contiguous(), x[:0], x[:, :2], x.to("meta"), x[0]):
+            assert not matrix_units.takes(x, other)
+        ways = {call: native_convolution._ways(call, (x, x)) for call in (_weight_gradient, _input_gradient)}
+        assert ("matrix_units" in ways[_weight_gradient]) == there and "matrix_units" not in ways[_input_gradient]
 
 
 def test_winograds_kernels_take_what_they_can_read():
@@ -198,7 +244,7 @@ def test_a_wrong_way_is_not_taken_and_said(wrong, monkeypatch):
     call = Timed({1: 1.0, 4: 0.8, "winograd": 0.4}, {"winograd": wrong}, monkeypatch)
     images = (torch.zeros(128, 1, 1, 1),)
     assert native_convolution._fastest(call, [4, "winograd"], images, torch.zeros(1)) == 4
-    assert said == ["the native convolve is wrong on this machine; oneDNN runs in its place"]
+    assert said == ["the native convolve (winograd) is wrong on this machine; another runs in its place"]
 
 
 @pytest.mark.parametrize("leaf", ["x", "weight"])

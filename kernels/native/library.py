@@ -43,6 +43,10 @@ _FUNCTIONS = {
         "pool_norm_act_forward": "pppppppppppp" + "p" + "llll" + "ddi",
         "norm_act_backward": "ppppppppppppp" + "llll" + "idi",
     },
+    "matrix_units": {
+        "matrix_units_permitted": "p",
+        "matrix_units_filter_gradient": "ppp" + "lllll" + "i",
+    },
     "optimizers": {
         "sgd_step": "pppppl" + "ddii",
         "muon_momentum": "ppppl" + "dddii",
@@ -60,8 +64,9 @@ _FUNCTIONS = {
     },
 }
 
-# the files that an activation is compiled into
+# the files that an activation is compiled into, and those of convolutions, made when a shape first comes
 _ACTIVATED = {"batch_norm", "stem"}
+_LATE = {"matrix_units", "winograd"}
 
 
 class Library:
@@ -100,9 +105,9 @@ def load(name: str, activation: str | None = None, dtype: torch.dtype = torch.fl
 
 def compile_all(activation: str | None) -> bool:
     """Make the libraries of all ops, for this activation where one has it, side by side; False, which is said, if that
-    fails. The convolution's, which takes as long as all of them, is made when a shape first comes that it is tried for.
+    fails. The convolution's, which take as long as all of them, are made when a shape first comes to try them for.
     """
-    activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS if name != "winograd"}
+    activations = {name: activation if name in _ACTIVATED else None for name in _FUNCTIONS if name not in _LATE}
     kinds = [(name, act, dtype) for name, act in activations.items() for dtype in (torch.float32, torch.bfloat16)]
     # what fails here fails in `load` again, and is said there
     with suppress(*_FAILURES):

@@ -2,7 +2,9 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <new>
 
 // of the OpenMP runtime that PyTorch has loaded, whichever it is: found when this library is loaded, so that there is
 // one pool of threads, and no second one to compete with it
@@ -37,14 +39,23 @@ inline int64_t chunks_of(int64_t images, int64_t rows) {
     return std::max<int64_t>(1, std::min<int64_t>(256, images / least));
 }
 
+// memory that begins with a cache line
+struct Freed {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
 template <class T>
-std::unique_ptr<T[]> buffer(int64_t size) {
-    return std::unique_ptr<T[]>(new T[size]);  // uninitialized
+using Buffer = std::unique_ptr<T[], Freed>;
+
+template <class T>
+Buffer<T> buffer(int64_t size) {
+    return Buffer<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{64})));  // uninitialized
 }
 
 template <class T>
-std::unique_ptr<T[]> zeros(int64_t size) {
-    return std::unique_ptr<T[]>(new T[size]());
+Buffer<T> zeros(int64_t size) {
+    auto made = buffer<T>(size);
+    std::memset(made.get(), 0, size * sizeof(T));
+    return made;
 }
 
 }  // namespace
