@@ -16,7 +16,7 @@ Floats gated(const T* x, const float* gate, int64_t c, auto lanes) {
 }
 
 // near each channel's mean over `rows` rows: the mean of a few of them, of which value(row, c, lanes) is one
-std::unique_ptr<float[]> near_mean(int64_t rows, int64_t channels, auto&& value) {
+Buffer<float> near_mean(int64_t rows, int64_t channels, auto&& value) {
     constexpr int SAMPLES = 16;
     auto shift = zeros<float>((channels + LANES - 1) / LANES * LANES);
     by_channels(channels, [&](int64_t c, auto lanes) {
@@ -91,7 +91,7 @@ struct Upstream {
 };
 
 // sums [2, C] of g = t act'(z) and of g xhat over all rows of v = x * gate
-std::unique_ptr<double[]> reduce_gradients(Upstream upstream, const T* x, const float* gate, const Norm& norm,
+Buffer<double> reduce_gradients(Upstream upstream, const T* x, const float* gate, const Norm& norm,
                                            int64_t images, int64_t rows, int64_t channels, int threads) {
     int64_t chunks = chunks_of(images, rows);
     auto partials = buffer<double>(chunks * 2 * channels);
@@ -137,7 +137,7 @@ struct Means {
     }
 
     bool training;
-    std::unique_ptr<float[]> values;
+    Buffer<float> values;
     float *g, *along;
 };
 

@@ -53,8 +53,8 @@ class Sums {
     }
 
     int64_t channels_, padded_, rows_ = 0;
-    std::unique_ptr<float[]> narrow_;
-    std::unique_ptr<double[]> wide_;
+    Buffer<float> narrow_;
+    Buffer<double> wide_;
 };
 
 // Mean and squared deviations of a chunk, from sums of differences from a value near its mean.
@@ -94,7 +94,7 @@ struct Moments {
     }
 
     int64_t channels;
-    std::unique_ptr<double[]> mean, m2, counts;
+    Buffer<double> mean, m2, counts;
 };
 
 // What normalizes: z = (v - mean) * slope + bias, [C] each, padded to whole vectors.
@@ -116,7 +116,7 @@ struct Norm {
     }
 
     int64_t padded;
-    std::unique_ptr<float[]> values;
+    Buffer<float> values;
     float *mean, *rstd, *slope, *bias;
 };
 

@@ -63,7 +63,7 @@ struct Source {
 // The convolution's filters, [k * k * C, O padded], so that all outputs of a pixel are summed at once; its geometry.
 struct Filters {
     int64_t kernel, channels, outputs, padded, features;
-    std::unique_ptr<float[]> weight, shift;
+    Buffer<float> weight, shift;
 
     // weight [O, C, k, k]; shift [O] or null
     Filters(const float* given, const float* bias, int64_t outputs_, int64_t channels_, int64_t kernel_)
@@ -127,7 +127,7 @@ void by_images(const Source& source, int64_t batch, int64_t chunks, int threads,
 }
 
 // a vector for every channel, repeated for each column of a row
-std::unique_ptr<float[]> repeated(const float* values, int64_t channels, int64_t columns) {
+Buffer<float> repeated(const float* values, int64_t channels, int64_t columns) {
     auto row = zeros<float>(columns * channels + LANES);
     for (int64_t x = 0; x < columns; x++) std::copy_n(values, channels, row.get() + x * channels);
     return row;
