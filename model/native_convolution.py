@@ -91,11 +91,10 @@ def _ways(call: Callable, images: tuple[Tensor, ...]) -> list[Way]:
     """What there is for a pass beside 1, for the tensors that hold the batch."""
     batch, width = len(images[0]), images[0].shape[3]
     ways: list[Way] = [group for group in _GROUPS if batch % group == 0 and width <= _WIDEST]
-    if winograd.takes(*images):
-        ways.append(WINOGRAD)
-    if call is _weight_gradient and matrix_units.takes(*images):
-        ways.append(MATRIX_UNITS)
-    return ways
+    # matrix units outrun float32 by far more than Winograd's algorithm saves
+    if matrix_units.takes(*images):
+        return [*ways, MATRIX_UNITS] if call is _weight_gradient else ways
+    return [*ways, WINOGRAD] if winograd.takes(*images) else ways
 
 
 class Choices:

@@ -135,8 +135,8 @@ def test_matrix_units_take_what_they_can_read_where_there_are_any(monkeypatch):
         assert matrix_units.takes(x, x) == there
         for other in (x.float(), x.contiguous(), x[:0], x[:, :2], x.to("meta"), x[0]):
             assert not matrix_units.takes(x, other)
-        ways = {call: native_convolution._ways(call, (x, x)) for call in (_weight_gradient, _input_gradient)}
-        assert ("matrix_units" in ways[_weight_gradient]) == there and "matrix_units" not in ways[_input_gradient]
+        ways = [native_convolution._ways(call, (x, x)) for call in (_weight_gradient, _input_gradient)]
+        assert ways == ([["matrix_units"], []] if there else [["winograd"], ["winograd"]])
 
 
 def test_winograds_kernels_take_what_they_can_read():

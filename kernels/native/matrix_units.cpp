@@ -16,8 +16,10 @@ using T = BFloat16;
 constexpr int64_t BLOCK = ROWS_OF_TILE, STEP = DEPTH_OF_TILE, SUMS = BLOCK * BLOCK;
 // positions of a line at most: its operands of 32 channels each stay in the first cache beside each other
 constexpr int64_t LINE = 256;
-// bytes of sums that stay in the second cache, and parts of the work, a number of the shapes only
-constexpr int64_t CACHED = 5 << 18, PARTS = 16;
+// bytes of sums that stay in the second cache
+constexpr int64_t CACHED = 5 << 18;
+// parts of the work, a number of the shapes only, and lines that pay for a part's own sums
+constexpr int64_t PARTS = 16, LEAST_LINES = 8;
 
 constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -214,7 +216,8 @@ extern "C" void matrix_units_filter_gradient(const T* x, const T* dy, float* dfi
     int64_t in_blocks = blocks_of(in, BLOCK), out_blocks = blocks_of(outs, BLOCK);
     // groups of x's channels, of two blocks at least, and parts of the lines, each with sums of its own
     int64_t fit = std::max<int64_t>(2, CACHED / (9 * SUMS * int64_t(sizeof(float)) * out_blocks) / 2 * 2);
-    int64_t groups = blocks_of(in_blocks, fit), parts = std::min(lines.count, blocks_of(PARTS, groups));
+    int64_t groups = blocks_of(in_blocks, fit);
+    int64_t parts = std::min(blocks_of(lines.count, LEAST_LINES), blocks_of(PARTS, groups));
     int64_t size = in_blocks * out_blocks * 9 * SUMS;
     auto sums = zeros<float>(parts * size);
     int64_t reach = lines.reach(), positions = lines.positions(), pairs = blocks_of(positions + 2 * reach + 1, 2);

@@ -23,9 +23,9 @@ def available() -> bool:
     return bool(permitted)
 
 
-def takes(dy: Tensor, x: Tensor) -> bool:
+def takes(*images: Tensor) -> bool:
     """Whether the kernel reads these [N, C, H, W] as they are: bfloat16, channels_last, and units to run it on."""
-    readable = all(_takes.images(t, (torch.bfloat16,)) for t in (dy, x))
+    readable = all(_takes.images(x, (torch.bfloat16,)) for x in images)
     return readable and _takes.plain_call() and available()
 
 
