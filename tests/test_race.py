@@ -1,4 +1,4 @@
-"""The race: peers are recognized, fed, launched with their run count changed only, read, and compared block by block.
+"""The race: peers are recognized, fed, launched with their run count changed, read, and compared block by block.
 
 The scripts here are stand-ins that print what the published ones print; none of theirs is in this project.
 """
@@ -19,7 +19,7 @@ from blink.experiments.race import command as race
 from blink.experiments.race import data, table
 from blink.experiments.race.contest import visible
 from blink.experiments.race.launch import lent_to
-from blink.experiments.race.peers import PEERS, Rows, find_script, with_runs
+from blink.experiments.race.peers import PEERS, Rows, find_script, with_runs, without_warm_up
 from blink.training.data.dataset import assemble
 from tests.small import small_dataset
 
@@ -86,6 +86,16 @@ def test_only_the_number_of_runs_is_changed(tmp_path):
     assert changed == text.replace("range(200)", "range(7)") and "range(3)" in changed
     hlb = PEERS["hlb-v0.3.0"]
     assert "range(8)" in with_runs(hlb, 'if __name__ == "__main__":\n    for run_num in range(25):\n', 7, path)
+
+
+def test_a_warm_up_is_left_out(tmp_path):
+    text = script(tmp_path).read_text()
+    for call in ('main("warmup")', 'main("warmup", model)'):
+        with_call = text.replace('main("warmup")', call)
+        assert without_warm_up(with_call, tmp_path) == text.replace('    main("warmup")\n', "")
+    for other in (text.replace("warmup", "rehearsal"), text + '    main("warmup")\n'):
+        with pytest.raises(UserError, match="no single call of main for a warm-up"):
+            without_warm_up(other, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +207,8 @@ def test_a_script_is_launched_on_the_cpu_with_our_clock_beside_its_own(tmp_path,
     assert done.returncode == 0, done.stderr
     *runs, last = records.read(out)
     assert [run["accuracy"] for run in runs] == [0.6, 0.6] and last["peak_bytes"] is None
+    # where nothing is compiled there is no run that nobody counts
+    assert done.stdout.count("eval") == 2 and "warmup" not in done.stdout
     for run in runs:
         # the stand-in's event is our clock here, so that both measured the same
         assert run["seconds"] == pytest.approx(run["our_seconds"], rel=1e-3) and run["seconds"] > 0

@@ -24,7 +24,7 @@ from blink.training.step import Phase
 from blink.training.trainer import Trainer
 
 PROFILED_STEPS = 3
-_GPU_STEPS, _ROUNDS = 30, 5
+_GPU_STEPS, _ROUNDS, _SETTLING = 30, 5, 3
 _ROOF_SECONDS = 0.3
 _COPY_BYTES = 1 << 28
 
@@ -179,7 +179,9 @@ def _traced_parts(trainer: Trainer, layers: bool, seed: int, path: Path) -> list
     """The steps of an instrumented trainer, each layer in a region of its own if asked for."""
     add_regions(trainer, layers)
     stepper = Stepper(trainer, seed)
-    stepper()
+    # until what a step allocates lies where an earlier one's lay, pages come anew, in whichever part takes them
+    for _ in range(_SETTLING):
+        stepper()
     return trace_steps(stepper, path)
 
 

@@ -2,7 +2,8 @@
 
 `python -m blink.experiments.race.launch PEER SCRIPT RUNS OUT DEVICE` runs it in the current folder and writes to OUT,
 as JSON lines, each counted run when it ends, and last what the process used. On a CPU, which no peer was written for,
-what names CUDA is turned to the CPU, half precision to bfloat16, and nothing is compiled; the files are not touched.
+what names CUDA is turned to the CPU, half precision to bfloat16, nothing is compiled, and so no run is for a warm-up,
+which would be a whole training; the files are not touched.
 """
 
 import sys
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from blink.experiments import records
-from blink.experiments.race.peers import PEERS, Rows, with_runs
+from blink.experiments.race.peers import PEERS, Rows, with_runs, without_warm_up
 
 
 def timed_event(seconds: list[float], event_type: type | None, synchronize) -> type:
@@ -118,6 +119,10 @@ class Tee:
 def main(name: str, script: str, runs: str, out: str, device: str) -> None:
     peer, path, on_gpu = PEERS[name], Path(script), device == "cuda"
     text = with_runs(peer, path.read_text(), int(runs), path)
+    # the first is the warm-up: the script's own, or the one more that was asked for
+    uncounted = 1 if on_gpu else 0
+    if not on_gpu:
+        text = without_warm_up(text, path)
     rows, measured, ended = Rows(peer), [], 0
 
     def on_line(line: str) -> None:
@@ -125,8 +130,7 @@ def main(name: str, script: str, runs: str, out: str, device: str) -> None:
         for accuracy, seconds in rows.read(line):
             ours = sum(measured)
             measured.clear()
-            # the first is the warm-up: the script's own, or the one more that was asked for
-            if ended:
+            if ended >= uncounted:
                 records.append(Path(out), {"accuracy": accuracy, "seconds": seconds, "our_seconds": ours})
             ended += 1
 

@@ -1,6 +1,7 @@
 """The published trainers that can be raced: how to know a checkout, count its runs, feed it and read what it prints.
 
-Nothing of theirs is here: a user names a checkout, and only the number of runs is changed, in memory.
+Nothing of theirs is here: a user names a checkout, and in memory the number of runs is changed and, where nothing is
+compiled, the warm-up left out.
 """
 
 import re
@@ -36,6 +37,7 @@ class Peer:
 
 
 _RUNS = re.compile(r"(for \w+ in range\()(\d+)(\))")
+_WARM_UP = re.compile(r"^ +main\(\"warmup\".*\)\n", re.MULTILINE)
 
 _HIVERGE = with_group(
     replace(AIR, name="hiverge", epochs=7.59, batch_size=1536, tta_fraction=0.25), "stem.bias", epochs=0.19
@@ -89,6 +91,14 @@ def with_runs(peer: Peer, text: str, runs: int, path: Path) -> str:
     if not mark or len(_RUNS.findall(main)) != 1:
         raise UserError(f"{path} has no single loop over its runs after __main__; expected {peer.name} as published")
     return head + mark + _RUNS.sub(lambda m: f"{m[1]}{runs + peer.asked}{m[3]}", main)
+
+
+def without_warm_up(text: str, path: Path) -> str:
+    """The script's text without its run that nobody counts. Raises UserError when that is not found."""
+    text, found = _WARM_UP.subn("", text)
+    if found != 1:
+        raise UserError(f"{path} has no single call of main for a warm-up; expected a script as published")
+    return text
 
 
 class Rows:
