@@ -278,6 +278,7 @@ def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
     else:
         seconds, less = old.seconds["mean"], old.seconds["mean"] - new.seconds["mean"]
         saved = f"{less:.1f} s of {seconds:.1f} s, {100 * less / seconds:.1f} %"
+    operations = f"by operations {100 * (1 - new.pflop / old.pflop):.1f} %"
     lost = f", here {percent(new.difference, signed=True)} points" if decided(new) else ": too few runs here to tell"
     return [
         f"claimed of {before} -> {after}, beside what is measured here:",
@@ -285,7 +286,7 @@ def _stem_claims(rows: list[Row], before: str, after: str) -> list[str]:
         f"- 4/9 of the kernel's cost: {new.stem['macs'] / old.stem['macs']:.2f}x the stem's multiply-adds, "
         f"{time} its time",
         f"- fewer pixels: {pixels[0]} -> {pixels[1]}, {pixels[1] / pixels[0]:.2f}x",
-        f"- over a second saved of about ten: {saved}",
+        f"- over a second saved of about ten: {saved}; {operations}",
         f"- accuracy lost, which squeeze-and-excite pays back{lost}",
     ]
 

@@ -4,6 +4,7 @@ The batch itself is gathered by the stem: the fused ops read the uint8 data set 
 ops build the batch. Augmentation is in pixel space, so every pixel a kernel sees is a pixel value.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -24,6 +25,38 @@ def resize(images: Tensor, out: Tensor) -> None:
         pixels = source.permute(0, 3, 1, 2).float()
         small = F.interpolate(pixels, target.shape[1:3], mode="bilinear", antialias=True, align_corners=False)
         target.copy_(small.round_().clamp_(0, 255).permute(0, 2, 3, 1))
+
+
+class _Drawn:
+    """Fields of an epoch's batches, those of one batch beside each other in memory, so that one copy takes them all.
+
+    fields: of each its dtype and the shape that a batch's has.
+    """
+
+    # where a field begins, so that kernels may read it in wide pieces
+    _ALIGNMENT = 64
+
+    def __init__(self, steps: int, fields: dict[object, tuple[torch.dtype, tuple[int, ...]]], device: torch.device):
+        self._places, size = {}, 0
+        for key, (dtype, shape) in fields.items():
+            end = size + dtype.itemsize * math.prod(shape)
+            self._places[key] = slice(size, end), dtype, shape
+            size = -(-end // self._ALIGNMENT) * self._ALIGNMENT
+        self._bytes = torch.zeros(steps, size, dtype=torch.uint8, device=device)
+
+    def all(self) -> dict[object, Tensor]:
+        """The fields [steps, *shape], in the memory that they live in."""
+        return self._of(self._bytes)
+
+    def take(self, at: Tensor) -> dict[object, Tensor]:
+        """A copy of the fields [*shape] of batch `at` ([1] int64)."""
+        return self._of(self._bytes.index_select(0, at)[0])
+
+    def _of(self, rows: Tensor) -> dict[object, Tensor]:
+        return {
+            key: rows[..., place].view(dtype).unflatten(-1, shape)
+            for key, (place, dtype, shape) in self._places.items()
+        }
 
 
 class Batches:
@@ -63,14 +96,18 @@ class Batches:
         self.hardness = torch.empty(n, device=device) if self._kept < n else None
         self._limits = min(translation, height - 1), min(translation, width - 1)
         self._flip = flip
-        shape = (self.steps, batch_size)
-        self.index = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.translation = torch.zeros(*shape, 2, dtype=torch.int64, device=device)
-        self.flip = torch.zeros(shape, dtype=torch.bool, device=device)
         self._mirrored = torch.zeros(n, dtype=torch.bool, device=device)
         self.cutout_size, self._deviations, self.size = cutout, jitter, (height, width)
-        self.cutout = torch.zeros(*shape, 2, dtype=torch.int64, device=device) if cutout else None
-        self.jitter = torch.zeros(*shape, 2, device=device) if jitter else None
+        one, two, integer = (batch_size,), (batch_size, 2), torch.int64
+        fields = {"index": (integer, one), "labels": (integer, one), "flip": (torch.bool, one)}
+        # of every size its own, so that no step scales them
+        fields |= {("translation", size): (integer, two) for size in self._images}
+        fields |= {("cutout", size): (integer, two) for size in self._images if cutout}
+        fields |= {"jitter": (torch.float32, two)} if jitter else {}
+        self._drawn = _Drawn(self.steps, fields, device)
+        self._fields = self._drawn.all()
+        self.index, self.flip, self.jitter = (self._fields.get(name) for name in ("index", "flip", "jitter"))
+        self.translation, self.cutout = (self._fields.get((name, self.size)) for name in ("translation", "cutout"))
 
     def resize(self) -> None:
         """Make the images of every other size; until then they are black."""
@@ -117,18 +154,20 @@ class Batches:
         if self.jitter is not None:
             for axis, (usual, deviation) in enumerate(zip((1.0, 0.0), self._deviations)):
                 self.jitter[..., axis] = usual + deviation * (2 * torch.rand(self.index.shape, **options) - 1)
+        self._fields["labels"].copy_(self.labels[self.index])
+        for size in self._images:
+            if size != self.size:
+                scale, most = size[0] / self.size[0], min(size) - 1
+                moved = (self.translation * scale).round_().clamp_(-most, most)
+                self._fields["translation", size].copy_(moved)
+                if self.cutout is not None:
+                    self._fields["cutout", size].copy_((self.cutout * scale).round_())
 
     def take(self, at: Tensor, size: tuple[int, int]) -> tuple[Gather, Tensor]:
         """Batch `at` ([1] int64 on the device) of the epoch: what to gather of `images(size)`, and its labels [B]."""
-        index, translation, flip, jitter, cutout = (
-            None if field is None else field.index_select(0, at)[0]
-            for field in (self.index, self.translation, self.flip, self.jitter, self.cutout)
-        )
-        cutout_size = self.cutout_size
-        if size != self.size:
-            scale = size[0] / self.size[0]
-            most = min(size) - 1
-            translation = (translation * scale).round().clamp(-most, most).long()
-            cutout = None if cutout is None else (cutout * scale).round().long()
-            cutout_size = round(cutout_size * scale)
-        return Gather(index, translation, flip, jitter, cutout, cutout_size), self.labels.index_select(0, index)
+        fields = self._drawn.take(at)
+        gather = Gather(
+            fields["index"], fields["translation", size], fields["flip"], fields.get("jitter"),
+            fields.get(("cutout", size)), round(self.cutout_size * size[0] / self.size[0]),
+        )  # fmt: skip
+        return gather, fields["labels"]

@@ -54,6 +54,7 @@ class Progress:
         self.losses = torch.full((steps_per_epoch,), float("nan"), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.batch = torch.zeros(1, dtype=torch.int64, device=device)
+        self._one = torch.ones_like(self.batch)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -64,6 +65,11 @@ class Progress:
         self.losses.fill_(float("nan"))
         self.batch.zero_()
         self.correct.zero_()
+
+    def end_step(self, loss: Tensor, correct: Tensor) -> None:
+        """After a batch with this mean loss [1] and so many right answers []."""
+        self.losses.index_copy_(0, self.batch, loss)
+        torch._foreach_add_([self.correct, self.batch], [correct, self._one])
 
 
 def loss_function(network: Network, backend: Backend, label_smoothing: float) -> Callable[..., tuple[Tensor, ...]]:
@@ -118,12 +124,10 @@ def training_step(
     optimizer.update(ranks.summed(grads), phase.active, progress.batch)
     with torch.no_grad():
         logits, loss, correct = parts[0] if len(parts) == 1 else summed(parts)
-        progress.losses.index_copy_(0, progress.batch, loss[None] / len(labels))
-        progress.correct += correct
         if batches.hardness is not None:
             losses = F.cross_entropy(logits.float() * network.config.logit_scale, labels, reduction="none")
             batches.hardness.index_copy_(0, gather.index, losses)
-        progress.batch += 1
+        progress.end_step(loss[None] / len(labels), correct)
 
 
 def summed(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
