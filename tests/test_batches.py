@@ -148,11 +148,11 @@ def test_cutout_and_jitter_are_drawn_within_their_bounds():
     images = torch.full((400, 16, 12, 3), 200, dtype=torch.uint8)
     batches = Batches(images, torch.arange(400), 100, 0, "none", cutout=4, jitter=(0.3, 0.1))
     batches.draw(torch.Generator().manual_seed(0), 0)
-    contrast, brightness = batches.jitter.view(-1, 2).unbind(1)
+    contrast, brightness = batches.jitter.reshape(-1, 2).unbind(1)
     for values, middle, deviation in ((contrast, 1.0, 0.3), (brightness, 0.0, 0.1)):
         assert (values - middle).abs().max() <= deviation + 1e-6
         assert values.min() < middle - 0.8 * deviation and values.max() > middle + 0.8 * deviation
-    corners = batches.cutout.view(-1, 2)
+    corners = batches.cutout.reshape(-1, 2)
     assert corners.min(0).values.tolist() == [-2, -2] and corners.max(0).values.tolist() == [13, 9]
     gather, _ = batches.take(torch.tensor([1]), batches.size)
     cut = gathered(batches.images(batches.size), gather, torch.full((3,), 0.5)) == 128
