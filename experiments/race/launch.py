@@ -119,10 +119,6 @@ class Tee:
 def main(name: str, script: str, runs: str, out: str, device: str) -> None:
     peer, path, on_gpu = PEERS[name], Path(script), device == "cuda"
     text = with_runs(peer, path.read_text(), int(runs), path)
-    # the first is the warm-up: the script's own, or the one more that was asked for
-    uncounted = 1 if on_gpu else 0
-    if not on_gpu:
-        text = without_warm_up(text, path)
     rows, measured, ended = Rows(peer), [], 0
 
     def on_line(line: str) -> None:
@@ -130,11 +126,13 @@ def main(name: str, script: str, runs: str, out: str, device: str) -> None:
         for accuracy, seconds in rows.read(line):
             ours = sum(measured)
             measured.clear()
-            if ended >= uncounted:
+            # on a GPU the first is the warm-up: the script's own, or the one more that was asked for
+            if ended or not on_gpu:
                 records.append(Path(out), {"accuracy": accuracy, "seconds": seconds, "our_seconds": ours})
             ended += 1
 
     if not on_gpu:
+        text = without_warm_up(text, path)
         turn_to_cpu()
     event = timed_event(measured, torch.cuda.Event if on_gpu else None, torch.cuda.synchronize)
     sys.argv = [str(path)]

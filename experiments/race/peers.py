@@ -37,7 +37,7 @@ class Peer:
 
 
 _RUNS = re.compile(r"(for \w+ in range\()(\d+)(\))")
-_WARM_UP = re.compile(r"^ +main\(\"warmup\".*\)\n", re.MULTILINE)
+_WARM_UP = re.compile(r'^ +main\("warmup".*\)\n', re.MULTILINE)
 
 _HIVERGE = with_group(
     replace(AIR, name="hiverge", epochs=7.59, batch_size=1536, tta_fraction=0.25), "stem.bias", epochs=0.19

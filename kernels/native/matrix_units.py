@@ -30,7 +30,9 @@ def takes(*images: Tensor) -> bool:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Of conv2d(x, weight, padding=1): float32 [O, C, 3, 3], channels_last; without units by plain loops, slowly."""
+    """Of conv2d(x, weight, padding=1), float32 [O, C, 3, 3], channels_last, for dy [N, O, H, W] and x [N, C, H, W] that
+    `takes` takes; the weight is not read. Without units by plain loops, slowly. Bits do not depend on threads.
+    """
     batch, channels, height, width = x.shape
     gradient = torch.empty(dy.shape[1], 3, 3, channels)
     load("matrix_units", None, torch.bfloat16).matrix_units_filter_gradient(
